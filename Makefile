@@ -1,0 +1,54 @@
+# Every target makes what it needs: a virtual environment in .venv, built once, and again when its inputs change.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+CONFIG ?= lstm.yaml
+PREFIX ?= quijote # the space belongs to it
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo train generate test lint fix bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "charlm needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## make the virtual environment
+
+demo: $(STAMP)  ## train on the bundled corpus (under two minutes) and write a text
+	$(BIN)/charlm train --config lstm.yaml
+	@echo
+	@$(BIN)/charlm generate --prefix 'quijote ' --length 292 --seed 1
+
+train: $(STAMP)  ## train: make train CONFIG=gru.yaml ARGS='--set train.epochs=2'
+	$(BIN)/charlm train --config $(CONFIG) $(ARGS)
+
+generate: $(STAMP)  ## write with the newest model: make generate PREFIX='Sancho ' ARGS='-n 100'
+	@$(BIN)/charlm generate --prefix '$(PREFIX)' $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(STAMP)  ## mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## run the benchmarks, one table each
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove what the targets made, except runs/
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,196 @@
+"""`SlidingWindows` and `ContiguousStreams`: batches `(x, y)` of shape (B, T), y one character ahead of x.
+
+Both are deterministic in (seed, epoch) and can start at any step of an epoch, so that a run can be resumed.
+Neither holds more than the encoded text: windows are a view of it, and shuffling is arithmetic. The loaders
+have generators of their own: a DataLoader draws from torch's global one otherwise, each time it is begun.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from charlm.config import BatchesConfig
+from charlm.errors import CharlmError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Batches(Protocol):
+    """What the training loop walks over."""
+
+    carries_state: bool  # whether a batch goes on where the one before it stopped
+    steps_per_epoch: int
+
+    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
+        """The batches of an epoch, from step `start` on: x and y, int64 of shape (B, T)."""
+
+
+def val_characters(config: BatchesConfig) -> int | None:
+    """How many characters `config.max_val_windows` leaves of the val split; None for all."""
+    if config.max_val_windows is None:
+        return None
+    stride = config.stride if config.sampling == "sliding" else config.seq_len
+    return (config.max_val_windows - 1) * stride + config.seq_len + 1
+
+
+def make_batches(ids: Tensor, config: BatchesConfig) -> "SlidingWindows | ContiguousStreams":
+    """The batches of `ids` (N,) that `config` asks for."""
+    if config.sampling == "contiguous":
+        return ContiguousStreams(ids, config.batch_size, config.seq_len)
+    return SlidingWindows(
+        ids, config.batch_size, config.seq_len, config.stride, config.shuffle, config.max_train_windows
+    )
+
+
+class SlidingWindows(Dataset[Batch]):
+    """Windows of T + 1 characters, `stride` apart, in random order; the state starts afresh in each.
+
+    ids: the encoded text, (N,).
+    max_windows: use the first so many only.
+    Raises `CharlmError` for a text shorter than one window.
+    """
+
+    carries_state = False
+
+    def __init__(
+        self,
+        ids: Tensor,
+        batch_size: int,
+        seq_len: int,
+        stride: int = 1,
+        shuffle: bool = True,
+        max_windows: int | None = None,
+    ):
+        _check_length(ids, seq_len + 1, f"one window of batches.seq_len + 1 = {seq_len + 1}")
+        self.windows = ids.unfold(0, seq_len + 1, stride)[:max_windows]  # (W, T+1), a view of ids
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.steps_per_epoch = -(-len(self) // batch_size)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Window `index` as x and y, int64 of shape (T,)."""
+        x, y = self.__getitems__(torch.tensor([index]))
+        return x[0], y[0]
+
+    def __getitems__(self, indices: Tensor) -> Batch:
+        """The windows at `indices` (B,), gathered in one operation, as x and y, int64 of shape (B, T)."""
+        windows = self.windows[indices].long()
+        return windows[:, :-1], windows[:, 1:]
+
+    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
+        """The batches of an epoch, from step `start` on."""
+        order = _WindowOrder(self, seed, epoch, start)
+        # The collate function is handed the finished batch.
+        return DataLoader(self, batch_sampler=order, collate_fn=_as_is, generator=torch.Generator())  # type: ignore[arg-type]
+
+
+class _WindowOrder(Sampler[Tensor]):
+    """The window indices of each batch of an epoch, as tensors (B,)."""
+
+    def __init__(self, windows: SlidingWindows, seed: int, epoch: int, start: int):
+        self.windows, self.seed, self.epoch, self.start = windows, seed, epoch, start
+
+    def __len__(self) -> int:
+        return self.windows.steps_per_epoch - self.start
+
+    def __iter__(self) -> Iterator[Tensor]:
+        size, count = self.windows.batch_size, len(self.windows)
+        for step in range(self.start, self.windows.steps_per_epoch):
+            indices = torch.arange(step * size, min((step + 1) * size, count))
+            yield shuffled(indices, count, self.seed, self.epoch) if self.windows.shuffle else indices
+
+
+class ContiguousStreams(Dataset[Batch]):
+    """The text cut into B parallel streams, walked in order T characters a step; the state is carried.
+
+    The last characters, fewer than B·T + T, do not fill a step: the streams begin at a random offset among
+    them, anew each epoch, so that the steps do not cut the text at the same places every time.
+
+    ids: the encoded text, (N,).
+    Raises `CharlmError` for a text too short for one step of every stream.
+    """
+
+    carries_state = True
+
+    def __init__(self, ids: Tensor, batch_size: int, seq_len: int):
+        needed = batch_size * seq_len + 1
+        _check_length(ids, needed, f"one step: batches.batch_size × batches.seq_len + 1 = {needed}")
+        self.ids, self.batch_size, self.seq_len = ids, batch_size, seq_len
+        # Leave room for an offset of up to T where the text allows.
+        self.steps_per_epoch = max((len(ids) - seq_len) // (batch_size * seq_len), 1)
+        self.offset = 0
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __getitem__(self, step: int) -> Batch:
+        """Step `step` of all streams as x and y, int64 of shape (B, T)."""
+        stream_length = self.steps_per_epoch * self.seq_len
+        starts = self.offset + step * self.seq_len + stream_length * torch.arange(self.batch_size)
+        windows = self.ids.unfold(0, self.seq_len + 1, 1)[starts].long()
+        return windows[:, :-1], windows[:, 1:]
+
+    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
+        """The batches of an epoch, from step `start` on."""
+        slack = len(self.ids) - 1 - self.steps_per_epoch * self.batch_size * self.seq_len
+        generator = torch.Generator().manual_seed(mix(seed, epoch))
+        self.offset = int(torch.randint(slack + 1, (1,), generator=generator))
+        steps = range(start, self.steps_per_epoch)
+        return DataLoader(self, batch_size=None, sampler=steps, generator=torch.Generator())
+
+
+def shuffled(indices: Tensor, count: int, seed: int, epoch: int) -> Tensor:
+    """Where a random permutation of 0…count-1 takes `indices` (B,), without holding the permutation.
+
+    A Feistel network permutes the smallest even-bit square that holds `count`; what falls outside is
+    permuted again until it is inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half_bits = max((count - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half_bits) - 1
+    keys = [mix(seed, epoch, which) for which in range(4)]
+    result = indices.clone()
+    outside = torch.ones_like(indices, dtype=torch.bool)
+    while outside.any():
+        left, right = result[outside] >> half_bits, result[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_hash(right, key) & mask)
+        result[outside] = (left << half_bits) | right
+        outside = result >= count
+    return result
+
+
+def _hash(values: Tensor, key: int) -> Tensor:
+    """A 31-bit hash of int64 values, by two rounds of multiply and xor-shift."""
+    values = (values ^ key) & 0x7FFFFFFF
+    for _ in range(2):
+        values = (values * 0x45D9F3B) & 0x7FFFFFFF
+        values = values ^ (values >> 15)
+    return values
+
+
+def mix(*numbers: int) -> int:
+    """One 31-bit number from several, such as a seed and an epoch."""
+    result = 0x2545F491
+    for number in numbers:
+        for part in (number & 0xFFFFFFFF, number >> 32):
+            result = ((result ^ part) * 0x5851F42D4C957F2D + 0x14057B7EF767814F) & (2**64 - 1)
+            result ^= result >> 29
+    return result & 0x7FFFFFFF
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _check_length(ids: Tensor, needed: int, what: str) -> None:
+    if len(ids) < needed:
+        raise CharlmError(
+            f"the training split has {len(ids):,} characters, too few for {what}; "
+            "take a longer text or smaller batches"
+        )

@@ -1,0 +1,394 @@
+"""The commands: parse, call one function, print.
+
+Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
+What a user pipes goes to stdout, all else to stderr.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from charlm import __version__
+from charlm.errors import CharlmError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from charlm.checkpoint import Loaded
+    from charlm.metrics import Score
+    from charlm.train import Trainer
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
+    try:
+        cli.main(args=args, prog_name="charlm", standalone_mode=False)
+        sys.stdout.flush()
+        return 0
+    except CharlmError as error:
+        return _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        return _fail(error.format_message().replace("\n", " "), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; let the interpreter's last flush not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(message: str, exit_code: int) -> int:
+    click.echo(f"charlm: {message}", err=True)
+    return exit_code
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="charlm")
+def cli() -> None:
+    r"""Train character-level language models with recurrent networks, and write text with them.
+
+    \b
+      charlm train --config lstm.yaml
+      charlm generate --prefix "quijote "
+    """
+
+
+_model_option = click.option(
+    "--model", "-m", metavar="PATH", help="A model file, a run's folder or name.  [default: the newest run]"
+)
+_device_option = click.option(
+    "--device", default="auto", metavar="NAME", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
+)
+_implementation_option = click.option(
+    "--implementation",
+    type=click.Choice(["scratch", "builtin"]),
+    help="Load the model in this implementation.  [default: the one it was trained in]",
+)
+_unknown_option = click.option(
+    "--unknown",
+    type=click.Choice(["error", "skip", "replace"]),
+    default="error",
+    show_default=True,
+    help="Characters that the model does not know: refuse, leave out, or put a space for each.",
+)
+
+
+@cli.command()
+@click.option(
+    "--config",
+    "-c",
+    "recipe",
+    metavar="FILE",
+    help="A recipe: a path, or a name in ./configs or among those that ship.  [default: the defaults]",
+)
+@click.option(
+    "--set", "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as train.lr=2e-3."
+)
+@click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: RECIPE-DATE-TIME]")
+@click.option("--resume", metavar="RUN", help="Go on with a run that stopped.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained and written; do nothing.")
+def train(
+    recipe: str | None, overrides: tuple[str, ...], name: str | None, resume: str | None, dry_run: bool
+) -> None:
+    """Train a model on a text.
+
+    With no --config, an LSTM on the bundled Spanish corpus. The models, the log and the state to resume from
+    are in runs/RUN. Ctrl-C finishes the step, saves and says how to go on.
+    """
+    from charlm import config as configuration
+    from charlm import runs
+
+    if resume:
+        if recipe or name:
+            raise ConfigError(
+                "--resume goes on with a run's own configuration: give no --config and no --name"
+            )
+        run = runs.find_run(resume)
+        before = run.load_config()
+        config = configuration.override(before, overrides)
+        _refuse_changes(before.model_dump(), config.model_dump())
+    else:
+        config = configuration.load(recipe, overrides)
+        run = runs.new_run(name, Path(recipe).stem if recipe else config.model.cell)
+
+    from charlm.corpus import Corpus
+    from charlm.progress import TrainingDisplay
+    from charlm.train import Trainer
+
+    display = TrainingDisplay()
+    trainer = Trainer(config, Corpus.load(config.corpus))
+    if dry_run:
+        click.echo(configuration.to_yaml(config))
+        click.echo("\n".join(_describe(trainer)))
+        click.echo(
+            f"would write {run.folder}/ with config.yaml, model.safetensors, last.safetensors, state.pt, "
+            "metrics.jsonl"
+        )
+        return
+    for line in _describe(trainer):
+        display.say(line)
+    if resume:
+        trainer.restore(run)
+        if trainer.finished:
+            raise ConfigError(
+                f"the run {run.folder} is finished, at step {trainer.progress.step}; "
+                f"to train on, give it more: --set train.epochs={2 * config.train.epochs}"
+            )
+        runs.save_config(run, config)
+        display.say(f"resumed  {run.folder} at step {trainer.progress.step} of {trainer.total_steps}")
+    else:
+        runs.create(run, config)
+    result = trainer.train(run, display)
+    row = result.best
+    display.say()
+    display.say(
+        f"best     val {_figures(row['val_loss'], row['val_perplexity'], row['val_bits_per_character'])}, "
+        f"at epoch {row['epoch']:g}"
+    )
+    if result.test:
+        test = result.test
+        display.say(f"test     {_figures(test.loss, test.perplexity, test.bits_per_character)}")
+    display.say(f"model    {run.best}")
+    display.say(f'write    charlm generate --model {run.folder} --prefix "{_a_prefix(trainer)}"')
+
+
+def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """A run goes on as it began, but for its budget."""
+    changed = [
+        f"{section}.{key}"
+        for section, values in after.items()
+        for key, value in values.items()
+        if value != before[section][key] and f"{section}.{key}" not in ("train.epochs", "train.max_steps")
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume cannot change {', '.join(changed)}; only train.epochs and train.max_steps: "
+            "begin a new run for the rest"
+        )
+
+
+def _describe(trainer: "Trainer") -> list[str]:
+    """What is about to be trained, on what, in short lines."""
+    from charlm.model import num_parameters
+
+    corpus, config, batches = trainer.corpus, trainer.config, trainer.batches
+    files = str(corpus.files[0]) if len(corpus.files) == 1 else f"{len(corpus.files)} files"
+    sizes = f"train {len(corpus.train):,}, val {len(trainer.val):,}, test {len(corpus.test):,} characters"
+    model, state = config.model, "carried" if batches.carries_state else "afresh in each window"
+    layers = f"{model.num_layers} × {model.hidden_size}"
+    count = num_parameters(trainer.model)
+    precision = str(trainer.precision).removeprefix("torch.")
+    lines = [
+        f"corpus   {files}: {sizes}; {len(corpus.vocab)} different",
+        f"model    {model.cell} {layers}, {model.implementation}: {count:,} parameters",
+        f"batches  {config.batches.sampling}, {config.batches.batch_size} × {config.batches.seq_len}, "
+        f"state {state}; {batches.steps_per_epoch} steps an epoch, {trainer.total_steps} in all",
+        f"device   {trainer.device}, {precision} ({trainer.precision_reason})",
+    ]
+    if corpus.unseen:
+        lines.insert(
+            1, f"         {corpus.unseen} characters of val and test are not in train; they are left out"
+        )
+    return lines
+
+
+def _figures(loss: float, perplexity: float, bits: float) -> str:
+    return f"perplexity {perplexity:.2f}, {bits:.3f} bits per character, {loss:.4f} nats"
+
+
+def _a_prefix(trainer: "Trainer") -> str:
+    """A prefix that the model can read."""
+    known = trainer.corpus.vocab.characters
+    return "quijote " if all(char in known for char in "quijote ") else known[:1].strip()
+
+
+@cli.command()
+@click.option(
+    "--prefix", "-p", default="", metavar="TEXT", help="What the text begins with; - reads it from stdin."
+)
+@click.option(
+    "--length", "-n", type=click.IntRange(0), default=500, show_default=True, help="Characters to write."
+)
+@click.option(
+    "--temperature",
+    "-t",
+    type=click.FloatRange(0),
+    default=0.7,
+    show_default=True,
+    help="Below 1 plainer, above 1 wilder; 0 always takes the most probable character.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Draw among the K most probable characters.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Draw among the fewest that hold P of the probability.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed, the same text.  [default: by chance]"
+)
+@click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, help="How many texts.")
+@click.option("--stop", default="", metavar="TEXT", help="End a text once TEXT has been written.")
+@_unknown_option
+@_model_option
+@_implementation_option
+@_device_option
+def generate(
+    prefix: str,
+    length: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    num_samples: int,
+    stop: str,
+    unknown: str,
+    model: str | None,
+    implementation: str | None,
+    device: str,
+) -> None:
+    """Write text with a trained model.
+
+    The text goes to stdout as it is made; of several, sample k is drawn with seed + k, and a line of dashes
+    parts them. A run that is still training can be used.
+    """
+    import torch
+
+    from charlm import sample, text
+
+    loaded = _load(model, implementation, device)
+    if prefix == "-":
+        prefix = text.decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+    prefix = text.clean(prefix, loaded.config.corpus)
+    ids = loaded.vocab.encode(prefix, unknown, "the prefix")  # type: ignore[arg-type]
+    shown = loaded.vocab.decode(ids)
+    stop = text.clean(stop, loaded.config.corpus)
+    for k in range(num_samples):
+        generator = torch.Generator()
+        generator.manual_seed((seed + k) % 2**63) if seed is not None else generator.seed()
+        if k:
+            click.echo("-" * 20)
+        last = shown
+        click.echo(shown, nl=False)
+        for last in sample.generate(
+            loaded.model, loaded.vocab, ids, length, temperature, top_k, top_p, stop, generator
+        ):
+            click.echo(last, nl=False)  # flushes
+        if not last.endswith("\n"):
+            click.echo()
+
+
+@cli.command("eval")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_unknown_option
+@_model_option
+@_implementation_option
+@_device_option
+def evaluate(
+    files: tuple[str, ...],
+    as_json: bool,
+    unknown: str,
+    model: str | None,
+    implementation: str | None,
+    device: str,
+) -> None:
+    """Score texts: perplexity, bits per character and per byte.
+
+    Each file is cleaned as the model's training text was and scored whole, the state carried: every character
+    after the first once. FILE may be compressed, a folder, a glob, or - for stdin.
+    """
+    from charlm import text
+    from charlm.evaluate import evaluate as score
+    from charlm.metrics import Score
+
+    loaded = _load(model, implementation, device)
+    rows, total, total_bytes = [], Score(), 0
+    for name in files:
+        for path in [Path("-")] if name == "-" else text.find_files(name):
+            content = text.decode(sys.stdin.buffer.read(), "stdin") if name == "-" else text.read_file(path)
+            content = text.clean(text.strip_gutenberg(content), loaded.config.corpus)
+            ids = loaded.vocab.encode(content, unknown, str(path))  # type: ignore[arg-type]
+            if len(ids) < 2:
+                raise CharlmError(f"{path} has {len(ids)} characters to score; it takes two or more")
+            result = score(loaded.model, ids)
+            num_bytes = len(loaded.vocab.decode(ids[1:]).encode())
+            rows.append({"path": str(path), **_score_row(result, num_bytes)})
+            total, total_bytes = total + result, total_bytes + num_bytes
+    rows_and_total = [*rows, {"path": "total", **_score_row(total, total_bytes)}]
+    if as_json:
+        click.echo(json.dumps({"files": rows, "total": _score_row(total, total_bytes)}, indent=2))
+        return
+    click.echo(
+        f"{'characters':>12} {'nats/char':>10} {'perplexity':>11} {'bits/char':>10} {'bits/byte':>10}  file"
+    )
+    for row in rows_and_total if len(rows) > 1 else rows:
+        click.echo(
+            f"{row['characters']:>12,} {row['loss']:>10.4f} {row['perplexity']:>11.4g} "
+            f"{row['bits_per_character']:>10.4f} {row['bits_per_byte']:>10.4f}  {row['path']}"
+        )
+
+
+def _score_row(score: "Score", num_bytes: int) -> dict[str, Any]:
+    return {
+        "characters": score.characters,
+        "nats": score.nats,
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_character": score.bits_per_character,
+        "bits_per_byte": score.bits_per_byte(num_bytes),
+    }
+
+
+@cli.command()
+@click.argument("model", required=False, metavar="[MODEL]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(model: str | None, as_json: bool) -> None:
+    """Show what is in a model file: configuration, parameters, vocabulary, figures.
+
+    MODEL is a model file, a run's folder or name; the newest run by default. Only the file's header is read.
+    """
+    from math import prod
+
+    from charlm import runs
+    from charlm.checkpoint import read_header
+    from charlm.config import to_yaml
+
+    path = runs.find_model(model)
+    header = read_header(path)
+    parameters = sum(prod(shape) for shape in header.tensors.values())
+    if as_json:
+        shown = {
+            "path": str(path),
+            "parameters": parameters,
+            "tensors": {name: list(shape) for name, shape in header.tensors.items()},
+            "vocab": header.vocab,
+            "config": header.config.model_dump(mode="json"),
+            "figures": header.figures,
+        }
+        click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{path}: {parameters:,} parameters")
+    for name, shape in header.tensors.items():
+        click.echo(f"  {name:<28} {' × '.join(map(str, shape))}")
+    click.echo(f"\nvocabulary: {len(header.vocab)} characters, the most frequent first\n  {header.vocab!r}")
+    click.echo("\nfigures" + "".join(f"\n  {key:<28} {value}" for key, value in header.figures.items()))
+    click.echo(f"\nconfiguration\n{to_yaml(header.config)}", nl=False)
+
+
+def _load(model: str | None, implementation: str | None, device: str) -> "Loaded":
+    """The model that the options name, on the device that they name."""
+    from charlm import runs
+    from charlm.checkpoint import load_model
+    from charlm.device import choose_device
+
+    place: torch.device = choose_device(device)
+    return load_model(runs.find_model(model), implementation, place)

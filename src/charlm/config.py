@@ -1,0 +1,294 @@
+"""The one table of defaults: what can be configured, its types, ranges and defaults.
+
+A configuration is the defaults, overlaid by a YAML recipe, overlaid by ``--set section.key=value``.
+Every problem in it is reported at once. Only this module knows YAML.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from charlm.errors import ConfigError
+
+PACKAGE = Path(__file__).parent
+
+
+def shipped(folder: str) -> Path:
+    """The folder of files that ship with charlm: inside the wheel, or at the top of a checkout."""
+    packaged = PACKAGE / folder
+    return packaged if packaged.is_dir() else PACKAGE.parents[1] / folder
+
+
+class Section(BaseModel):
+    """Strict, closed and frozen: no silent conversions, no unknown keys, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class CorpusConfig(Section):
+    """What text is read, how it is cleaned and how it is split."""
+
+    source: str | list[str] = "sancho"
+    normalize: Literal["NFC", "NFD", "NFKC", "NFKD", "none"] = "NFC"
+    lowercase: bool = False
+    keep: str | None = None
+    split: Annotated[tuple[float, float, float], Field(strict=False)] = (0.9, 0.05, 0.05)
+    max_chars: Positive | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CorpusConfig":
+        train, val, test = self.split
+        if not (train > 0 and val > 0 and test >= 0 and math.isclose(train + val + test, 1, abs_tol=1e-6)):
+            raise ValueError(
+                f"split {list(self.split)} must be the shares of train, val and test: "
+                "train and val above 0, test 0 or more, adding up to 1, for example [0.9, 0.05, 0.05]"
+            )
+        if self.keep is not None:
+            try:
+                re.compile(f"[^{self.keep}]+")
+            except re.error as error:
+                raise ValueError(
+                    f"keep {self.keep!r} is not the inside of a character class ({error}); "
+                    'write for example "A-Za-z"'
+                ) from None
+        if not self.source:
+            raise ValueError(
+                "source is empty; name a bundled corpus, a file, a folder, a glob or a list of them"
+            )
+        return self
+
+
+class BatchesConfig(Section):
+    """How the encoded text becomes batches of shape (B, T)."""
+
+    sampling: Literal["sliding", "contiguous"] = "sliding"
+    batch_size: Positive = 32
+    seq_len: Positive = 128
+    stride: Positive = 64
+    shuffle: bool = True
+    max_train_windows: Positive | None = None
+    max_val_windows: Positive | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BatchesConfig":
+        if self.sampling == "contiguous" and self.max_train_windows:
+            raise ValueError(
+                "max_train_windows counts sliding windows; with sampling: contiguous use corpus.max_chars"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """The network: input, recurrent stack, linear head."""
+
+    cell: Literal["rnn", "lstm", "gru"] = "lstm"
+    implementation: Literal["scratch", "builtin"] = "builtin"
+    input: Literal["embedding", "one_hot"] = "embedding"
+    embedding_size: Positive = 64
+    hidden_size: Positive = 256
+    num_layers: Positive = 1
+    dropout: Share = 0.2
+    nonlinearity: Literal["tanh", "relu"] = "tanh"
+    gru_reset: Literal["after", "before"] = "after"
+    tie_weights: bool = False
+    init: Literal["default", "xavier", "orthogonal", "normal"] = "default"
+    forget_bias: Annotated[float, Field(allow_inf_nan=False)] | None = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.cell == "gru" and self.gru_reset == "before" and self.implementation != "scratch":
+            raise ValueError("gru_reset: before is not what torch computes; it needs implementation: scratch")
+        if self.tie_weights and (self.input != "embedding" or self.embedding_size != self.hidden_size):
+            raise ValueError(
+                "tie_weights needs input: embedding and embedding_size equal to hidden_size "
+                f"(they are {self.embedding_size} and {self.hidden_size})"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation, its budget, and what is reported and saved on the way."""
+
+    epochs: Positive = 10
+    max_steps: Positive | None = None
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"] = "adamw"
+    lr: PositiveFloat = 4e-3
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    momentum: Share = 0.0
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.99)
+    schedule: Literal["constant", "cosine", "one_cycle", "step", "plateau"] = "one_cycle"
+    warmup: Share = 0.1
+    min_lr: Share = 0.01
+    step_epochs: Positive = 1
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.5
+    plateau_patience: Annotated[int, Field(ge=0)] = 1
+    clip: Literal["norm", "value", "none"] = "norm"
+    clip_value: PositiveFloat = 1.0
+    early_stopping: Positive | None = None
+    eval_every: Positive | None = None
+    checkpoint_every: Positive | None = None
+    sample_chars: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class Config(Section):
+    """Everything a run is made from."""
+
+    corpus: CorpusConfig = CorpusConfig()
+    batches: BatchesConfig = BatchesConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 2e-3 as a number (YAML 1.2 does, PyYAML's 1.1 does not) and refuses double keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that `text` holds; `where` names it in the `ConfigError` for text that is no YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise ConfigError(f"{where} is not valid YAML{line}: {problem}") from None
+
+
+def to_yaml(config: Config) -> str:
+    """`config` as a YAML text that `load` reads back to an equal one."""
+    dump = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return str(dump)
+
+
+def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in `data`, nested dictionaries as YAML or JSON give them.
+
+    overrides: ``section.key=value`` texts laid on top.
+    Raises `ConfigError` that lists every problem; `where` names the origin.
+    """
+    _refuse(where, list(_misplaced(data)))
+    data = {section: dict(values or {}) for section, values in data.items()}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        section, _, key = name.strip().partition(".")
+        if not (equals and section and key):
+            raise ConfigError(f"--set {text!r} must read section.key=value, for example train.lr=2e-3")
+        where = f"{where} --set {text}".strip()
+        data.setdefault(section, {})[key] = parse_yaml(value, f"--set {text!r}")
+    _refuse(where, list(_misplaced(data)))
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        _refuse(where, [_explain(item) for item in error.errors()])
+        raise
+
+
+def load(recipe: str | None, overrides: Iterable[str] = ()) -> Config:
+    """The defaults, overlaid by the recipe named `recipe`, overlaid by ``section.key=value`` texts."""
+    if recipe is None:
+        return from_data({}, "", overrides)
+    path = find_recipe(recipe)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
+    data = parse_yaml(text, str(path))
+    return from_data({} if data is None else data, str(path), overrides)
+
+
+def override(config: Config, overrides: Iterable[str]) -> Config:
+    """`config` with the ``section.key=value`` texts laid on top."""
+    return from_data(config.model_dump(mode="json"), "", overrides)
+
+
+def find_recipe(name: str) -> Path:
+    """`name` as a path, else in ./configs, else among the recipes that ship with charlm."""
+    names = [name] if name.endswith((".yaml", ".yml")) else [name, f"{name}.yaml"]
+    for folder in (Path(), Path("configs"), shipped("configs")):
+        for candidate in names:
+            if (folder / candidate).is_file():
+                return folder / candidate
+    known = sorted(str(path.relative_to(shipped("configs"))) for path in shipped("configs").rglob("*.yaml"))
+    raise ConfigError(
+        f"no recipe {name!r}, neither as a file nor in ./configs" + _nearest(name, known, known)
+    )
+
+
+def _refuse(where: str, problems: list[str]) -> None:
+    """Raise one `ConfigError` for all `problems`, if there are any."""
+    if len(problems) == 1:
+        raise ConfigError(f"{where}: {problems[0]}".removeprefix(": "))
+    if problems:
+        raise ConfigError(
+            f"{where}: {len(problems)} problems".removeprefix(": ") + "".join(f"\n  {p}" for p in problems)
+        )
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "corpus": CorpusConfig,
+    "batches": BatchesConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+}
+_KEYS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
+
+
+def _misplaced(data: Any) -> Iterator[str]:
+    """Sections and keys that do not exist, each with the nearest that does."""
+    if not isinstance(data, dict):
+        yield f"{data!r} must be a mapping with the sections {', '.join(_SECTIONS)}"
+        return
+    for section, values in data.items():
+        if section not in _SECTIONS:
+            yield f"unknown section {section!r}" + _nearest(str(section), [*_SECTIONS, *_KEYS], _SECTIONS)
+        elif isinstance(values, dict):
+            known = list(_SECTIONS[section].model_fields)
+            for key in [key for key in values if key not in known]:
+                yield f"unknown key {section}.{key}" + _nearest(str(key), [*known, *_KEYS], known)
+        elif values is not None:
+            yield f"{section} is {values!r}; it must be a mapping of keys to values"
+
+
+def _nearest(name: str, candidates: list[str], listed: Iterable[str]) -> str:
+    """A hint at what was meant: the same key in a section, else the nearest spelling, else all `listed`."""
+    elsewhere = [key for key in candidates if key.endswith(f".{name}")]
+    near = elsewhere or difflib.get_close_matches(name, candidates, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(listed)}"
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as: the key, its value, what is allowed."""
+    name = ".".join(str(part) for part in error["loc"][:2])
+    message = str(error["msg"])
+    if error["type"] == "value_error":
+        return f"{name}.{message.removeprefix('Value error, ')}"
+    allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{name} is {error['input']!r}; it must be {allowed}"

@@ -1,0 +1,56 @@
+"""Where a model runs and in which precision it multiplies."""
+
+from typing import Any
+
+import torch
+
+from charlm.errors import ConfigError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name`; ``auto`` takes CUDA, else MPS, else the CPU.
+
+    Raises `ConfigError` for a device that this machine lacks.
+    """
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cuda", *available]
+    if torch.backends.mps.is_available():
+        available = ["mps", *available]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise ConfigError(
+            f"device {name!r} is not available here; choose auto or one of {', '.join(available)}"
+        )
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The type in which `device` multiplies matrices, and why.
+
+    ``auto`` is bfloat16 where the device multiplies it natively, else float32: without such instructions
+    bfloat16 products run a hundred times slower than float32's.
+    """
+    if name != "auto":
+        return getattr(torch, name), "as asked for"
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        reason = "this GPU multiplies bfloat16" if native else "this GPU does not multiply bfloat16"
+    elif device.type == "cpu":
+        native = bool(_cpu("_is_avx512_bf16_supported") or _cpu("_is_amx_tile_supported"))
+        reason = "this CPU has bfloat16 instructions" if native else "this CPU has no bfloat16 instructions"
+    else:
+        native, reason = False, f"the safe choice on {device.type}"
+    return (torch.bfloat16 if native else torch.float32), reason
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A context in which matrix products run in `precision`; weights, state and loss stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != torch.float32)
+
+
+def _cpu(question: str) -> Any:
+    """Ask torch about the CPU; these functions are not public and may be missing."""
+    function = getattr(torch.cpu, question, None)
+    return function() if function else False

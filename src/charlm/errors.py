@@ -1,0 +1,25 @@
+"""What a user did or met that stops the work, said in one sentence with the fix."""
+
+
+class CharlmError(Exception):
+    """Shown as one line on stderr, with no traceback; the command exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(CharlmError):
+    """The configuration or the command's arguments are wrong."""
+
+    exit_code = 2
+
+
+class UnknownCharactersError(CharlmError):
+    """A text has characters that the vocabulary lacks."""
+
+
+class Interrupted(CharlmError):  # noqa: N818 - what happened, not a mistake
+    """The user asked for a stop; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,80 @@
+"""Optimisers, learning-rate schedules and gradient clipping, as `TrainConfig` names them."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from charlm.config import TrainConfig
+
+Schedule = LambdaLR | ReduceLROnPlateau
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """The optimiser over all of `model`'s parameters; weight decay spares vectors, which are biases."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    makers: dict[str, Callable[[], Optimizer]] = {
+        "sgd": lambda: SGD(groups, lr=config.lr, momentum=config.momentum),
+        "adam": lambda: Adam(groups, lr=config.lr, betas=config.betas),
+        "adamw": lambda: AdamW(groups, lr=config.lr, betas=config.betas),
+        "rmsprop": lambda: RMSprop(groups, lr=config.lr, momentum=config.momentum),
+        "adadelta": lambda: Adadelta(groups, lr=config.lr),
+    }
+    return makers[config.optimizer]()
+
+
+def make_schedule(
+    optimizer: Optimizer, config: TrainConfig, total_steps: int, steps_per_epoch: int
+) -> Schedule:
+    """The learning rate's course, stepped after every step; ``plateau`` is after every val loss."""
+    if config.schedule == "plateau":
+        return ReduceLROnPlateau(
+            optimizer, factor=config.decay, patience=config.plateau_patience, min_lr=config.lr * config.min_lr
+        )
+    return LambdaLR(optimizer, lambda step: lr_factor(step, config, total_steps, steps_per_epoch))
+
+
+def lr_factor(step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int) -> float:
+    """What the learning rate is multiplied by at `step`, 0 the first.
+
+    constant: 1. step: decay^⌊epoch / step_epochs⌋.
+    cosine: from 0 up to 1 along a line over the first ``warmup`` of the steps, then half a cosine down to
+    ``min_lr`` (Loshchilov & Hutter 2017).
+    one_cycle: half a cosine from 1/25 up to 1 over ``warmup``, half a cosine down to ``min_lr`` (Smith 2018).
+    """
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "step":
+        return float(config.decay ** (step // (steps_per_epoch * config.step_epochs)))
+    warmup_steps = config.warmup * total_steps
+    if step < warmup_steps:
+        if config.schedule == "cosine":
+            return (step + 1) / (warmup_steps + 1)
+        return _half_cosine(step / warmup_steps, 1 / 25, 1.0)
+    done = (step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1)
+    return _half_cosine(min(done, 1.0), 1.0, config.min_lr)
+
+
+def _half_cosine(done: float, start: float, end: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def clip_gradients(model: nn.Module, config: TrainConfig) -> Tensor:
+    """Clip all gradients as ``train.clip`` says; returns their norm before, a tensor of shape ().
+
+    norm: g ← min(1, clip_value / ‖g‖) g over all parameters together (Pascanu et al. 2013).
+    value: each number into [-clip_value, clip_value].
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    limit = config.clip_value if config.clip == "norm" else math.inf
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    if config.clip == "value":
+        nn.utils.clip_grad_value_(parameters, config.clip_value)
+    return norm.detach()

@@ -1,0 +1,70 @@
+"""What a person sees of a training: a bar on a terminal, a line after each evaluation anywhere."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from charlm.metrics import perplexity
+
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+
+
+class TrainingDisplay:
+    """Shows the loop on stderr; there is a bar only where stderr is a terminal."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm[Any] | None = None
+        self.steps_per_epoch = 1
+        self.chars_per_second = 0.0
+
+    def say(self, line: str = "") -> None:
+        """Print a line, above the bar if there is one."""
+        tqdm.write(line, file=sys.stderr)
+
+    def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        """Show the bar at `step`."""
+        self.steps_per_epoch = steps_per_epoch
+        self.epochs = -(-total_steps // steps_per_epoch)
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total_steps,
+                initial=step,
+                bar_format=_BAR,
+                dynamic_ncols=True,
+                leave=False,
+                file=sys.stderr,
+            )
+
+    def step(self, loss: float, characters: int, seconds: float) -> None:
+        """Move the bar one step on."""
+        if self.bar is None:
+            return
+        rate = characters / seconds
+        self.chars_per_second = 0.9 * self.chars_per_second + 0.1 * rate if self.chars_per_second else rate
+        self.bar.set_description_str(
+            f"epoch {self.bar.n // self.steps_per_epoch + 1}/{self.epochs}", refresh=False
+        )
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f} ppl {perplexity(loss):.4g} {self.chars_per_second / 1000:.1f}k char/s",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def evaluated(self, row: dict[str, Any], best: bool) -> None:
+        """Print the row's figures; a star marks the best val loss so far."""
+        self.say(
+            f"epoch {row['epoch']:<4g} train {row['train_loss']:.3f}  val {row['val_loss']:.3f}  "
+            f"ppl {row['val_perplexity']:.2f}  bpc {row['val_bits_per_character']:.3f}  "
+            f"lr {row['lr']:.1e}  grad {row['grad_norm']:.2f}  {row['seconds']:.0f} s{' *' if best else ''}"
+        )
+
+    def sample(self, text: str) -> None:
+        """Print a text by the model, indented."""
+        self.say("".join(f"    | {line}\n" for line in text.strip("\n").split("\n")).rstrip("\n"))
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

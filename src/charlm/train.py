@@ -1,0 +1,306 @@
+"""The training loop: steps, evaluations, saves, and going on from where a run stopped."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from charlm.batches import make_batches, val_characters
+from charlm.cells import State
+from charlm.checkpoint import load_model, load_weights, save_model
+from charlm.config import Config
+from charlm.corpus import Corpus
+from charlm.device import autocast, choose_device, choose_precision
+from charlm.errors import CharlmError, Interrupted
+from charlm.evaluate import evaluate
+from charlm.metrics import Score, perplexity
+from charlm.model import CharLM
+from charlm.optim import clip_gradients, make_optimizer, make_schedule
+from charlm.runs import Run
+from charlm.sample import generate
+
+Row = dict[str, Any]
+
+
+class Reporter(Protocol):
+    """What shows the training to a person."""
+
+    def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        """The loop begins at `step`."""
+
+    def step(self, loss: float, characters: int, seconds: float) -> None:
+        """A step was taken, over so many characters, in so many seconds."""
+
+    def evaluated(self, row: Row, best: bool) -> None:
+        """The log has a new row; `best` if its val loss is the lowest so far."""
+
+    def sample(self, text: str) -> None:
+        """The model wrote a text."""
+
+    def end(self) -> None:
+        """The loop is over, whatever ended it."""
+
+
+@dataclass
+class Progress:
+    """What the loop remembers between steps, apart from tensors.
+
+    train_nats, train_characters, train_seconds: sums since the last evaluation.
+    seconds: time spent in steps, in all.
+    """
+
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    train_nats: float = 0.0
+    train_characters: int = 0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    log_size: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended: the best model's figures, and its score on the test split if there is one."""
+
+    best: Row
+    test: Score | None
+
+
+class Trainer:
+    """A model in training: `train` takes it from `progress.step` to the end of its budget.
+
+    Raises `CharlmError` for a device that is not here and a corpus too short for the batches.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus):
+        self.config, self.corpus = config, corpus
+        self.device = choose_device(config.train.device)
+        self.precision, self.precision_reason = choose_precision(config.train.precision, self.device)
+        self.batches = make_batches(corpus.train, config.batches)
+        self.val = corpus.val[: val_characters(config.batches)]
+        if len(self.val) < 2:
+            raise CharlmError(
+                f"the val split has {len(self.val)} characters, too few to score; "
+                "take a longer text or a larger val share in corpus.split"
+            )
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        if config.train.max_steps:
+            self.total_steps = min(self.total_steps, config.train.max_steps)
+        torch.manual_seed(config.train.seed)  # dropout draws from torch's global generators
+        self.model = CharLM(len(corpus.vocab), config.model).initialise(config.train.seed).to(self.device)
+        self.optimizer = make_optimizer(self.model, config.train)
+        self.schedule = make_schedule(self.optimizer, config.train, self.total_steps, self.steps_per_epoch)
+        self.progress = Progress()
+        self.carried: State | None = None
+        self.grad_norm = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is used up or early stopping has struck."""
+        patience = self.config.train.early_stopping
+        stopped_early = patience is not None and self.progress.evaluations_since_best >= patience
+        return stopped_early or self.progress.step >= self.total_steps
+
+    def train(self, run: Run, reporter: Reporter) -> Result:
+        """Train to the end, leaving models, state and log in `run`'s folder.
+
+        Raises `Interrupted` after Ctrl-C or SIGTERM, once the step is finished and the state is saved, and
+        `CharlmError` for a loss that is not finite and files that cannot be written.
+        """
+        progress, every = self.progress, self.config.train
+        eval_every = every.eval_every or self.steps_per_epoch
+        reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
+        try:
+            with _caught_signals() as caught:
+                for x, y in self._remaining_batches():
+                    self._step(x, y, reporter)
+                    if progress.step % eval_every == 0 or progress.step == self.total_steps:
+                        self._evaluate(run, reporter)
+                    elif caught or (every.checkpoint_every and progress.step % every.checkpoint_every == 0):
+                        self._save(run)
+                    if caught and not self.finished:
+                        raise Interrupted(
+                            f"stopped at step {progress.step} of {self.total_steps}; "
+                            f"go on with: charlm train --resume {run.folder}",
+                            caught[0],
+                        )
+                    if self.finished:
+                        break
+        finally:
+            reporter.end()
+        return self._finish(run)
+
+    def _remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from `progress.step` on, epoch after epoch."""
+        while self.progress.step < self.total_steps:
+            epoch, start = divmod(self.progress.step, self.steps_per_epoch)
+            if start == 0:
+                self.carried = None
+            yield from self.batches.loader(self.config.train.seed, epoch, start)
+
+    def _step(self, x: Tensor, y: Tensor, reporter: Reporter) -> None:
+        """One optimiser step on a batch (B, T)."""
+        began = time.perf_counter()
+        x, y = x.to(self.device), y.to(self.device)
+        state = self.carried or self.model.initial_state(len(x))
+        self.model.train()
+        with autocast(self.device, self.precision):
+            logits, state = self.model(x, state)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = clip_gradients(self.model, self.config.train)
+        nats = loss.item()
+        progress = self.progress
+        if not math.isfinite(nats):
+            raise CharlmError(
+                f"the loss is {nats} after step {progress.step}: training diverged; "
+                "take a smaller train.lr or train.clip: norm"
+            )
+        self.optimizer.step()
+        if not isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step()
+        self.grad_norm = grad_norm.item()
+        if self.batches.carries_state:
+            self.carried = tuple(tensor.detach() for tensor in state)
+        seconds = time.perf_counter() - began
+        progress.step += 1
+        progress.train_nats += nats * y.numel()
+        progress.train_characters += y.numel()
+        progress.train_seconds += seconds
+        progress.seconds += seconds
+        reporter.step(nats, y.numel(), seconds)
+
+    def _evaluate(self, run: Run, reporter: Reporter) -> None:
+        """Score the val split, log a row, keep the model if it is the best, save."""
+        progress, lr = self.progress, self.optimizer.param_groups[0]["lr"]
+        val = evaluate(self.model, self.val)
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(val.loss)
+        train_loss = progress.train_nats / progress.train_characters
+        row: Row = {
+            "step": progress.step,
+            "epoch": round(progress.step / self.steps_per_epoch, 4),
+            "train_loss": train_loss,
+            "train_perplexity": perplexity(train_loss),
+            "val_loss": val.loss,
+            "val_perplexity": val.perplexity,
+            "val_bits_per_character": val.bits_per_character,
+            "lr": lr,
+            "grad_norm": self.grad_norm,
+            "chars_per_second": progress.train_characters / progress.train_seconds,
+            "seconds": progress.seconds,
+        }
+        best = val.loss < progress.best_loss
+        if best:
+            progress.best_loss, progress.best_step, progress.evaluations_since_best = (
+                val.loss,
+                progress.step,
+                0,
+            )
+        else:
+            progress.evaluations_since_best += 1
+        progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
+        progress.log_size = run.log(row)
+        if best:
+            save_model(run.best, self.model, self.corpus.vocab, self.config, _timeless(row))
+        self._save(run, row)
+        reporter.evaluated(row, best)
+        if self.config.train.sample_chars:
+            reporter.sample(self._sample(self.config.train.sample_chars))
+
+    def _sample(self, length: int) -> str:
+        """A text by the model as it is, from a generator of its own: training is the same without it."""
+        generator = torch.Generator().manual_seed(self.config.train.seed + self.progress.step)
+        start = self.corpus.vocab.encode("", "skip")
+        return "".join(generate(self.model, self.corpus.vocab, start, length, 0.7, generator=generator))
+
+    def _save(self, run: Run, row: Row | None = None) -> None:
+        """Write ``last.safetensors`` and ``state.pt``; the latter alone is enough to go on from."""
+        figures = _timeless(row or {"step": self.progress.step})
+        save_model(run.last, self.model, self.corpus.vocab, self.config, figures)
+        run.save_state(
+            {
+                "corpus": self.corpus.fingerprint,
+                "progress": asdict(self.progress),
+                "weights": {name: tensor.detach() for name, tensor in self.model.named_parameters()},
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "carried": self.carried,
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            }
+        )
+
+    def restore(self, run: Run) -> None:
+        """Take up the state that `run` saved last, and cut its log back to it.
+
+        Raises `CharlmError` for a state that is missing, damaged, or of another corpus.
+        """
+        state = run.load_state()
+        try:
+            if state["corpus"] != self.corpus.fingerprint:
+                raise CharlmError(
+                    f"the corpus has changed since the run {run.folder} was begun; "
+                    "restore the text, or begin a new run"
+                )
+            self.progress = Progress(**state["progress"])
+            load_weights(self.model, state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            carried = state["carried"]
+            self.carried = carried and tuple(tensor.to(self.device) for tensor in carried)
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda" and state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CharlmError(f"{run.state} does not fit the run's configuration: {error}") from None
+        run.cut_log(self.progress.log_size)
+
+    def _finish(self, run: Run) -> Result:
+        """Score the test split with the best model and log that."""
+        best = load_model(run.best, device=self.device)
+        test = evaluate(best.model, self.corpus.test) if len(self.corpus.test) > 1 else None
+        if test:
+            figures = {"test_loss": test.loss, "test_perplexity": test.perplexity}
+            figures["test_bits_per_character"] = test.bits_per_character
+            run.log({"step": self.progress.step, "best_step": self.progress.best_step, **figures})
+        return Result(best.figures, test)
+
+
+def _timeless(row: Row) -> Row:
+    """`row` without what differs from one run of the same command to the next."""
+    return {key: value for key, value in row.items() if key not in ("seconds", "chars_per_second")}
+
+
+@contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM in a list for the loop to look at; a second one acts at once."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # Python hands signals to the main thread only
+        return
+
+    def catch(number: int, frame: object) -> None:
+        caught.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {each: signal.signal(each, catch) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

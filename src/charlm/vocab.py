@@ -1,0 +1,86 @@
+"""`Vocab`: character to id and back, as tensors."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from charlm.errors import CharlmError, UnknownCharactersError
+
+Unknown = Literal["error", "skip", "replace"]
+
+_CODE_POINTS = 0x110000
+_NAMED = 8  # how many unknown characters an error names
+
+
+def code_points(text: str) -> Tensor:
+    """The Unicode code points of `text`: int32 of shape (len(text),)."""
+    if not text:
+        return torch.empty(0, dtype=torch.int32)
+    # Command-line arguments can hold lone surrogates.
+    return torch.frombuffer(bytearray(text, "utf-32-le", "surrogatepass"), dtype=torch.int32)
+
+
+class Vocab:
+    """The characters that a model knows; a character's id is its place in `characters`."""
+
+    def __init__(self, characters: str):
+        assert len(set(characters)) == len(characters), "a vocabulary has each character once"
+        self.characters = characters
+        self._points = code_points(characters)
+        self._ids = torch.full((_CODE_POINTS,), -1, dtype=torch.int32)
+        self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32)
+
+    @classmethod
+    def from_text(cls, text: str) -> "Vocab":
+        """The characters of `text`, the most frequent first, ties by code point.
+
+        Raises `CharlmError` for an empty text.
+        """
+        if not text:
+            raise CharlmError("the corpus is empty: there is no character to learn from")
+        counts = torch.bincount(code_points(text), minlength=_CODE_POINTS)
+        present = counts.nonzero().squeeze(1)
+        order = torch.argsort(counts[present], descending=True, stable=True)
+        return cls("".join(map(chr, present[order].tolist())))
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str, unknown: Unknown = "error", name: str = "the text") -> Tensor:
+        """The ids of `text`: int32 of shape (N,), N the number of its characters that are kept.
+
+        unknown: what becomes of characters that are not in the vocabulary. ``error`` raises
+            `UnknownCharactersError`, which names each with its position; ``skip`` leaves them out;
+            ``replace`` puts a space for each, or the most frequent character where no space is known.
+        name: what the error calls the text.
+        """
+        ids = self._ids[code_points(text)]
+        missing = ids < 0
+        if not missing.any():
+            return ids
+        if unknown == "skip":
+            return ids[~missing]
+        if unknown == "replace":
+            return ids.masked_fill(missing, max(self.characters.find(" "), 0))
+        raise UnknownCharactersError(self._describe(text, missing, name))
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of `ids`, integers of shape (N,)."""
+        return "".join(self.characters[i] for i in ids.tolist())
+
+    def _describe(self, text: str, missing: Tensor, name: str) -> str:
+        first: dict[str, int] = {}
+        for position in missing.nonzero().squeeze(1).tolist():
+            first.setdefault(text[position], position)
+        named = [f"{ascii_name(char)} at position {at}" for char, at in list(first.items())[:_NAMED]]
+        rest = f" and {len(first) - _NAMED} more" if len(first) > _NAMED else ""
+        return (
+            f"{name} has characters that the model does not know: {', '.join(named)}{rest}; "
+            "--unknown skip leaves them out, --unknown replace puts a space for each"
+        )
+
+
+def ascii_name(char: str) -> str:
+    """`char` as people and terminals can tell it: itself where it prints, and its code point."""
+    return f"{char!r} (U+{ord(char):04X})"

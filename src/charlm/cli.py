@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from charlm.checkpoint import Loaded
     from charlm.metrics import Score
-    from charlm.train import Trainer
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -128,13 +127,13 @@ def train(
     trainer = Trainer(config, Corpus.load(config.corpus))
     if dry_run:
         click.echo(configuration.to_yaml(config))
-        click.echo("\n".join(_describe(trainer)))
+        click.echo("\n".join(trainer.describe()))
         click.echo(
             f"would write {run.folder}/ with config.yaml, model.safetensors, last.safetensors, state.pt, "
             "metrics.jsonl"
         )
         return
-    for line in _describe(trainer):
+    for line in trainer.describe():
         display.say(line)
     if resume:
         trainer.restore(run)
@@ -148,17 +147,7 @@ def train(
     else:
         runs.create(run, config)
     result = trainer.train(run, display)
-    row = result.best
-    display.say()
-    display.say(
-        f"best     val {_figures(row['val_loss'], row['val_perplexity'], row['val_bits_per_character'])}, "
-        f"at epoch {row['epoch']:g}"
-    )
-    if result.test:
-        test = result.test
-        display.say(f"test     {_figures(test.loss, test.perplexity, test.bits_per_character)}")
-    display.say(f"model    {run.best}")
-    display.say(f'write    charlm generate --model {run.folder} --prefix "{_a_prefix(trainer)}"')
+    display.finished(result.best, result.test, run.folder, trainer.suggested_prefix)
 
 
 def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -174,41 +163,6 @@ def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
             f"--resume cannot change {', '.join(changed)}; only train.epochs and train.max_steps: "
             "begin a new run for the rest"
         )
-
-
-def _describe(trainer: "Trainer") -> list[str]:
-    """What is about to be trained, on what, in short lines."""
-    from charlm.model import num_parameters
-
-    corpus, config, batches = trainer.corpus, trainer.config, trainer.batches
-    files = str(corpus.files[0]) if len(corpus.files) == 1 else f"{len(corpus.files)} files"
-    sizes = f"train {len(corpus.train):,}, val {len(trainer.val):,}, test {len(corpus.test):,} characters"
-    model, state = config.model, "carried" if batches.carries_state else "afresh in each window"
-    layers = f"{model.num_layers} × {model.hidden_size}"
-    count = num_parameters(trainer.model)
-    precision = str(trainer.precision).removeprefix("torch.")
-    lines = [
-        f"corpus   {files}: {sizes}; {len(corpus.vocab)} different",
-        f"model    {model.cell} {layers}, {model.implementation}: {count:,} parameters",
-        f"batches  {config.batches.sampling}, {config.batches.batch_size} × {config.batches.seq_len}, "
-        f"state {state}; {batches.steps_per_epoch} steps an epoch, {trainer.total_steps} in all",
-        f"device   {trainer.device}, {precision} ({trainer.precision_reason})",
-    ]
-    if corpus.unseen:
-        lines.insert(
-            1, f"         {corpus.unseen} characters of val and test are not in train; they are left out"
-        )
-    return lines
-
-
-def _figures(loss: float, perplexity: float, bits: float) -> str:
-    return f"perplexity {perplexity:.2f}, {bits:.3f} bits per character, {loss:.4f} nats"
-
-
-def _a_prefix(trainer: "Trainer") -> str:
-    """A prefix that the model can read."""
-    known = trainer.corpus.vocab.characters
-    return "quijote " if all(char in known for char in "quijote ") else known[:1].strip()
 
 
 @cli.command()

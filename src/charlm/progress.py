@@ -1,11 +1,13 @@
 """What a person sees of a training: a bar on a terminal, a line after each evaluation anywhere."""
 
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from charlm.metrics import perplexity
+from charlm.metrics import Score, perplexity
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
 
@@ -63,8 +65,26 @@ class TrainingDisplay:
         """Print a text by the model, indented."""
         self.say("".join(f"    | {line}\n" for line in text.strip("\n").split("\n")).rstrip("\n"))
 
+    def finished(self, best: dict[str, Any], test: Score | None, folder: Path, prefix: str) -> None:
+        """Print the figures of the best model, where it is, and how to write with it."""
+        val = (best["val_perplexity"], best["val_bits_per_character"], best["val_loss"])
+        self.say()
+        self.say(f"best     {_figures('val', *val)}, at epoch {best['epoch']:g}")
+        if test:
+            self.say(f"test     {_figures('test', test.perplexity, test.bits_per_character, test.loss)}")
+        self.say(f"model    {folder / 'model.safetensors'}")
+        self.say(
+            f"write    charlm generate --model {shlex.quote(str(folder))} --prefix {shlex.quote(prefix)}"
+        )
+
     def end(self) -> None:
         """Take the bar away."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def _figures(split: str, perplexity: float, bits_per_character: float, loss: float) -> str:
+    return (
+        f"{split} perplexity {perplexity:.2f}, {bits_per_character:.3f} bits per character, {loss:.4f} nats"
+    )

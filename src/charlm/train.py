@@ -23,7 +23,7 @@ from charlm.device import autocast, choose_device, choose_precision
 from charlm.errors import CharlmError, Interrupted
 from charlm.evaluate import evaluate
 from charlm.metrics import Score, perplexity
-from charlm.model import CharLM
+from charlm.model import CharLM, num_parameters
 from charlm.optim import clip_gradients, make_optimizer, make_schedule
 from charlm.runs import Run
 from charlm.sample import generate
@@ -105,6 +105,32 @@ class Trainer:
         self.progress = Progress()
         self.carried: State | None = None
         self.grad_norm = 0.0
+
+    def describe(self) -> list[str]:
+        """What is trained on what, in short lines."""
+        corpus, batches, model = self.corpus, self.config.batches, self.config.model
+        source = str(corpus.files[0]) if len(corpus.files) == 1 else f"{len(corpus.files)} files"
+        sizes = f"train {len(corpus.train):,}, val {len(self.val):,}, test {len(corpus.test):,}"
+        state = "carried" if self.batches.carries_state else "afresh in each window"
+        precision = str(self.precision).removeprefix("torch.")
+        lines = [
+            f"corpus   {source}: {sizes} characters, {len(corpus.vocab)} different",
+            f"model    {model.cell} {model.num_layers} × {model.hidden_size}, {model.implementation}: "
+            f"{num_parameters(self.model):,} parameters",
+            f"batches  {batches.sampling}, {batches.batch_size} × {batches.seq_len}, state {state}; "
+            f"{self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all",
+            f"device   {self.device}, {precision} ({self.precision_reason})",
+        ]
+        if corpus.unseen:
+            lines.insert(1, f"         left out of val and test: {corpus.unseen} characters that train lacks")
+        return lines
+
+    @property
+    def suggested_prefix(self) -> str:
+        """A prefix that the model can read, to show how to generate."""
+        known = self.corpus.vocab.characters
+        letters = (char for char in known if char.isalpha())
+        return "quijote " if set("quijote ") <= set(known) else next(letters, known[0])
 
     @property
     def finished(self) -> bool:

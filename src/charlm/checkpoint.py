@@ -4,11 +4,7 @@ The header's ``charlm`` entry is JSON: format version, configuration, vocabulary
 safetensors file can run code. Files are written whole or not at all.
 """
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from torch import Tensor
 from charlm import config as configuration
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
+from charlm.files import write_atomically
 from charlm.model import CharLM
 from charlm.vocab import Vocab
 
@@ -39,39 +36,6 @@ class Header:
     vocab: str
     figures: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, make it durable, and put it in the place of `path`.
-
-    Raises `CharlmError` where that fails; what stood at `path` is then untouched.
-    """
-    temporary = None
-    try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        os.close(descriptor)
-        # mkstemp makes files that only their owner reads.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        if os.name == "posix":  # the rename itself
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise CharlmError(f"cannot write {path}: {reason}; free some space or take another folder") from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def save_model(path: Path, model: CharLM, vocab: Vocab, config: Config, figures: dict[str, Any]) -> None:

@@ -219,12 +219,13 @@ def generate(
     from charlm import sample, text
 
     loaded = _load(model, implementation, device)
+    cleaning = loaded.config.corpus.cleaning
     if prefix == "-":
         prefix = text.decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
-    prefix = text.clean(prefix, loaded.config.corpus)
+    prefix = text.clean(prefix, **cleaning)
     ids = loaded.vocab.encode(prefix, unknown, "the prefix")  # type: ignore[arg-type]
     shown = loaded.vocab.decode(ids)
-    stop = text.clean(stop, loaded.config.corpus)
+    stop = text.clean(stop, **cleaning)
     for k in range(num_samples):
         generator = torch.Generator()
         generator.manual_seed((seed + k) % 2**63) if seed is not None else generator.seed()
@@ -269,7 +270,7 @@ def evaluate(
     for name in files:
         for path in [Path("-")] if name == "-" else text.find_files(name):
             content = text.decode(sys.stdin.buffer.read(), "stdin") if name == "-" else text.read_file(path)
-            content = text.clean(text.strip_gutenberg(content), loaded.config.corpus)
+            content = text.clean(text.strip_gutenberg(content), **loaded.config.corpus.cleaning)
             ids = loaded.vocab.encode(content, unknown, str(path))  # type: ignore[arg-type]
             if len(ids) < 2:
                 raise CharlmError(f"{path} has {len(ids)} characters to score; it takes two or more")

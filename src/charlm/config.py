@@ -15,14 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from charlm.errors import ConfigError
-
-PACKAGE = Path(__file__).parent
-
-
-def shipped(folder: str) -> Path:
-    """The folder of files that ship with charlm: inside the wheel, or at the top of a checkout."""
-    packaged = PACKAGE / folder
-    return packaged if packaged.is_dir() else PACKAGE.parents[1] / folder
+from charlm.resources import shipped
 
 
 class Section(BaseModel):
@@ -67,6 +60,11 @@ class CorpusConfig(Section):
                 "source is empty; name a bundled corpus, a file, a folder, a glob or a list of them"
             )
         return self
+
+    @property
+    def cleaning(self) -> dict[str, Any]:
+        """The arguments of `text.clean`."""
+        return {"normalize": self.normalize, "lowercase": self.lowercase, "keep": self.keep}
 
 
 class BatchesConfig(Section):
@@ -207,7 +205,7 @@ def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        _refuse(where, [_explain(item) for item in error.errors()])
+        _refuse(where, _explain(error))
         raise
 
 
@@ -284,11 +282,17 @@ def _nearest(name: str, candidates: list[str], listed: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(listed)}"
 
 
-def _explain(error: Any) -> str:
-    """One pydantic error as: the key, its value, what is allowed."""
-    name = ".".join(str(part) for part in error["loc"][:2])
-    message = str(error["msg"])
-    if error["type"] == "value_error":
-        return f"{name}.{message.removeprefix('Value error, ')}"
-    allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{name} is {error['input']!r}; it must be {allowed}"
+def _explain(errors: ValidationError) -> list[str]:
+    """Each wrong key with its value and what is allowed; a key of several types has an error for each."""
+    explained: dict[str, str] = {}
+    for error in errors.errors():
+        name = ".".join(str(part) for part in error["loc"][:2])
+        if error["type"] == "value_error":
+            explained[name] = f"{name}.{error['msg'].removeprefix('Value error, ')}"
+            continue
+        allowed = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        if name in explained:
+            explained[name] += f" or {allowed}"
+        else:
+            explained[name] = f"{name} is {error['input']!r}; it must be {allowed}"
+    return list(explained.values())

@@ -37,7 +37,7 @@ class Corpus:
         Raises `CharlmError` for files that cannot be read and for an empty text.
         """
         files = tuple(text.find_files(config.source))
-        content = text.read(files, config)
+        content = text.clean(text.read(files), **config.cleaning)[: config.max_chars]
         if not content.strip():
             raise CharlmError(f"the corpus is empty: no text in {', '.join(map(str, files[:4]))}")
         return cls.from_text(content, config.split, files)

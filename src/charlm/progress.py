@@ -69,13 +69,12 @@ class TrainingDisplay:
         """Print the figures of the best model, where it is, and how to write with it."""
         val = (best["val_perplexity"], best["val_bits_per_character"], best["val_loss"])
         self.say()
-        self.say(f"best     {_figures('val', *val)}, at epoch {best['epoch']:g}")
+        self.say(f"best     val {_figures(*val)}, at epoch {best['epoch']:g}")
         if test:
-            self.say(f"test     {_figures('test', test.perplexity, test.bits_per_character, test.loss)}")
+            self.say(f"test     {_figures(test.perplexity, test.bits_per_character, test.loss)}")
         self.say(f"model    {folder / 'model.safetensors'}")
-        self.say(
-            f"write    charlm generate --model {shlex.quote(str(folder))} --prefix {shlex.quote(prefix)}"
-        )
+        where, start = shlex.quote(str(folder)), shlex.quote(prefix)
+        self.say(f"write    charlm generate --model {where} --prefix {start}")
 
     def end(self) -> None:
         """Take the bar away."""
@@ -84,7 +83,5 @@ class TrainingDisplay:
             self.bar = None
 
 
-def _figures(split: str, perplexity: float, bits_per_character: float, loss: float) -> str:
-    return (
-        f"{split} perplexity {perplexity:.2f}, {bits_per_character:.3f} bits per character, {loss:.4f} nats"
-    )
+def _figures(perplexity: float, bits_per_character: float, loss: float) -> str:
+    return f"perplexity {perplexity:.2f}, {bits_per_character:.3f} bits per character, {loss:.4f} nats"

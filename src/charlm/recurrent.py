@@ -49,8 +49,7 @@ class Scratch(nn.Module):
         last = []
         for k in range(self.num_layers):
             W_ih, W_hh, b_ih, b_hh = (
-                self.get_parameter(f"{name}_l{k}")
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                getattr(self, f"{name}_l{k}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             )
             if k:
                 y = F.dropout(y, self.dropout, self.training)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from charlm import config as configuration
-from charlm.checkpoint import write_atomically
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
+from charlm.files import write_atomically
 
 RUNS = Path("runs")
 

@@ -13,9 +13,12 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal, cast
 
-from charlm.config import CorpusConfig, shipped
 from charlm.errors import CharlmError
+from charlm.resources import shipped
+
+NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 
 BUNDLED = ("sancho",)
 
@@ -101,21 +104,20 @@ def strip_gutenberg(text: str) -> str:
     return text[start.end() : end.start()].strip("\n") + "\n" if start and end else text
 
 
-def clean(text: str, config: CorpusConfig) -> str:
-    """`text` as the model sees it: Unicode normal form, lower case, kept characters, as `config` says.
+def clean(text: str, normalize: str = "NFC", lowercase: bool = False, keep: str | None = None) -> str:
+    """`text` as the model sees it.
 
-    Each run of characters outside ``config.keep`` (the inside of a regular expression's character class)
-    becomes one space.
+    normalize: the Unicode normal form, or ``none``.
+    keep: the inside of a regular expression's character class; each run of other characters becomes a space.
     """
-    if config.normalize != "none":
-        text = unicodedata.normalize(config.normalize, text)
-    if config.keep is not None:
-        text = re.sub(f"[^{config.keep}]+", " ", text)
-    return text.lower() if config.lowercase else text
+    if normalize != "none":
+        text = unicodedata.normalize(cast(NormalForm, normalize), text)
+    if keep is not None:
+        text = re.sub(f"[^{keep}]+", " ", text)
+    return text.lower() if lowercase else text
 
 
-def read(files: Iterable[Path], config: CorpusConfig) -> str:
-    """The clean text of `files`, each ending its last line, cut to ``config.max_chars``."""
+def read(files: Iterable[Path]) -> str:
+    """The text of `files`, one after the other, each ending its last line."""
     texts = (strip_gutenberg(read_file(path)) for path in files)
-    text = clean("".join(text if text.endswith("\n") else text + "\n" for text in texts if text), config)
-    return text[: config.max_chars]
+    return "".join(text if text.endswith("\n") else text + "\n" for text in texts if text)

@@ -1,0 +1,94 @@
+import os
+import random
+import string
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from charlm.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+# A model that trains in a moment.
+TINY = [
+    "model.hidden_size=12",
+    "model.embedding_size=5",
+    "batches.batch_size=4",
+    "batches.seq_len=8",
+    "batches.stride=8",
+    "train.precision=float32",
+    "train.device=cpu",
+]
+
+
+def settings(*overrides):
+    """The tiny model's overrides and more, as command-line arguments."""
+    return [part for override in (*TINY, *overrides) for part in ("--set", override)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)  # tiny tensors; the tests' figures must not depend on the machine's cores
+
+
+@pytest.fixture
+def words():
+    """2,000 characters of made-up words, with accents and line ends."""
+    draw = random.Random(0)
+    letters = string.ascii_lowercase[:9] + "ñé"
+    text = " ".join("".join(draw.choices(letters, k=draw.randint(1, 7))) for _ in range(700))[:2000]
+    return text[:400] + "\n" + text[401:]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, words):
+    """An empty working folder with the text corpus.txt in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.txt").write_text(words, encoding="utf-8")
+    return tmp_path
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def charlm(folder, capfd):
+    """Run a command in this process: charlm("train", ...) -> (code, out, err)."""
+
+    def run(*args):
+        capfd.readouterr()
+        code = main([str(arg) for arg in args])
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def trained(charlm):
+    """A run named `tiny`, trained for three steps on corpus.txt."""
+    outcome = charlm("train", "--name", "tiny", *settings("corpus.source=corpus.txt", "train.max_steps=3"))
+    assert outcome.code == 0, outcome.err
+    return Path("runs/tiny")
+
+
+def process(*args, cwd, stdin=None, **options):
+    """Run the command as a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "charlm", *map(str, args)],
+        cwd=cwd,
+        stdin=stdin if stdin is not None else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        **options,
+    )

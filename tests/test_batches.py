@@ -1,0 +1,121 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charlm.batches import ContiguousStreams, SlidingWindows, make_batches, shuffled, val_characters
+from charlm.config import BatchesConfig
+from charlm.errors import CharlmError
+
+
+def walk(batches, epoch=0, start=0, seed=7):
+    return list(batches.loader(seed, epoch, start))
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 99))
+def test_shuffled_is_a_permutation(count, seed, epoch):
+    assert sorted(shuffled(torch.arange(count), count, seed, epoch).tolist()) == list(range(count))
+
+
+def test_shuffled_mixes_well():
+    order = shuffled(torch.arange(10_000), 10_000, 1, 0).double()
+    # Of a random permutation: no correlation of neighbours or with the place, one fixed point on average.
+    for pair in (order[:-1], order[1:]), (order, torch.arange(10_000.0, dtype=torch.double)):
+        assert abs(torch.corrcoef(torch.stack(pair))[0, 1]) < 0.04
+    assert (order == torch.arange(10_000)).sum() < 8
+    assert (shuffled(torch.arange(10_000), 10_000, 1, 1) != order).sum() > 9_900
+
+
+@pytest.mark.parametrize(("length", "T", "stride"), [(40, 7, 3), (8, 7, 1), (100, 5, 11)])
+def test_windows_are_those_of_a_naive_loop(length, T, stride):
+    ids = torch.randint(0, 50, (length,), dtype=torch.uint8)
+    naive = [ids[i : i + T + 1].tolist() for i in range(0, length - T, stride)]
+    batches = walk(SlidingWindows(ids, 3, T, stride, shuffle=False))
+    assert [x.tolist() + [y.tolist()[-1]] for X, Y in batches for x, y in zip(X, Y, strict=True)] == naive
+    for x, y in batches:
+        assert x.dtype == y.dtype == torch.int64
+        assert x.shape == y.shape and x.shape[1] == T
+        assert torch.equal(x[:, 1:], y[:, :-1])
+    shuffled_epoch = [
+        x.tolist() + [y.tolist()[-1]]
+        for X, Y in walk(SlidingWindows(ids, 3, T, stride))
+        for x, y in zip(X, Y, strict=True)
+    ]
+    assert sorted(shuffled_epoch) == sorted(naive)
+
+
+def test_windows_share_the_text_s_memory():
+    ids = torch.zeros(1000, dtype=torch.uint8)
+    windows = SlidingWindows(ids, 4, 99, 1)
+    assert len(windows) == 901
+    assert windows.windows.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
+
+
+def test_a_batch_is_gathered_at_once(monkeypatch):
+    windows = SlidingWindows(torch.arange(100), 10, 9, 1)
+    monkeypatch.setattr(SlidingWindows, "__getitem__", None)
+    assert len(walk(windows)) == windows.steps_per_epoch == 10
+
+
+def test_max_windows_takes_the_first():
+    ids = torch.arange(100)
+    firsts = [x[0].item() for X, _ in walk(SlidingWindows(ids, 4, 10, 5, False, max_windows=6)) for x in X]
+    assert firsts == [0, 5, 10, 15, 20, 25]
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 60), st.integers(0, 5))
+def test_streams_go_on_where_they_stopped(B, T, extra, epoch):
+    ids = torch.arange(B * T + 1 + extra)
+    streams = ContiguousStreams(ids, B, T)
+    steps = walk(streams, epoch)
+    assert len(steps) == streams.steps_per_epoch >= 1
+    x = torch.cat([x for x, _ in steps], dim=1)
+    y = torch.cat([y for _, y in steps], dim=1)
+    assert torch.equal(y, x + 1)
+    assert torch.equal(
+        x, torch.arange(x.numel()).view(B, -1) + x[0, 0]
+    )  # in order, none twice, none left out
+    assert len(ids) - x.numel() <= B * T + T + 1
+
+
+def test_streams_begin_anew_each_epoch():
+    streams = ContiguousStreams(torch.arange(1000), 4, 20)
+    offsets = {walk(streams, epoch)[0][0][0, 0].item() for epoch in range(12)}
+    assert len(offsets) > 4
+
+
+@pytest.mark.parametrize("kind", [SlidingWindows, ContiguousStreams])
+def test_an_epoch_can_start_anywhere_and_is_the_same_again(kind):
+    batches = kind(torch.arange(500), 4, 10)
+    whole, rest = walk(batches, 3), walk(batches, 3, start=5)
+    assert len(rest) == len(whole) - 5
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[5:], rest, strict=True))
+    assert not torch.equal(whole[0][0], walk(batches, 4)[0][0])
+    assert not torch.equal(whole[0][0], walk(batches, 3, seed=8)[0][0])
+
+
+@pytest.mark.parametrize("kind", [SlidingWindows, ContiguousStreams])
+def test_loaders_leave_torch_s_generator_alone(kind):
+    before = torch.get_rng_state()
+    walk(kind(torch.arange(500), 4, 10))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_carrying_is_said():
+    assert ContiguousStreams.carries_state and not SlidingWindows.carries_state
+    assert isinstance(
+        make_batches(torch.arange(99), BatchesConfig(batch_size=2, seq_len=9, sampling="contiguous")),
+        ContiguousStreams,
+    )
+
+
+def test_val_limit_is_in_windows():
+    assert val_characters(BatchesConfig(seq_len=32, stride=1, max_val_windows=5120)) == 5120 + 32
+    assert val_characters(BatchesConfig()) is None
+
+
+@pytest.mark.parametrize(("kind", "needed"), [(SlidingWindows, 11), (ContiguousStreams, 41)])
+def test_a_text_too_short_is_refused(kind, needed):
+    kind(torch.arange(needed), 4, 10)
+    with pytest.raises(CharlmError, match=f"{needed - 1} characters.*= {needed}"):
+        kind(torch.arange(needed - 1), 4, 10)

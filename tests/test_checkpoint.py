@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from charlm.checkpoint import FORMAT, load_model, read_header, save_model
+from charlm.config import Config, ModelConfig
+from charlm.errors import CharlmError
+from charlm.evaluate import evaluate
+from charlm.model import CharLM
+from charlm.sample import generate
+from charlm.vocab import Vocab
+
+VOCAB = Vocab('ab \nñ😀"\\')
+
+
+def make(path, **options):
+    config = Config(model=ModelConfig(**{"hidden_size": 6, "embedding_size": 6, **options}))
+    model = CharLM(len(VOCAB), config.model).initialise(2)
+    save_model(path, model, VOCAB, config, {"step": 3, "val_loss": 1.25})
+    return model, config
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "m.safetensors"
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_weights": True}, {"input": "one_hot", "cell": "gru"}])
+def test_round_trip(path, options):
+    model, config = make(path, **options)
+    loaded = load_model(path)
+    assert loaded.config == config
+    assert loaded.vocab.characters == VOCAB.characters
+    assert loaded.figures == {"step": 3, "val_loss": 1.25}
+    assert not loaded.model.training
+    ours, theirs = dict(model.named_parameters()), dict(loaded.model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_same_model_is_the_same_bytes(path):
+    make(path)
+    first = path.read_bytes()
+    make(path)
+    assert path.read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file is left"
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(("saved", "read"), [("scratch", "builtin"), ("builtin", "scratch")])
+def test_a_file_loads_in_every_implementation(path, cell, num_layers, saved, read):
+    make(path, cell=cell, num_layers=num_layers, implementation=saved)
+    own, other = load_model(path), load_model(path, read)
+    assert other.config.model.implementation == read
+    ids = torch.randint(len(VOCAB), (200,))
+    assert evaluate(own.model, ids).loss == pytest.approx(evaluate(other.model, ids).loss, abs=1e-6)
+    texts = ["".join(generate(each.model, VOCAB, ids[:3], 50, temperature=0)) for each in (own, other)]
+    assert texts[0] == texts[1]
+
+
+def test_a_gru_that_torch_lacks_does_not_load_in_torch(path):
+    make(path, cell="gru", gru_reset="before", implementation="scratch")
+    with pytest.raises(CharlmError, match="gru_reset: before"):
+        load_model(path, "builtin")
+
+
+def header(path):
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def rewrite(path, change):
+    """Save the file again with its `charlm` entry changed by `change`."""
+    text = json.loads(header(path)["__metadata__"]["charlm"])
+    change(text)
+    save_file(load_file(path), path, {"charlm": json.dumps(text)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "damaged or cut short"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "damaged or cut short"),
+        (lambda path: path.write_bytes(b""), "is no model file"),
+        (lambda path: path.write_text("Hola, Sancho amigo"), "is no model file"),
+        (lambda path: torch.save({"a": 1}, path), "pickle"),
+        (lambda path: path.write_bytes(b"\x80\x04\x95" + b"." * 40), "pickle"),
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: save_file(load_file(path), path), "not written by charlm"),
+        (lambda path: rewrite(path, lambda text: text.update(format=FORMAT + 1)), "upgrade charlm"),
+        (lambda path: rewrite(path, lambda text: text.pop("vocab")), "damaged"),
+        (lambda path: rewrite(path, lambda text: text.update(vocab="aa")), "damaged"),
+        (lambda path: rewrite(path, lambda text: text.update(vocab="abc")), "do not fit.*embedding.weight"),
+        (
+            lambda path: rewrite(path, lambda text: text["config"]["model"].update(cell="?")),
+            "damaged.*model.cell",
+        ),
+        (lambda path: rewrite(path, lambda text: text["config"]["model"].update(cell="rnn")), "do not fit"),
+        (lambda path: rewrite(path, lambda text: text["config"]["model"].update(num_layers=2)), "do not fit"),
+    ],
+)
+def test_what_is_no_whole_model_file_is_refused(path, damage, part):
+    make(path)
+    damage(path)
+    with pytest.raises(CharlmError, match=part) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_header_alone_tells(path):
+    model, config = make(path)
+    found = read_header(path)
+    assert (found.config, found.vocab) == (config, VOCAB.characters)
+    assert found.tensors == {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -1,0 +1,121 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charlm.config import Config, from_data, load, override, parse_yaml, to_yaml
+from charlm.errors import ConfigError
+from conftest import ROOT
+
+
+def problem(*overrides, data=None):
+    with pytest.raises(ConfigError) as caught:
+        from_data(data or {}, "x.yaml", overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_no_recipe_is_the_defaults():
+    assert load(None) == Config()
+
+
+@pytest.mark.parametrize("text", ["2e-3", "2E-3", ".002", "0.002", "+2.e-3"])
+def test_yaml_numbers_are_numbers(text):
+    assert load(None, [f"train.lr={text}"]).train.lr == 0.002
+
+
+@given(st.floats(min_value=1e-300, max_value=1e300))
+def test_every_float_that_python_prints_is_read(number):
+    assert parse_yaml(repr(number), "x") == number
+
+
+def test_overrides_lie_on_the_recipe(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: {cell: gru, hidden_size: 7}\ntrain:\n")
+    config = load(str(recipe), ["model.hidden_size=9", "corpus.source=[a.txt, b.txt]"])
+    assert (config.model.cell, config.model.hidden_size) == ("gru", 9)
+    assert config.corpus.source == ["a.txt", "b.txt"]
+
+
+def test_yaml_round_trip():
+    config = override(Config(), ["corpus.keep='A-Zñ'", "train.lr=3e-5", "corpus.split=[0.8, 0.2, 0]"])
+    assert from_data(parse_yaml(to_yaml(config), "x"), "x") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("model.hiden_size=3", ["model.hiden_size", "did you mean hidden_size"]),
+        ("model.lr=3", ["model.lr", "did you mean train.lr"]),
+        ("modle.cell=rnn", ["modle", "did you mean model"]),
+        ("model.hidden_size=0", ["model.hidden_size is 0", "greater than 0"]),
+        ("model.hidden_size=big", ["model.hidden_size is 'big'", "integer"]),
+        ("model.hidden_size=2.0", ["model.hidden_size is 2.0", "integer"]),
+        ("model.cell=transformer", ["'transformer'", "'rnn', 'lstm' or 'gru'"]),
+        ("corpus.lowercase=1", ["corpus.lowercase is 1", "boolean"]),
+        ("corpus.source=5", ["corpus.source is 5"]),
+        ("corpus.split=[0.5, 0.2, 0.2]", ["[0.5, 0.2, 0.2]", "adding up to 1"]),
+        ("corpus.keep='z-a'", ["'z-a'", "character class"]),
+        ("train.lr=.nan", ["train.lr is nan"]),
+        ("train.lr", ["section.key=value"]),
+        ("train.lr={", ["not valid YAML"]),
+        ("model.gru_reset=before", None),
+    ],
+)
+def test_a_problem_names_key_value_and_what_is_allowed(text, parts):
+    if parts is None:  # harmless without a GRU
+        assert load(None, [text]).model.gru_reset == "before"
+        return
+    message = problem(text)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_all_problems_at_once():
+    message = problem(data={"model": {"hidden_size": -1, "cell": 3}, "train": {"lr": "fast"}})
+    assert "3 problems" in message
+    assert all(key in message for key in ("model.hidden_size", "model.cell", "train.lr"))
+
+
+def test_a_key_twice_is_refused(tmp_path):
+    recipe = tmp_path / "twice.yaml"
+    recipe.write_text("model:\n  cell: rnn\n  cell: gru\n")
+    with pytest.raises(ConfigError, match="line 2.*'cell' stands twice"):
+        load(str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        ({"cell": "gru", "gru_reset": "before"}, "needs implementation: scratch"),
+        ({"tie_weights": True, "embedding_size": 3}, "embedding_size equal to hidden_size"),
+    ],
+)
+def test_combinations_that_do_not_exist(model, part):
+    assert part in problem(data={"model": model})
+
+
+def test_recipes_are_found_as_path_then_in_configs_then_shipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("lstm").model.cell == "lstm"  # shipped, the ending left out
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/lstm.yaml").write_text("model: {hidden_size: 11}")
+    assert load("lstm.yaml").model.hidden_size == 11
+    (tmp_path / "lstm.yaml").write_text("model: {hidden_size: 12}")
+    assert load("lstm.yaml").model.hidden_size == 12
+    with pytest.raises(ConfigError, match=r"no recipe 'lstn.yaml'.*did you mean lstm.yaml"):
+        load("lstn.yaml")
+
+
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(path):
+    assert load(str(path)) != Config() or path.stem == "lstm"
+
+
+def test_the_six_recipes_differ_in_what_they_say_only():
+    for cell in ("rnn", "lstm", "gru"):
+        builtin, scratch = load(f"{cell}.yaml"), load(f"{cell}-scratch.yaml")
+        assert (builtin.model.cell, builtin.model.implementation) == (cell, "builtin")
+        assert override(builtin, ["model.implementation=scratch"]) == scratch

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from charlm.config import CorpusConfig
+from charlm.corpus import Corpus
+from charlm.errors import CharlmError
+
+
+def test_splits_are_contiguous_and_whole(words):
+    corpus = Corpus.from_text(words, (0.8, 0.15, 0.05))
+    assert (len(corpus.train), len(corpus.val), len(corpus.test)) == (1600, 300, 100)
+    assert corpus.vocab.decode(torch.cat([corpus.train, corpus.val, corpus.test])) == words
+    assert corpus.unseen == 0
+
+
+def test_the_vocabulary_is_the_train_split_s():
+    corpus = Corpus.from_text("ab" * 40 + "aZbabababa" + "bZZa!!!abb", (0.8, 0.1, 0.1))
+    assert corpus.vocab.characters == "ab"
+    assert corpus.vocab.decode(corpus.val) == "ababababa"
+    assert corpus.vocab.decode(corpus.test) == "baabb"
+    assert corpus.unseen == 6
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(256, torch.uint8), (257, torch.int16), (40_000, torch.int32)])
+def test_ids_take_the_smallest_type(size, dtype):
+    content = "".join(chr(0x10000 + i) for i in range(size))
+    corpus = Corpus.from_text(content * 2, (0.5, 0.5, 0.0))
+    assert corpus.train.dtype == dtype
+    assert corpus.vocab.decode(corpus.val) == content
+
+
+def test_load_reads_cleans_and_limits(folder):
+    (folder / "a.txt").write_text("Él dijo: ¡SÍ!\n" * 30)
+    corpus = Corpus.load(CorpusConfig(source="a.txt", keep="A-ZÍÉa-zíé", lowercase=True, max_chars=100))
+    assert (
+        corpus.vocab.decode(torch.cat([corpus.train, corpus.val, corpus.test])) == ("él dijo sí " * 30)[:100]
+    )
+    assert [path.name for path in corpus.files] == ["a.txt"]
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_text_is_refused(folder, content):
+    (folder / "void.txt").write_text(content)
+    with pytest.raises(CharlmError, match=r"empty.*void\.txt"):
+        Corpus.load(CorpusConfig(source="void.txt"))
+
+
+def test_the_fingerprint_is_the_text_s(words):
+    assert Corpus.from_text(words).fingerprint == Corpus.from_text(words).fingerprint
+    assert Corpus.from_text(words).fingerprint != Corpus.from_text(words + "a").fingerprint

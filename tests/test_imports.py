@@ -1,0 +1,59 @@
+"""The package's order: a module imports only from rows above its own, and no torch before it is needed."""
+
+import ast
+import subprocess
+import sys
+
+from conftest import ROOT
+
+ROWS = {
+    "__init__": 0,
+    "errors": 0,
+    "resources": 0,
+    "config": 1,
+    "metrics": 1,
+    "text": 1,
+    "files": 1,
+    "device": 1,
+    "vocab": 2,
+    "cells": 2,
+    "optim": 2,
+    "corpus": 3,
+    "recurrent": 3,
+    "batches": 4,
+    "model": 4,
+    "sample": 5,
+    "evaluate": 5,
+    "checkpoint": 5,
+    "runs": 5,
+    "progress": 6,
+    "train": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "charlm":
+            yield from (alias.name if alias.name in ROWS else "__init__" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("charlm."):
+            yield node.module.split(".")[1]
+
+
+def test_modules_import_from_rows_above():
+    modules = {path.stem: path for path in (ROOT / "src/charlm").glob("*.py")}
+    assert modules.keys() == ROWS.keys(), "every module has a row"
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules.items()
+        for other in imported(path)
+        if not ROWS[other] < ROWS[name]
+    ]
+    assert not wrong
+
+
+def test_help_imports_no_torch():
+    code = "import sys, charlm.cli; charlm.cli.main(['train', '--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--resume" in done.stdout, done.stderr

@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from charlm.config import ModelConfig
+from charlm.model import CharLM, num_parameters
+
+V, B, T = 11, 3, 6
+
+
+def make(**options):
+    return CharLM(V, ModelConfig(**{"hidden_size": 8, "embedding_size": 5, **options})).initialise(4).eval()
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("init", ["default", "xavier", "orthogonal", "normal"])
+def test_the_implementations_begin_alike(cell, init):
+    builtin, scratch = (
+        make(cell=cell, init=init, num_layers=2, implementation=i) for i in ("builtin", "scratch")
+    )
+    assert [name for name, _ in builtin.named_parameters()] == [
+        name for name, _ in scratch.named_parameters()
+    ]
+    for ours, theirs in zip(scratch.parameters(), builtin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    x = torch.randint(V, (B, T))
+    ours, theirs = (m(x, m.initial_state(B))[0] for m in (scratch, builtin))
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("implementation", ["builtin", "scratch"])
+def test_the_state_is_all_that_passes_from_one_call_to_the_next(cell, implementation):
+    model = make(cell=cell, implementation=implementation, num_layers=2)
+    x = torch.randint(V, (B, T))
+    whole, last = model(x, model.initial_state(B))
+    first, state = model(x[:, :2], model.initial_state(B))
+    second, end = model(x[:, 2:], state)
+    assert whole.shape == (B, T, V)
+    assert all(s.shape == (2, B, 8) for s in last)
+    assert torch.allclose(torch.cat([first, second], 1), whole, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(last, end, strict=True))
+
+
+def test_one_hot_is_an_embedding_that_is_the_identity():
+    one_hot = make(input="one_hot")
+    embedding = make(input="embedding", embedding_size=V)
+    embedding.load_state_dict({**one_hot.state_dict(), "embedding.weight": torch.eye(V)})
+    x = torch.randint(V, (B, T))
+    assert torch.allclose(
+        one_hot(x, one_hot.initial_state(B))[0], embedding(x, embedding.initial_state(B))[0], atol=1e-6
+    )
+
+
+def test_tied_weights_are_one():
+    tied, free = (make(embedding_size=8, tie_weights=t) for t in (True, False))
+    assert tied.head.weight is tied.embedding.weight
+    assert num_parameters(free) - num_parameters(tied) == V * 8
+
+
+@torch.no_grad()
+def test_initialisations():
+    big = {"hidden_size": 64, "cell": "lstm", "input": "one_hot"}
+    normal = make(init="normal", **big, forget_bias=None)
+    assert normal.recurrent.weight_hh_l0.std() == pytest.approx(0.01, rel=0.05)
+    assert normal.head.weight.std() == pytest.approx(0.01, rel=0.1)
+    assert not normal.recurrent.bias_ih_l0.any() and not normal.head.bias.any()
+    default = make(init="default", **big, forget_bias=None)
+    assert 0.12 < default.recurrent.weight_hh_l0.abs().max() <= 64**-0.5 == 0.125
+    assert default.recurrent.bias_ih_l0.any()
+    for gate in make(init="orthogonal", **big).recurrent.weight_hh_l0.chunk(4):
+        assert torch.allclose(gate @ gate.T, torch.eye(64), atol=1e-5)
+    for gate in make(init="xavier", **big).recurrent.weight_hh_l0.chunk(4):
+        assert 0.9 < gate.abs().max() / (6 / 128) ** 0.5 <= 1, "the bound is a gate's, not all four's"
+
+
+def test_forget_bias_is_the_sum_of_both():
+    model = make(num_layers=2, forget_bias=1.5)
+    for k in range(2):
+        total = model.recurrent.get_parameter(f"bias_ih_l{k}") + model.recurrent.get_parameter(
+            f"bias_hh_l{k}"
+        )
+        assert torch.equal(total[8:16], torch.full((8,), 1.5))
+        assert not torch.equal(total[:8], torch.full((8,), 1.5))
+
+
+def test_seeds_differ():
+    first, second = (CharLM(V, ModelConfig()).initialise(seed) for seed in (1, 2))
+    assert not torch.equal(first.head.weight, second.head.weight)

@@ -1,0 +1,116 @@
+import bz2
+import gzip
+import hashlib
+import lzma
+
+import pytest
+
+from charlm import text
+from charlm.errors import CharlmError
+from conftest import ROOT
+
+
+def test_line_ends_and_byte_order_mark():
+    assert text.decode(b"\xef\xbb\xbfa\r\nb\rc\n", "x") == "a\nb\nc\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (b"abc\xff", ["0xff", "offset 3"]),
+        (b"\xef\xbb\xbfab\xe9 c", ["0xe9", "offset 5"]),
+        (b"\xc3", ["0xc3", "offset 0"]),
+        ("año".encode("utf-16"), ["UTF-16", "iconv"]),
+        (b"ELF\0\1", ["binary file", "offset 3"]),
+    ],
+)
+def test_what_is_no_utf8_is_refused_with_its_place(data, parts):
+    with pytest.raises(CharlmError) as caught:
+        text.decode(data, "book.txt")
+    assert all(part in str(caught.value) for part in ["book.txt", *parts])
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), ("", bytes)],
+)
+def test_compressed_files(tmp_path, ending, compress):
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(compress("él\r\n".encode() * 50))
+    assert text.read_file(path) == "él\n" * 50
+    if ending:
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(CharlmError, match="cannot read .*a.txt"):
+            text.read_file(path)
+
+
+def test_gutenberg_frame_is_stripped_only_whole():
+    start, end = (
+        "*** START OF THE PROJECT GUTENBERG EBOOK X ***",
+        "*** END OF THE PROJECT GUTENBERG EBOOK X ***",
+    )
+    framed = f"Licence\n{start}\n\n\nThe text.\nIts end.\n\n{end}\nMore licence\n"
+    assert text.strip_gutenberg(framed) == "The text.\nIts end.\n"
+    assert (
+        text.strip_gutenberg(framed.replace("THE P", "THIS P").replace("*** ", "***"))
+        == "The text.\nIts end.\n"
+    )
+    for part in (f"{start}\nThe text\n", f"The text\n{end}\n", "The text\n"):
+        assert text.strip_gutenberg(part) == part
+
+
+def test_cleaning():
+    assert text.clean("e\u0301") == "é"
+    assert text.clean("é", normalize="NFD") == "e\u0301"
+    assert text.clean("e\u0301", normalize="none") == "e\u0301"
+    seeds = "A-Za-záéíóúÁÉÍÓÚñÑüÜ"
+    assert text.clean("¡Ea, señor!\n\nÁnimo: 12 ", keep=seeds, lowercase=True) == " ea señor ánimo "
+
+
+def test_sources(folder):
+    (folder / "books/deep").mkdir(parents=True)
+    for name in ("books/b.txt", "books/deep/a.txt.gz", "books/notes.md"):
+        (folder / name).write_bytes(b"x")
+
+    def found(source):
+        return [path.as_posix() for path in text.find_files(source)]
+
+    assert found("books") == ["books/b.txt", "books/deep/a.txt.gz"]
+    assert found("books/*") == ["books/b.txt", "books/notes.md"]
+    assert found("**/*.txt") == ["books/b.txt", "corpus.txt"]
+    assert found(["corpus.txt", "books", "corpus.txt"]) == [
+        "corpus.txt",
+        "books/b.txt",
+        "books/deep/a.txt.gz",
+    ]
+    assert found("books/notes.md") == ["books/notes.md"]
+    assert found("sancho")[0].endswith("data/sancho.txt")
+    (folder / "sancho").write_text("a file goes before the bundled name")
+    assert found("sancho") == ["sancho"]
+
+
+@pytest.mark.parametrize("source", ["no.txt", "no/*.txt", "empty"])
+def test_sources_that_name_nothing(folder, source):
+    (folder / "empty").mkdir()
+    with pytest.raises(CharlmError, match=source.replace("*", r"\*")):
+        text.find_files(source)
+
+
+def test_files_are_joined_line_by_line(folder):
+    for name, content in (("1.txt", "uno"), ("2.txt", ""), ("3.txt", "tres\n")):
+        (folder / name).write_text(content)
+    files = text.find_files("?.txt")
+    assert text.read(files) == "uno\ntres\n"
+
+
+def test_the_bundled_corpus_is_what_its_readme_says():
+    data = (ROOT / "data/sancho.txt").read_bytes()
+    readme = (ROOT / "data/README.md").read_text()
+    content = data.decode()
+    assert text.clean(content) == content, "NFC, and nothing to clean"
+    assert f"| {len(content):,} |" in readme and f"| {len(data):,} |" in readme
+    assert hashlib.sha256(data).hexdigest() in readme
+    ratio = len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
+    assert len(content) >= 90_000 and ratio > 0.32, "prose, not repetition"
+    paragraphs = content.split("\n\n")
+    assert len(set(paragraphs)) == len(paragraphs)

@@ -40,8 +40,8 @@ def words():
     """2,000 characters of made-up words, with accents and line ends."""
     draw = random.Random(0)
     letters = string.ascii_lowercase[:9] + "ñé"
-    text = " ".join("".join(draw.choices(letters, k=draw.randint(1, 7))) for _ in range(700))[:2000]
-    return text[:400] + "\n" + text[401:]
+    text = " ".join("".join(draw.choices(letters, k=draw.randint(1, 7))) for _ in range(700))
+    return text[:400] + "\n" + text[401:1999] + "\n"
 
 
 @pytest.fixture

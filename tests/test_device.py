@@ -20,7 +20,14 @@ def test_precision_is_bfloat16_where_the_cpu_has_it(monkeypatch, native, dtype):
         monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
     assert choose_precision("auto", CPU)[0] == dtype
     assert choose_precision("float32", CPU)[0] == torch.float32
+
+
+def test_bfloat16_needs_avx512(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True, raising=False)
     assert choose_precision("bfloat16", CPU)[0] == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False, raising=False)
+    with pytest.raises(ConfigError, match="take auto or float32"):
+        choose_precision("bfloat16", CPU)
 
 
 def test_autocast_multiplies_in_the_precision():

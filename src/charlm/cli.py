@@ -39,8 +39,8 @@ def main(args: list[str] | None = None) -> int:
         return _fail(error.format_message().replace("\n", " "), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        # Whoever read our output has gone; let the interpreter's last flush not complain.
+    except (BrokenPipeError, SystemExit):
+        # Whoever read our output has gone; click exits then. Let the interpreter's last flush not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -30,8 +30,12 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
     """The type in which `device` multiplies matrices, and why.
 
     ``auto`` is bfloat16 where the device multiplies it natively, else float32: without such instructions
-    bfloat16 products run a hundred times slower than float32's.
+    bfloat16 products run a hundred times slower than float32's, and oneDNN's LSTM not at all.
+
+    Raises `ConfigError` for a precision that the device lacks.
     """
+    if name == "bfloat16" and device.type == "cpu" and not _cpu("_is_avx512_supported"):
+        raise ConfigError("precision bfloat16 needs a CPU with AVX-512, or a GPU; take auto or float32")
     if name != "auto":
         return getattr(torch, name), "as asked for"
     if device.type == "cuda":

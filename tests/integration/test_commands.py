@@ -1,0 +1,261 @@
+"""The commands as a user types them."""
+
+import io
+import json
+import math
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from charlm import evaluate as scoring
+from conftest import process, settings
+
+
+def test_train_tells_what_it_does_and_how_to_go_on(charlm):
+    done = charlm("train", "--name", "n", *settings("corpus.source=corpus.txt", "train.epochs=2"))
+    assert done.code == 0 and done.out == ""
+    for part in (
+        "corpus.txt",
+        "parameters",
+        "float32",
+        "epoch 1",
+        "epoch 2",
+        "train ",
+        "val ",
+        "ppl ",
+        "bpc ",
+    ):
+        assert part in done.err
+    for part in ("best     val perplexity", "test     perplexity", "runs/n/model.safetensors"):
+        assert part in done.err
+    _, *command = shlex.split(done.err.splitlines()[-1].removeprefix("write"))
+    assert charlm(*command).code == 0
+    )
+    assert {path.name for path in Path("runs/n").iterdir()} == {
+        "config.yaml", "model.safetensors", "last.safetensors", "state.pt", "metrics.jsonl",
+    }  # fmt: skip
+
+
+def test_without_a_terminal_there_is_no_bar(charlm):
+    done = charlm("train", *settings("corpus.source=corpus.txt", "train.max_steps=3"))
+    assert "\r" not in done.err and "%|" not in done.err
+
+
+def test_on_a_terminal_there_is_a_bar(folder):
+    outer, inner = pty.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "charlm", "train", *settings("corpus.source=corpus.txt", "train.epochs=20")],
+        cwd=folder,
+        stderr=inner,
+        env={**os.environ, "COLUMNS": "60"},
+    )
+    os.close(inner)
+    shown = b""
+    try:
+        while part := os.read(outer, 4096):
+            shown += part
+    except OSError:  # the other end is closed
+        pass
+    assert running.wait() == 0
+    for part in ("epoch ", "loss", "ppl", "char/s", "%|"):
+        assert part in shown.decode()
+    os.close(outer)
+
+
+def test_dry_run_writes_nothing(charlm, folder):
+    done = charlm("train", "--dry-run", "--name", "n", *settings("corpus.source=corpus.txt"))
+    assert done.code == 0
+    for part in ("hidden_size: 12", "corpus.txt", "parameters", "would write runs/n/"):
+        assert part in done.out
+    assert [path.name for path in folder.iterdir()] == ["corpus.txt"]
+
+
+def test_resume_goes_on_and_refuses_what_it_cannot(charlm, trained):
+    assert charlm("train", "--resume", "tiny").code == 2  # finished
+    done = charlm("train", "--resume", "tiny", "--set", "train.max_steps=5")
+    assert done.code == 0 and "at step 3 of 5" in done.err
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 5]
+    before = (trained / "state.pt").read_bytes()
+    for arguments, part in [
+        (["--set", "model.hidden_size=5"], "model.hidden_size"),
+        (["--config", "lstm"], "no --config"),
+        (["--name", "x"], "no --name"),
+    ]:
+        refused = charlm("train", "--resume", "tiny", *arguments)
+        assert refused.code == 2 and part in refused.err
+    assert (trained / "state.pt").read_bytes() == before
+
+
+def test_generate(charlm, trained):
+    done = charlm("generate", "--prefix", "abc", "--length", "20", "--seed", "3")
+    assert done.code == 0 and done.err == ""
+    assert done.out.startswith("abc") and len(done.out.removesuffix("\n").removeprefix("abc")) in (19, 20)
+    assert charlm("generate", "-p", "abc", "-n", "20", "--seed", "3", "-m", "tiny").out == done.out
+    assert (
+        charlm("generate", "-p", "abc", "-n", "20", "--seed", "3", "-m", trained / "last.safetensors").code
+        == 0
+    )
+    several = charlm("generate", "-p", "abc", "-n", "20", "--seed", "3", "--num-samples", "2").out
+    first, second = several.split("-" * 20 + "\n")
+    assert first == done.out and second == charlm("generate", "-p", "abc", "-n", "20", "--seed", "4").out
+    assert charlm("generate", "-p", "abc", "-n", "0").out == "abc\n"
+
+
+def test_generate_reads_its_prefix_from_stdin(charlm, trained, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("añe\r\n".encode())))
+    assert charlm("generate", "--prefix", "-", "-n", "3", "--unknown", "skip").out.startswith("a")
+    assert charlm("generate", "--prefix", "añΩ", "-n", "3", "--unknown", "replace").out.startswith("añ ")
+
+
+def test_eval_and_json(charlm, trained, words, monkeypatch):
+    Path("b.txt").write_text("abc\ndef")
+    done = charlm("eval", "corpus.txt", "b.txt", "--json")
+    found = json.loads(done.out)
+    first, second = found["files"]
+    assert (first["path"], first["characters"]) == ("corpus.txt", len(words) - 1)
+    assert (second["path"], second["characters"]) == ("b.txt", 6)
+    assert found["total"]["nats"] == pytest.approx(first["nats"] + second["nats"])
+    for row in (first, second, found["total"]):
+        assert row["loss"] == pytest.approx(row["nats"] / row["characters"])
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert row["bits_per_character"] == pytest.approx(row["loss"] / math.log(2))
+    scored_bytes = len(words[1:].encode())
+    assert first["bits_per_byte"] == pytest.approx(first["nats"] / math.log(2) / scored_bytes)
+    table = charlm("eval", "corpus.txt", "b.txt").out
+    assert len(table.splitlines()) == 4 and "total" in table
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("b.txt").read_bytes())))
+    assert json.loads(charlm("eval", "-", "--json").out)["total"]["nats"] == second["nats"]
+    other = json.loads(charlm("eval", "corpus.txt", "--json", "--implementation", "scratch").out)
+    assert other["total"]["loss"] == pytest.approx(first["loss"], abs=1e-4)
+
+
+def test_info_reads_the_header_alone(charlm, trained, monkeypatch):
+    monkeypatch.setattr(torch, "empty", None)  # no weights
+    done = charlm("info", "tiny", "--json")
+    found = json.loads(done.out)
+    assert found["tensors"]["head.weight"] == [len(found["vocab"]), 12]
+    assert found["parameters"] == sum(math.prod(shape) for shape in found["tensors"].values())
+    assert found["config"]["model"]["hidden_size"] == 12 and found["figures"]["step"] == 3
+    text = charlm("info").out
+    assert all(part in text for part in ("head.weight", "hidden_size: 12", "val_loss", "vocabulary"))
+
+
+BAD = {
+    "no such file": (["train", "--set", "corpus.source=nowhere.txt"], 1, "no such file or folder"),
+    "empty file": (["train", "--set", "corpus.source=empty.txt"], 1, "the corpus is empty"),
+    "short file": (["train", "--set", "corpus.source=short.txt"], 1, "too few for one window"),
+    "binary file": (["train", "--set", "corpus.source=binary.txt"], 1, "NUL byte at offset 4"),
+    "latin-1 file": (["train", "--set", "corpus.source=latin.txt"], 1, "byte 0xf1 at offset 2"),
+    "unknown key": (["train", "--set", "train.learning_rat=1"], 2, "unknown key train.learning_rat"),
+    "wrong type": (["train", "--set", "model.hidden_size=many"], 2, "'many'"),
+    "out of range": (["train", "--set", "model.dropout=1.5"], 2, "less than 1"),
+    "no recipe": (["train", "--config", "lstn.yaml"], 2, "did you mean lstm.yaml"),
+    "no device": (["train", "--set", "train.device=cuda:77"], 2, "'cuda:77' is not available"),
+    "unknown characters": (["generate", "--prefix", "aΩ"], 1, "U+03A9"),
+    "truncated model": (["generate", "--model", "cut.safetensors"], 1, "damaged or cut short"),
+    "pickled model": (["generate", "--model", "pickle.pt"], 1, "pickle"),
+    "no model": (["generate", "--model", "nothing"], 2, "no model 'nothing'"),
+    "no run": (["train", "--resume", "nothing"], 2, "is no run"),
+    "a run that exists": (["train", "--name", "tiny"], 2, "exists"),
+    "bad temperature": (["generate", "--temperature", "-1"], 2, "temperature"),
+    "unknown option": (["train", "--confg", "x"], 2, "--confg"),
+    "unknown command": (["trian"], 2, "trian"),
+    "eval of nothing": (["eval"], 2, "FILE"),
+    "eval of one character": (["eval", "one.txt"], 1, "two or more"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_harms_nothing(charlm, trained, folder, case):
+    arguments, code, part = BAD[case]
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "short.txt").write_text("short text " * 10)
+    (folder / "one.txt").write_text("a")
+    (folder / "binary.txt").write_bytes(b"\x7fELF\0\1\2")
+    (folder / "latin.txt").write_bytes("señor\n".encode("latin-1") * 99)
+    (folder / "cut.safetensors").write_bytes((trained / "model.safetensors").read_bytes()[:-99])
+    torch.save({"a": 1}, folder / "pickle.pt")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = charlm(*arguments)
+    assert done.code == code and part in done.err and done.out == ""
+    assert done.err.count("\n") == 1 and done.err.startswith("charlm: "), done.err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written(charlm, folder):
+    folder.chmod(0o555)
+    done = charlm("train", *settings("corpus.source=corpus.txt"))
+    folder.chmod(0o755)
+    assert done.code == 1 and "cannot make the run's folder" in done.err
+
+
+def test_runs_is_a_file(charlm, folder):
+    (folder / "runs").write_text("in the way")
+    done = charlm("train", *settings("corpus.source=corpus.txt"))
+    assert done.code == 1 and "cannot make the run's folder" in done.err and done.err.count("charlm: ") == 1
+
+
+def test_a_full_disk_leaves_the_last_models(charlm, trained, monkeypatch):
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.suffix != ".jsonl"}
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        done = charlm("train", "--resume", "tiny", "--set", "train.max_steps=5")
+    assert done.code == 1 and "No space left on device" in done.err.splitlines()[-1]
+    after = {path.name: path.read_bytes() for path in trained.iterdir() if path.suffix != ".jsonl"}
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in before if name != "config.yaml")
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(folder):
+    running = process(
+        "train", "--name", "c", *settings("corpus.source=corpus.txt", "train.epochs=9999"), cwd=folder
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "runs/c/state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and out == ""
+    assert "charlm train --resume runs/c" in err.splitlines()[-1] and "Traceback" not in err
+    with process("generate", "-m", "c", "-n", "5", cwd=folder) as writing:
+        out, err = writing.communicate(timeout=60)
+    assert writing.returncode == 0 and len(out) >= 5, err
+
+
+def test_a_reader_that_leaves_is_no_error(folder, charlm, trained):
+    with process("generate", "-n", "100000", cwd=folder) as writing:
+        assert writing.stdout.read(10)
+        writing.stdout.close()
+        err = writing.stderr.read()
+    assert writing.returncode == 0 and err == ""
+
+
+def test_text_streams_as_it_is_made(folder, charlm, trained):
+    with process("generate", "-p", "abc", "-n", "1000000000", cwd=folder) as writing:
+        assert writing.stdout.read(50).startswith("abc")
+        writing.send_signal(signal.SIGINT)
+        writing.stdout.close()
+        writing.wait(timeout=30)
+    assert writing.returncode in (0, 130)
+
+
+def test_the_score_in_training_is_eval_s(charlm, trained, words):
+    assert scoring.CHUNK > 100
+    Path("val.txt").write_text(words[1800:1900])
+    figures = json.loads(charlm("info", "--json").out)["figures"]
+    total = json.loads(charlm("eval", "val.txt", "--json").out)["total"]
+    assert total["loss"] == pytest.approx(figures["val_loss"], rel=1e-6)

@@ -1,0 +1,87 @@
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from charlm import runs
+from charlm.config import Config
+from charlm.errors import CharlmError, ConfigError
+from charlm.runs import Run
+
+
+@pytest.fixture
+def run(folder):
+    run = runs.new_run("a", "lstm")
+    runs.create(run, Config())
+    return run
+
+
+def test_a_new_run_takes_no_name_that_is_taken(run, monkeypatch):
+    assert run.load_config() == Config()
+    with pytest.raises(ConfigError, match="runs/a exists.*--resume a"):
+        runs.new_run("a", "lstm")
+    monkeypatch.setattr(runs.time, "strftime", lambda pattern: "20260101-000000")
+    first = runs.new_run(None, "gru")
+    runs.create(first, Config())
+    assert first.folder == Path("runs/gru-20260101-000000")
+    assert runs.new_run(None, "gru").folder == Path("runs/gru-20260101-000000-2")
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "/tmp/x"])
+def test_names_that_would_lead_out_of_runs(folder, name):
+    with pytest.raises(ConfigError, match="no name for a run"):
+        runs.new_run(name, "lstm")
+
+
+def test_runs_are_found_by_name_and_by_folder(run, folder):
+    assert runs.find_run("a") == runs.find_run("runs/a") == run
+    assert runs.find_run(str(folder / "runs/a")).folder == folder / "runs/a"
+    with pytest.raises(ConfigError, match="'b' is no run: runs/ has a"):
+        runs.find_run("b")
+
+
+def test_models_are_found_newest_first(run, folder):
+    with pytest.raises(ConfigError, match="no model in runs/ yet"):
+        runs.find_model(None)
+    runs.create(Run(Path("runs/b")), Config())
+    for name, time in (("a", 2000), ("b", 1000)):
+        Run(Path("runs", name)).best.write_bytes(b"")
+        os.utime(Run(Path("runs", name)).best, (time, time))
+    runs.create(Run(Path("runs/begun")), Config())  # no model in it yet
+    assert runs.find_model(None) == Path("runs/a/model.safetensors")
+    assert runs.find_model("b") == runs.find_model("runs/b") == Path("runs/b/model.safetensors")
+    assert runs.find_model("runs/b/model.safetensors") == Path("runs/b/model.safetensors")
+    with pytest.raises(ConfigError, match="no model 'c'"):
+        runs.find_model("c")
+
+
+def test_the_log_can_be_cut_back(run):
+    size = run.log({"step": 1})
+    run.log({"step": 2})
+    run.cut_log(size)
+    assert run.metrics.read_text() == '{"step": 1}\n'
+
+
+def test_state_round_trip_and_damage(run):
+    with pytest.raises(CharlmError, match="no state.pt"):
+        run.load_state()
+    run.save_state({"a": torch.ones(3), "b": [1, "two", None]})
+    assert run.load_state()["b"] == [1, "two", None]
+    run.state.write_bytes(run.state.read_bytes()[:-200])
+    with pytest.raises(CharlmError, match="damaged"):
+        run.load_state()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
+def test_a_state_cannot_run_code(run, write):
+    write({"a": Hostile()}, run.state)
+    with pytest.raises(CharlmError, match="damaged"):
+        run.load_state()
+    assert not Path("harmed").exists()

@@ -1,0 +1,236 @@
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from charlm import runs
+from charlm import train as module
+from charlm.checkpoint import load_model
+from charlm.config import from_data
+from charlm.corpus import Corpus
+from charlm.errors import CharlmError, Interrupted
+from charlm.evaluate import evaluate
+from charlm.runs import Run
+from charlm.train import Trainer
+from conftest import TINY
+
+
+class Silent:
+    """A reporter that shows nothing; `on_step` is called after each step."""
+
+    def __init__(self, on_step=lambda: None):
+        self.on_step, self.rows, self.samples = on_step, [], []
+
+    def begin(self, step, total_steps, steps_per_epoch):
+        pass
+
+    def step(self, loss, characters, seconds):
+        self.on_step()
+
+    def evaluated(self, row, best):
+        self.rows.append((row, best))
+
+    def sample(self, text):
+        self.samples.append(text)
+
+    def end(self):
+        pass
+
+
+def configure(*overrides):
+    return from_data({}, "", [*TINY, *overrides])
+
+
+@pytest.fixture
+def train(tmp_path, words):
+    """Train on the made-up words: train("key=value", ..., name=...) -> (trainer, run, reporter)."""
+
+    def train(*overrides, name="run", on_step=lambda: None, resume=False):
+        config, reporter = configure(*overrides), Silent(on_step)
+        trainer, run = Trainer(config, Corpus.from_text(words)), Run(tmp_path / name)
+        if resume:
+            trainer.restore(run)
+        else:
+            runs.create(run, config)
+        trainer.train(run, reporter)
+        return trainer, run, reporter
+
+    return train
+
+
+def rows(run):
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "chars_per_second")} for row in lines]
+
+
+def same_weights(first, second):
+    pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
+def test_it_learns_and_logs(train, sampling):
+    trainer, run, reporter = train("train.epochs=3", f"batches.sampling={sampling}", "train.lr=0.02")
+    *evaluations, test = rows(run)
+    assert [row["epoch"] for row in evaluations] == [1, 2, 3]
+    assert evaluations[2]["step"] == 3 * trainer.steps_per_epoch
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < math.log(12)
+    assert evaluations[-1]["train_loss"] < evaluations[0]["train_loss"]
+    named = {"step", "epoch", "train_loss", "val_loss", "lr", "grad_norm", "chars_per_second", "seconds"}
+    assert named <= reporter.rows[0][0].keys()
+    best = load_model(run.best)
+    assert evaluate(best.model, trainer.corpus.val).loss == min(row["val_loss"] for row in evaluations)
+    assert test["test_loss"] == evaluate(best.model, trainer.corpus.test).loss
+    assert load_model(run.last).figures["step"] == trainer.total_steps
+
+
+def test_train_loss_is_the_mean_over_the_characters_since_the_last_row(words, tmp_path):
+    seen = []
+
+    class Recorder(Silent):
+        def step(self, loss, characters, seconds):
+            seen.append((loss, characters))
+
+    config = configure("train.epochs=2", "batches.batch_size=9")
+    trainer, run = Trainer(config, Corpus.from_text(words)), Run(tmp_path / "run")
+    runs.create(run, config)
+    trainer.train(run, Recorder())
+    n = trainer.steps_per_epoch
+    assert len({characters for _, characters in seen}) == 2, "the last batch of an epoch is smaller"
+    for row, part in zip(rows(run), (seen[:n], seen[n:]), strict=False):
+        mean = sum(loss * size for loss, size in part) / sum(size for _, size in part)
+        assert row["train_loss"] == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["scratch", "builtin"])
+def test_the_same_twice_is_the_same_to_the_bit(train, implementation):
+    overrides = ["train.max_steps=20", f"model.implementation={implementation}", "model.dropout=0.3"]
+    files = [train(*overrides, name=name)[1].best.read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+    assert files[0] != train(*overrides, "train.seed=2", name="c")[1].best.read_bytes()
+
+
+def test_samples_do_not_change_the_training(train):
+    plain, with_samples = (train("train.epochs=2", f"train.sample_chars={n}", name=f"s{n}") for n in (0, 30))
+    assert same_weights(plain[0], with_samples[0])
+    assert [len(text) for text in with_samples[2].samples] == [30, 30]
+
+
+SETTINGS = {
+    "windows": [],
+    "streams": ["batches.sampling=contiguous"],
+    "scratch": ["model.implementation=scratch", "model.cell=gru", "model.num_layers=2"],
+    "plateau": ["train.schedule=plateau", "train.lr=0.3", "train.eval_every=7", "train.plateau_patience=0"],
+    "adadelta": ["train.optimizer=adadelta", "train.lr=1.0", "train.schedule=constant"],
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("stop_at", [5, 56, 60])
+def test_a_stopped_run_resumes_to_the_same_end(train, setting, stop_at):
+    overrides = [*SETTINGS[setting], "train.max_steps=120", "model.dropout=0.3", "train.checkpoint_every=5"]
+    whole, run, _ = train(*overrides, name="whole")
+    steps = []
+
+    def die():
+        steps.append(1)
+        if len(steps) == stop_at + 2:  # between two saves
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(*overrides, name="stopped", on_step=die)
+    resumed, second, _ = train(*overrides, name="stopped", resume=True)
+    assert same_weights(whole, resumed)
+    assert rows(second) == rows(run)
+    assert second.best.read_bytes() == run.best.read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(train, tmp_path, number):
+    steps = []
+
+    def interrupt():
+        steps.append(1)
+        if len(steps) == 7:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted, match="--resume") as caught:
+        train("train.max_steps=20", on_step=interrupt)
+    assert caught.value.exit_code == 128 + number
+    assert Run(tmp_path / "run").load_state()["progress"]["step"] == 7
+    resumed, _, _ = train("train.max_steps=20", resume=True)
+    assert same_weights(resumed, train("train.max_steps=20", name="whole")[0])
+    assert signal.getsignal(number) != signal.SIG_IGN
+
+
+def test_early_stopping_waits_for_its_patience(train, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.4, 2.3, 1.0])
+    real = module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda *args: type(real(*args))(next(losses, 9.0), 1))
+    _, run, reporter = train("train.epochs=50", "train.early_stopping=3")
+    assert [best for _, best in reporter.rows] == [True, True, False, False, False]
+    assert load_model(run.best).figures["val_loss"] == 2.0
+
+
+def test_more_epochs_extend_a_finished_run(train):
+    trainer, _, _ = train("train.epochs=2")
+    longer, run, _ = train("train.epochs=3", resume=True)
+    assert longer.progress.step == 3 * trainer.steps_per_epoch
+    assert [row["epoch"] for row in rows(run) if "val_loss" in row] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(train):
+    with pytest.raises(CharlmError, match="diverged.*smaller train.lr"):
+        train("train.optimizer=sgd", "train.lr=1e30", "train.clip=none", "train.schedule=constant")
+
+
+def test_streams_carry_the_state_and_windows_do_not(words):
+    for sampling, carried in (("contiguous", True), ("sliding", False)):
+        trainer = Trainer(configure(f"batches.sampling={sampling}"), Corpus.from_text(words))
+        starts = []
+        forward = trainer.model.forward
+        trainer.model.forward = lambda x, state, f=forward, s=starts: (s.append(state), f(x, state))[1]
+        for _, (x, y) in zip(range(3), trainer._remaining_batches(), strict=False):
+            trainer._step(x, y, Silent())
+        assert not starts[0][0].any()
+        assert bool(starts[1][0].any()) == bool(starts[2][0].any()) == carried
+        assert not any(state[0].requires_grad for state in starts)
+
+
+def test_bfloat16_trains_float32_weights(words):
+    trainer = Trainer(configure("model.implementation=scratch", "train.lr=0.02"), Corpus.from_text(words))
+    trainer.precision = torch.bfloat16  # which `choose_precision` refuses on a CPU that emulates it
+    losses = []
+    for x, y in trainer.batches.loader(1, 0):
+        trainer._step(x, y, Silent())
+        losses.append(trainer.progress.train_nats / trainer.progress.train_characters)
+    assert losses[-1] < losses[0]
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_val_can_be_limited(words):
+    trainer = Trainer(configure("batches.max_val_windows=3", "batches.stride=2"), Corpus.from_text(words))
+    assert len(trainer.val) == 2 * 2 + 8 + 1
+
+
+def test_a_val_split_too_short(words):
+    with pytest.raises(CharlmError, match="val split has 1 characters"):
+        Trainer(configure(), Corpus.from_text(words, (0.999, 0.0005, 0.0005)))
+
+
+def test_another_corpus_is_not_resumed(train, tmp_path):
+    train("train.max_steps=2")
+    other = Trainer(configure("train.max_steps=4"), Corpus.from_text("another text altogether " * 50))
+    with pytest.raises(CharlmError, match="corpus has changed"):
+        other.restore(Run(tmp_path / "run"))
+
+
+def test_another_model_is_not_resumed(train, words, tmp_path):
+    train("train.max_steps=2")
+    other = Trainer(configure("model.cell=rnn"), Corpus.from_text(words))
+    with pytest.raises(CharlmError, match="does not fit"):
+        other.restore(Run(tmp_path / "run"))

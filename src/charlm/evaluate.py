@@ -26,7 +26,8 @@ def evaluate(model: CharLM, ids: Tensor) -> Score:
         for start in range(0, len(ids) - 1, CHUNK):
             window = ids[start : start + CHUNK + 1].long().to(device)
             logits, state = model(window[None, :-1], state)
-            nats += float(F.cross_entropy(logits[0], window[1:], reduction="none").double().sum())
+            surprisals = F.cross_entropy(logits[0], window[1:], reduction="none")
+            nats += float(surprisals.cpu().double().sum())
     finally:
         model.train(was_training)
     return Score(nats, max(len(ids) - 1, 0))

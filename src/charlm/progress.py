@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from charlm.metrics import Score, perplexity
 
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+_BAR = "{desc} |{bar}| {remaining} left"  # fits 60 columns
 
 
 class TrainingDisplay:
@@ -45,10 +45,8 @@ class TrainingDisplay:
         rate = characters / seconds
         self.chars_per_second = 0.9 * self.chars_per_second + 0.1 * rate if self.chars_per_second else rate
         self.bar.set_description_str(
-            f"epoch {self.bar.n // self.steps_per_epoch + 1}/{self.epochs}", refresh=False
-        )
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f} ppl {perplexity(loss):.4g} {self.chars_per_second / 1000:.1f}k char/s",
+            f"epoch {self.bar.n // self.steps_per_epoch + 1}/{self.epochs} loss {loss:.3f} "
+            f"ppl {perplexity(loss):.3g} {self.chars_per_second / 1000:.1f}k ch/s",
             refresh=False,
         )
         self.bar.update()

@@ -109,7 +109,9 @@ class Trainer:
     def describe(self) -> list[str]:
         """What is trained on what, in short lines."""
         corpus, batches, model = self.corpus, self.config.batches, self.config.model
-        source = str(corpus.files[0]) if len(corpus.files) == 1 else f"{len(corpus.files)} files"
+        source = self.config.corpus.source
+        if len(corpus.files) > 1:
+            source = f"{source} ({len(corpus.files)} files)"
         sizes = f"train {len(corpus.train):,}, val {len(self.val):,}, test {len(corpus.test):,}"
         state = "carried" if self.batches.carries_state else "afresh in each window"
         precision = str(self.precision).removeprefix("torch.")

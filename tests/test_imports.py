@@ -39,6 +39,8 @@ def imported(path):
             yield from (alias.name if alias.name in ROWS else "__init__" for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("charlm."):
             yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("charlm."))
 
 
 def test_modules_import_from_rows_above():

@@ -44,14 +44,14 @@ def test_schedules_of_a_few_steps(schedule, total):
 
 def test_plateau_lowers_the_rate_when_val_stays():
     model = nn.Linear(2, 2)
-    config = TrainConfig(schedule="plateau", lr=1.0, decay=0.5, plateau_patience=1)
+    config = TrainConfig(schedule="plateau", lr=1.0, decay=0.5, plateau_patience=2)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, 10, 10)
     rates = []
-    for loss in (3.0, 2.0, 2.0, 2.0, 2.0, 2.0):
+    for loss in (3.0, 2.0, 2.0, 2.0, 1.9999999, 2.0):
         schedule.step(loss)
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == [1, 1, 1, 0.5, 0.5, 0.25]
+    assert rates == [1, 1, 1, 0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adadelta"])
@@ -89,3 +89,11 @@ def test_clipping(clip, expected):
     model.weight.grad = torch.tensor([[0.3, -0.4]])
     clip_gradients(model, TrainConfig(clip=clip))
     assert torch.equal(model.weight.grad, torch.tensor([[0.3, -0.4]])), "small ones stay"
+
+
+@pytest.mark.parametrize(("clip", "expected"), [("value", [[1.0, -0.5]]), ("none", [[1e30, -0.5]])])
+def test_gradients_whose_squares_overflow_stay_numbers(clip, expected):
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[1e30, -0.5]])
+    assert clip_gradients(model, TrainConfig(clip=clip, clip_value=1.0)).item() == pytest.approx(1e30)
+    assert torch.equal(model.weight.grad, torch.tensor(expected))

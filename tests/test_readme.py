@@ -20,6 +20,8 @@ def test_the_configuration_it_shows_is_the_whole_of_the_defaults():
 def test_it_names_every_recipe_and_module():
     for path in (ROOT / "configs").glob("*.yaml"):
         assert f"`{path.name}`" in README
+    for path in (ROOT / "src/charlm").glob("*.py"):
+        assert f"  {path.name} " in README or path.name.startswith("__")
 
 
 def test_its_python_runs(charlm, trained):

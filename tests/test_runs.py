@@ -23,10 +23,12 @@ def test_a_new_run_takes_no_name_that_is_taken(run, monkeypatch):
     with pytest.raises(ConfigError, match="runs/a exists.*--resume a"):
         runs.new_run("a", "lstm")
     monkeypatch.setattr(runs.time, "strftime", lambda pattern: "20260101-000000")
-    first = runs.new_run(None, "gru")
-    runs.create(first, Config())
+    first, second = runs.new_run(None, "gru"), runs.new_run(None, "gru")
     assert first.folder == Path("runs/gru-20260101-000000")
-    assert runs.new_run(None, "gru").folder == Path("runs/gru-20260101-000000-2")
+    assert runs.create(first, Config(), rename=True) == first
+    assert runs.create(second, Config(), rename=True).folder == Path("runs/gru-20260101-000000-2")
+    with pytest.raises(CharlmError, match="File exists"):
+        runs.create(first, Config())
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "/tmp/x"])
@@ -49,10 +51,12 @@ def test_models_are_found_newest_first(run, folder):
     for name, time in (("a", 2000), ("b", 1000)):
         Run(Path("runs", name)).best.write_bytes(b"")
         os.utime(Run(Path("runs", name)).best, (time, time))
-    runs.create(Run(Path("runs/begun")), Config())  # no model in it yet
+    begun = runs.create(Run(Path("runs/begun")), Config())
     assert runs.find_model(None) == Path("runs/a/model.safetensors")
     assert runs.find_model("b") == runs.find_model("runs/b") == Path("runs/b/model.safetensors")
     assert runs.find_model("runs/b/model.safetensors") == Path("runs/b/model.safetensors")
+    begun.last.write_bytes(b"")
+    assert runs.find_model(None) == runs.find_model("begun") == begun.last, "a run that has no best yet"
     with pytest.raises(ConfigError, match="no model 'c'"):
         runs.find_model("c")
 
@@ -62,6 +66,11 @@ def test_the_log_can_be_cut_back(run):
     run.log({"step": 2})
     run.cut_log(size)
     assert run.metrics.read_text() == '{"step": 1}\n'
+
+
+def test_the_log_is_json_whatever_happens(run):
+    run.log({"val_loss": 800.0, "val_perplexity": float("inf")})
+    assert run.metrics.read_text() == '{"val_loss": 800.0}\n'
 
 
 def test_state_round_trip_and_damage(run):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from charlm import sample as module
 from charlm.config import ModelConfig
 from charlm.errors import CharlmError
 from charlm.model import CharLM
@@ -94,3 +95,9 @@ def test_text_comes_as_it_is_made_and_leaves_the_model_as_it_was(model):
     assert len(next(stream)) == 1
     stream.close()
     assert model.training
+
+
+def test_a_long_prefix_is_read_in_parts(model, monkeypatch):
+    whole = write(model, "ab a\nb" * 9, temperature=0)
+    monkeypatch.setattr(module, "PREFIX_CHUNK", 7)
+    assert write(model, "ab a\nb" * 9, temperature=0) == whole

@@ -13,6 +13,7 @@ from charlm.config import from_data
 from charlm.corpus import Corpus
 from charlm.errors import CharlmError, Interrupted
 from charlm.evaluate import evaluate
+from charlm.metrics import Score
 from charlm.runs import Run
 from charlm.train import Trainer
 from conftest import TINY
@@ -124,7 +125,7 @@ SETTINGS = {
     "windows": [],
     "streams": ["batches.sampling=contiguous"],
     "scratch": ["model.implementation=scratch", "model.cell=gru", "model.num_layers=2"],
-    "plateau": ["train.schedule=plateau", "train.lr=0.3", "train.eval_every=7", "train.plateau_patience=0"],
+    "plateau": ["train.schedule=plateau", "train.lr=0.3", "train.eval_every=7", "train.plateau_patience=1"],
     "adadelta": ["train.optimizer=adadelta", "train.lr=1.0", "train.schedule=constant"],
 }
 
@@ -151,7 +152,7 @@ def test_a_stopped_run_resumes_to_the_same_end(train, setting, stop_at):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(train, tmp_path, number):
-    steps = []
+    steps, before = [], signal.getsignal(number)
 
     def interrupt():
         steps.append(1)
@@ -164,13 +165,12 @@ def test_a_signal_finishes_the_step_and_saves(train, tmp_path, number):
     assert Run(tmp_path / "run").load_state()["progress"]["step"] == 7
     resumed, _, _ = train("train.max_steps=20", resume=True)
     assert same_weights(resumed, train("train.max_steps=20", name="whole")[0])
-    assert signal.getsignal(number) != signal.SIG_IGN
+    assert signal.getsignal(number) == before
 
 
 def test_early_stopping_waits_for_its_patience(train, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.4, 2.3, 1.0])
-    real = module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda *args: type(real(*args))(next(losses, 9.0), 1))
+    monkeypatch.setattr(module, "evaluate", lambda *args: Score(next(losses, 9.0), 1))
     _, run, reporter = train("train.epochs=50", "train.early_stopping=3")
     assert [best for _, best in reporter.rows] == [True, True, False, False, False]
     assert load_model(run.best).figures["val_loss"] == 2.0
@@ -186,6 +186,33 @@ def test_more_epochs_extend_a_finished_run(train):
 def test_a_loss_that_is_not_finite_stops_with_advice(train):
     with pytest.raises(CharlmError, match="diverged.*smaller train.lr"):
         train("train.optimizer=sgd", "train.lr=1e30", "train.clip=none", "train.schedule=constant")
+
+
+def test_a_val_loss_that_is_not_finite_stops_before_anything_is_saved(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "evaluate", lambda *args: Score(math.nan, 1))
+    with pytest.raises(CharlmError, match="diverged after step 5: the val loss is nan"):
+        train("train.max_steps=9", "train.eval_every=5")
+    assert Run(tmp_path / "run").load_state()["progress"]["step"] == 0
+    assert not Run(tmp_path / "run").metrics.exists()
+
+
+def test_a_run_killed_before_its_first_evaluation_can_be_resumed(train):
+    def die():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("train.max_steps=5", on_step=die)
+    resumed, _, _ = train("train.max_steps=5", resume=True)
+    assert same_weights(resumed, train("train.max_steps=5", name="whole")[0])
+
+
+def test_the_logged_lr_is_the_one_that_was_trained_with(train):
+    _, run, _ = train("train.epochs=2", "train.schedule=step", "train.decay=0.1", "train.lr=0.01")
+    assert [row["lr"] for row in rows(run) if "lr" in row] == [0.01, pytest.approx(0.001)]
+
+
+def test_max_steps_rules_where_it_is_set(train):
+    assert train("train.epochs=1", "train.max_steps=70", "train.eval_every=70")[0].progress.step == 70
 
 
 def test_streams_carry_the_state_and_windows_do_not(words):

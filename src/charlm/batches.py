@@ -124,15 +124,14 @@ class ContiguousStreams(Dataset[Batch]):
         self.ids, self.batch_size, self.seq_len = ids, batch_size, seq_len
         # Leave room for an offset of up to T where the text allows.
         self.steps_per_epoch = max((len(ids) - seq_len) // (batch_size * seq_len), 1)
-        self.offset = 0
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
-    def __getitem__(self, step: int) -> Batch:
-        """Step `step` of all streams as x and y, int64 of shape (B, T)."""
+    def __getitem__(self, start: int) -> Batch:
+        """T characters of each stream, the first stream's from `start` on: x and y, int64 of shape (B, T)."""
         stream_length = self.steps_per_epoch * self.seq_len
-        starts = self.offset + step * self.seq_len + stream_length * torch.arange(self.batch_size)
+        starts = start + stream_length * torch.arange(self.batch_size)
         windows = self.ids.unfold(0, self.seq_len + 1, 1)[starts].long()
         return windows[:, :-1], windows[:, 1:]
 
@@ -140,9 +139,11 @@ class ContiguousStreams(Dataset[Batch]):
         """The batches of an epoch, from step `start` on."""
         slack = len(self.ids) - 1 - self.steps_per_epoch * self.batch_size * self.seq_len
         generator = torch.Generator().manual_seed(mix(seed, epoch))
-        self.offset = int(torch.randint(slack + 1, (1,), generator=generator))
-        steps = range(start, self.steps_per_epoch)
-        return DataLoader(self, batch_size=None, sampler=steps, generator=torch.Generator())
+        offset = int(torch.randint(slack + 1, (1,), generator=generator))
+        starts = range(
+            offset + start * self.seq_len, offset + self.steps_per_epoch * self.seq_len, self.seq_len
+        )
+        return DataLoader(self, batch_size=None, sampler=starts, generator=torch.Generator())
 
 
 def shuffled(indices: Tensor, count: int, seed: int, epoch: int) -> Tensor:

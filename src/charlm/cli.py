@@ -4,7 +4,10 @@ Modules that import torch are imported inside the commands, so that ``--help`` a
 What a user pipes goes to stdout, all else to stderr.
 """
 
+import contextlib
+import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -26,12 +29,11 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
+    _prepare_streams()
     try:
         cli.main(args=args, prog_name="charlm", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         return 0
     except CharlmError as error:
         return _fail(str(error), error.exit_code)
@@ -43,22 +45,55 @@ def main(args: list[str] | None = None) -> int:
         # Whoever read our output has gone; click exits then. Let the interpreter's last flush not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a fault of charlm's
+        return _fail(
+            "out of memory; take a smaller model.hidden_size, batches.batch_size or batches.seq_len", 1
+        )
+
+
+def _prepare_streams() -> None:
+    """Files and pipes get UTF-8 whatever the locale; a terminal that lacks a character shows ? for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if stream.isatty():
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _fail(message: str, exit_code: int) -> int:
-    click.echo(f"charlm: {message}", err=True)
+    with contextlib.suppress(OSError):
+        click.echo(f"charlm: {message}", err=True)
     return exit_code
 
 
-@click.group(context_settings=CONTEXT)
+class Finite(click.FloatRange):
+    """A range of floats that NaN and infinity are not in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number that `value` is."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+@click.group(context_settings=CONTEXT, invoke_without_command=True)
 @click.version_option(__version__, prog_name="charlm")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     r"""Train character-level language models with recurrent networks, and write text with them.
 
     \b
       charlm train --config lstm.yaml
       charlm generate --prefix "quijote "
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 _model_option = click.option(
@@ -139,28 +174,33 @@ def train(
         trainer.restore(run)
         if trainer.finished:
             raise ConfigError(
-                f"the run {run.folder} is finished, at step {trainer.progress.step}; "
-                f"to train on, give it more: --set train.epochs={2 * config.train.epochs}"
+                f"the run {run.folder} is finished, at step {trainer.progress.step}, by {trainer.finished}; "
+                "to train on, raise that with --set"
             )
         runs.save_config(run, config)
         display.say(f"resumed  {run.folder} at step {trainer.progress.step} of {trainer.total_steps}")
     else:
-        runs.create(run, config)
+        run = runs.create(run, config, rename=name is None)
     result = trainer.train(run, display)
     display.finished(result.best, result.test, run.folder, trainer.suggested_prefix)
 
 
+_CHANGEABLE = (
+    "train.epochs", "train.max_steps", "train.early_stopping", "train.device", "corpus.source",
+)  # fmt: skip
+
+
 def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A run goes on as it began, but for its budget."""
+    """A run goes on as it began, but for its budget, its device, and where its text now is."""
     changed = [
         f"{section}.{key}"
         for section, values in after.items()
         for key, value in values.items()
-        if value != before[section][key] and f"{section}.{key}" not in ("train.epochs", "train.max_steps")
+        if value != before[section][key] and f"{section}.{key}" not in _CHANGEABLE
     ]
     if changed:
         raise ConfigError(
-            f"--resume cannot change {', '.join(changed)}; only train.epochs and train.max_steps: "
+            f"--resume cannot change {', '.join(changed)}, only {', '.join(_CHANGEABLE)}; "
             "begin a new run for the rest"
         )
 
@@ -175,7 +215,7 @@ def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
 @click.option(
     "--temperature",
     "-t",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=0.7,
     show_default=True,
     help="Below 1 plainer, above 1 wilder; 0 always takes the most probable character.",
@@ -183,7 +223,7 @@ def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
 @click.option("--top-k", type=click.IntRange(1), help="Draw among the K most probable characters.")
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Finite(0, 1, min_open=True),
     help="Draw among the fewest that hold P of the probability.",
 )
 @click.option(
@@ -225,7 +265,11 @@ def generate(
     prefix = text.clean(prefix, **cleaning)
     ids = loaded.vocab.encode(prefix, unknown, "the prefix")  # type: ignore[arg-type]
     shown = loaded.vocab.decode(ids)
-    stop = text.clean(stop, **cleaning)
+    stop = text.clean(stop, **{**cleaning, "keep": None})
+    if never := set(stop) - set(loaded.vocab.characters):
+        raise ConfigError(
+            f"--stop {stop!r} can never be written: the model does not know {', '.join(map(repr, never))}"
+        )
     for k in range(num_samples):
         generator = torch.Generator()
         generator.manual_seed((seed + k) % 2**63) if seed is not None else generator.seed()
@@ -268,36 +312,41 @@ def evaluate(
     loaded = _load(model, implementation, device)
     rows, total, total_bytes = [], Score(), 0
     for name in files:
-        for path in [Path("-")] if name == "-" else text.find_files(name):
+        paths = [Path("-")] if name == "-" else text.find_files(name)
+        for path in paths:
             content = text.decode(sys.stdin.buffer.read(), "stdin") if name == "-" else text.read_file(path)
             content = text.clean(text.strip_gutenberg(content), **loaded.config.corpus.cleaning)
             ids = loaded.vocab.encode(content, unknown, str(path))  # type: ignore[arg-type]
+            if len(ids) < 2 and len(paths) > 1:
+                click.echo(f"left out: {path} has {len(ids)} characters, too few to score", err=True)
+                continue
             if len(ids) < 2:
                 raise CharlmError(f"{path} has {len(ids)} characters to score; it takes two or more")
             result = score(loaded.model, ids)
             num_bytes = len(loaded.vocab.decode(ids[1:]).encode())
-            rows.append({"path": str(path), **_score_row(result, num_bytes)})
+            rows.append(_score_row(str(path), result, num_bytes))
             total, total_bytes = total + result, total_bytes + num_bytes
-    rows_and_total = [*rows, {"path": "total", **_score_row(total, total_bytes)}]
+    total_row = _score_row("total", total, total_bytes)
     if as_json:
-        click.echo(json.dumps({"files": rows, "total": _score_row(total, total_bytes)}, indent=2))
+        click.echo(json.dumps({"files": rows, "total": total_row}, indent=2))
         return
     click.echo(
         f"{'characters':>12} {'nats/char':>10} {'perplexity':>11} {'bits/char':>10} {'bits/byte':>10}  file"
     )
-    for row in rows_and_total if len(rows) > 1 else rows:
+    for row in [*rows, total_row] if len(rows) > 1 else rows:
         click.echo(
             f"{row['characters']:>12,} {row['loss']:>10.4f} {row['perplexity']:>11.4g} "
             f"{row['bits_per_character']:>10.4f} {row['bits_per_byte']:>10.4f}  {row['path']}"
         )
 
 
-def _score_row(score: "Score", num_bytes: int) -> dict[str, Any]:
+def _score_row(path: str, score: "Score", num_bytes: int) -> dict[str, Any]:
     return {
+        "path": path,
         "characters": score.characters,
         "nats": score.nats,
         "loss": score.loss,
-        "perplexity": score.perplexity,
+        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
         "bits_per_character": score.bits_per_character,
         "bits_per_byte": score.bits_per_byte(num_bytes),
     }

@@ -55,7 +55,7 @@ class CorpusConfig(Section):
                     f"keep {self.keep!r} is not the inside of a character class ({error}); "
                     'write for example "A-Za-z"'
                 ) from None
-        if not self.source:
+        if not self.source or (isinstance(self.source, list) and not all(self.source)):
             raise ValueError(
                 "source is empty; name a bundled corpus, a file, a folder, a glob or a list of them"
             )
@@ -130,7 +130,7 @@ class TrainConfig(Section):
     min_lr: Share = 0.01
     step_epochs: Positive = 1
     decay: Annotated[float, Field(gt=0, le=1)] = 0.5
-    plateau_patience: Annotated[int, Field(ge=0)] = 1
+    plateau_patience: Positive = 2
     clip: Literal["norm", "value", "none"] = "norm"
     clip_value: PositiveFloat = 1.0
     early_stopping: Positive | None = None
@@ -151,11 +151,14 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML that reads 2e-3 as a number (YAML 1.2 does, PyYAML's 1.1 does not) and refuses double keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
@@ -192,21 +195,26 @@ def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
     overrides: ``section.key=value`` texts laid on top.
     Raises `ConfigError` that lists every problem; `where` names the origin.
     """
-    _refuse(where, list(_misplaced(data)))
-    data = {section: dict(values or {}) for section, values in data.items()}
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        section, _, key = name.strip().partition(".")
-        if not (equals and section and key):
-            raise ConfigError(f"--set {text!r} must read section.key=value, for example train.lr=2e-3")
-        where = f"{where} --set {text}".strip()
-        data.setdefault(section, {})[key] = parse_yaml(value, f"--set {text!r}")
-    _refuse(where, list(_misplaced(data)))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: {data!r} must be a mapping with the sections {', '.join(_SECTIONS)}")
+    data = _overlay(data, overrides)
+    problems = list(_misplaced(data))
+    known = {
+        section: {key: value for key, value in values.items() if key in _SECTIONS[section].model_fields}
+        for section, values in data.items()
+        if section in _SECTIONS and isinstance(values, dict)
+    }
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(known)
     except ValidationError as error:
-        _refuse(where, _explain(error))
-        raise
+        problems += _explain(error, known)
+    if len(problems) == 1:
+        raise ConfigError(f"{where}: {problems[0]}".removeprefix(": "))
+    if problems:
+        raise ConfigError(
+            f"{where}: {len(problems)} problems".removeprefix(": ") + "".join(f"\n  {p}" for p in problems)
+        )
+    return config
 
 
 def load(recipe: str | None, overrides: Iterable[str] = ()) -> Config:
@@ -240,14 +248,18 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def _refuse(where: str, problems: list[str]) -> None:
-    """Raise one `ConfigError` for all `problems`, if there are any."""
-    if len(problems) == 1:
-        raise ConfigError(f"{where}: {problems[0]}".removeprefix(": "))
-    if problems:
-        raise ConfigError(
-            f"{where}: {len(problems)} problems".removeprefix(": ") + "".join(f"\n  {p}" for p in problems)
-        )
+def _overlay(data: dict[Any, Any], overrides: Iterable[str]) -> dict[Any, Any]:
+    """`data` with the ``section.key=value`` texts laid on top."""
+    data = {section: {} if values is None else values for section, values in data.items()}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        section, _, key = name.strip().partition(".")
+        if not (equals and section and key):
+            raise ConfigError(f"--set {text!r} must read section.key=value, for example train.lr=2e-3")
+        values = data.setdefault(section, {})
+        if isinstance(values, dict):
+            data[section] = {**values, key: parse_yaml(value, f"--set {text!r}")}
+    return data
 
 
 _SECTIONS: dict[str, type[Section]] = {
@@ -259,11 +271,8 @@ _SECTIONS: dict[str, type[Section]] = {
 _KEYS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
 
 
-def _misplaced(data: Any) -> Iterator[str]:
+def _misplaced(data: dict[Any, Any]) -> Iterator[str]:
     """Sections and keys that do not exist, each with the nearest that does."""
-    if not isinstance(data, dict):
-        yield f"{data!r} must be a mapping with the sections {', '.join(_SECTIONS)}"
-        return
     for section, values in data.items():
         if section not in _SECTIONS:
             yield f"unknown section {section!r}" + _nearest(str(section), [*_SECTIONS, *_KEYS], _SECTIONS)
@@ -271,7 +280,7 @@ def _misplaced(data: Any) -> Iterator[str]:
             known = list(_SECTIONS[section].model_fields)
             for key in [key for key in values if key not in known]:
                 yield f"unknown key {section}.{key}" + _nearest(str(key), [*known, *_KEYS], known)
-        elif values is not None:
+        else:
             yield f"{section} is {values!r}; it must be a mapping of keys to values"
 
 
@@ -282,16 +291,24 @@ def _nearest(name: str, candidates: list[str], listed: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(listed)}"
 
 
-def _explain(errors: ValidationError) -> list[str]:
+_TUPLES = {
+    "corpus.split": "three numbers: the shares of train, val and test, for example [0.9, 0.05, 0.05]",
+    "train.betas": "two numbers from 0 to below 1, for example [0.9, 0.99]",
+}
+
+
+def _explain(errors: ValidationError, data: dict[str, Any]) -> list[str]:
     """Each wrong key with its value and what is allowed; a key of several types has an error for each."""
     explained: dict[str, str] = {}
     for error in errors.errors():
         name = ".".join(str(part) for part in error["loc"][:2])
+        allowed = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
         if error["type"] == "value_error":
             explained[name] = f"{name}.{error['msg'].removeprefix('Value error, ')}"
-            continue
-        allowed = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-        if name in explained:
+        elif name in _TUPLES:
+            section, key = name.split(".")
+            explained[name] = f"{name} is {data[section][key]!r}; it must be {_TUPLES[name]}"
+        elif name in explained:
             explained[name] += f" or {allowed}"
         else:
             explained[name] = f"{name} is {error['input']!r}; it must be {allowed}"

@@ -35,8 +35,13 @@ def make_schedule(
 ) -> Schedule:
     """The learning rate's course, stepped after every step; ``plateau`` is after every val loss."""
     if config.schedule == "plateau":
+        # torch's patience is how many evaluations are borne; ours, as early_stopping, when it ends.
         return ReduceLROnPlateau(
-            optimizer, factor=config.decay, patience=config.plateau_patience, min_lr=config.lr * config.min_lr
+            optimizer,
+            factor=config.decay,
+            patience=config.plateau_patience - 1,
+            threshold=0,
+            min_lr=config.lr * config.min_lr,
         )
     return LambdaLR(optimizer, lambda step: lr_factor(step, config, total_steps, steps_per_epoch))
 
@@ -73,8 +78,12 @@ def clip_gradients(model: nn.Module, config: TrainConfig) -> Tensor:
     value: each number into [-clip_value, clip_value].
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    limit = config.clip_value if config.clip == "norm" else math.inf
-    norm = nn.utils.clip_grad_norm_(parameters, limit)
-    if config.clip == "value":
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if not norm.isfinite():  # squares overflow in float32 long before the gradients do
+        norm = nn.utils.get_total_norm([gradient.cpu().double() for gradient in gradients])
+    if config.clip == "norm":
+        nn.utils.clip_grads_with_norm_(parameters, config.clip_value, norm)
+    elif config.clip == "value":
         nn.utils.clip_grad_value_(parameters, config.clip_value)
-    return norm.detach()
+    return norm

@@ -1,5 +1,6 @@
 """What a person sees of a training: a bar on a terminal, a line after each evaluation anywhere."""
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -21,8 +22,9 @@ class TrainingDisplay:
         self.chars_per_second = 0.0
 
     def say(self, line: str = "") -> None:
-        """Print a line, above the bar if there is one."""
-        tqdm.write(line, file=sys.stderr)
+        """Print a line, above the bar if there is one. Training goes on when nobody is left to read it."""
+        with contextlib.suppress(BrokenPipeError):
+            tqdm.write(line, file=sys.stderr)
 
     def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Show the bar at `step`."""
@@ -55,7 +57,7 @@ class TrainingDisplay:
         """Print the row's figures; a star marks the best val loss so far."""
         self.say(
             f"epoch {row['epoch']:<4g} train {row['train_loss']:.3f}  val {row['val_loss']:.3f}  "
-            f"ppl {row['val_perplexity']:.2f}  bpc {row['val_bits_per_character']:.3f}  "
+            f"ppl {perplexity(row['val_loss']):.2f}  bpc {row['val_bits_per_character']:.3f}  "
             f"lr {row['lr']:.1e}  grad {row['grad_norm']:.2f}  {row['seconds']:.0f} s{' *' if best else ''}"
         )
 
@@ -65,7 +67,7 @@ class TrainingDisplay:
 
     def finished(self, best: dict[str, Any], test: Score | None, folder: Path, prefix: str) -> None:
         """Print the figures of the best model, where it is, and how to write with it."""
-        val = (best["val_perplexity"], best["val_bits_per_character"], best["val_loss"])
+        val = (perplexity(best["val_loss"]), best["val_bits_per_character"], best["val_loss"])
         self.say()
         self.say(f"best     val {_figures(*val)}, at epoch {best['epoch']:g}")
         if test:

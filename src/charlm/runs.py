@@ -5,6 +5,7 @@ on from), ``metrics.jsonl``.
 """
 
 import json
+import math
 import os
 import re
 import time
@@ -82,10 +83,11 @@ class Run:
         return state
 
     def log(self, row: dict[str, Any]) -> int:
-        """Append a row to the log; returns the log's size in bytes after it."""
+        """Append a row to the log, without what is infinite, as JSON lacks it; returns the size after it."""
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                finite = {key: value for key, value in row.items() if abs(value) != math.inf}
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
                 return file.tell()
         except OSError as error:
             raise CharlmError(f"cannot write {self.metrics}: {error.strerror}") from None
@@ -102,9 +104,7 @@ def new_run(name: str | None, recipe: str) -> Run:
     Raises `ConfigError` for a name that is taken or is no name for a folder.
     """
     if name is None:
-        stem = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        names = [stem, *(f"{stem}-{i}" for i in range(2, 1000))]
-        return next(Run(RUNS / name) for name in names if not (RUNS / name).exists())
+        return Run(RUNS / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not re.fullmatch(r"\w[\w.+=-]*", name):
         raise ConfigError(f"--name {name!r} is no name for a run: use letters, digits and . _ + = - only")
     if (RUNS / name).exists():
@@ -114,13 +114,30 @@ def new_run(name: str | None, recipe: str) -> Run:
     return Run(RUNS / name)
 
 
-def create(run: Run, config: Config) -> None:
-    """Make the run's folder with ``config.yaml`` in it. Raises `CharlmError` where that cannot be done."""
+def create(run: Run, config: Config, rename: bool = False) -> Run:
+    """Make the run's folder with ``config.yaml`` in it.
+
+    rename: where the folder is taken, as by a run begun in the same second, number another.
+    Raises `CharlmError` where that cannot be done.
+    """
+    wanted, number = run.folder, 1
     try:
-        run.folder.mkdir(parents=True)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                run.folder.mkdir()
+                break
+            except FileExistsError:
+                if not rename:
+                    raise
+                number += 1
+                run = Run(wanted.with_name(f"{wanted.name}-{number}"))
     except OSError as error:
-        raise CharlmError(f"cannot make the run's folder {run.folder}: {error.strerror}") from None
+        raise CharlmError(
+            f"cannot make the run's folder {run.folder}: {error.strerror}; take another --name or folder"
+        ) from None
     save_config(run, config)
+    return run
 
 
 def save_config(run: Run, config: Config) -> None:
@@ -131,7 +148,7 @@ def save_config(run: Run, config: Config) -> None:
 
 def find_run(name: str) -> Run:
     """The run that `name` gives, a folder or a name under ``runs/``; raises `ConfigError` for none."""
-    for folder in (RUNS / name, Path(name)):
+    for folder in (Path(name), RUNS / name):
         if (folder / "config.yaml").is_file():
             return Run(folder)
     known = sorted(path.parent.name for path in RUNS.glob("*/config.yaml"))
@@ -141,18 +158,29 @@ def find_run(name: str) -> Run:
 
 
 def find_model(name: str | None) -> Path:
-    """The model file that `name` gives: a file, a run's folder or name, by default the newest run's best.
+    """The model file that `name` gives: a file, a run's folder or name, by default the newest run's.
 
-    Raises `ConfigError` where there is none.
+    Of a run, the model that was best on val, or the last before there is a best. Raises `ConfigError` where
+    there is none.
     """
     if name is not None:
         for path in (Path(name), RUNS / name):
             if path.is_file():
                 return path
-            if Run(path).best.is_file():
-                return Run(path).best
+            if found := _model_of(Run(path)):
+                return found
         raise ConfigError(f"no model {name!r}: it is neither a model file nor a run with one in it")
-    models = sorted(RUNS.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    models = [model for path in RUNS.glob("*/config.yaml") if (model := _model_of(Run(path.parent)))]
     if not models:
         raise ConfigError("there is no model in runs/ yet: train one with charlm train, or give --model PATH")
-    return models[-1]
+    return max(
+        models, key=lambda path: max(each.stat().st_mtime for each in path.parent.glob("*.safetensors"))
+    )
+
+
+def _last_saved(model: Path) -> float:
+    return max(path.stat().st_mtime for path in model.parent.glob("*.safetensors"))
+
+
+def _model_of(run: Run) -> Path | None:
+    return next((path for path in (run.best, run.last) if path.is_file()), None)

@@ -9,6 +9,8 @@ from charlm.errors import CharlmError
 from charlm.model import CharLM
 from charlm.vocab import Vocab
 
+PREFIX_CHUNK = 4096  # characters of a long prefix that are read at once: bounds the memory
+
 
 @torch.inference_mode()
 def generate(
@@ -36,7 +38,10 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        x, state, tail = prefix.long()[None].to(device), model.initial_state(1), ""
+        state, tail = model.initial_state(1), ""
+        *read, x = torch.split(prefix.long()[None].to(device), PREFIX_CHUNK, dim=1)
+        for part in read:
+            _, state = model(part, state)
         for _ in range(length):
             logits, state = model(x, state)
             choice = draw(logits[0, -1].float().cpu(), temperature, top_k, top_p, generator)

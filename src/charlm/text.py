@@ -43,7 +43,10 @@ def find_files(source: str | list[str]) -> list[Path]:
 
 
 def _find(name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise CharlmError(f"cannot find {name}: {error}") from None
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.endswith(_IN_FOLDERS) and file.is_file())
         if not found:

@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations, saves, and going on from where a run stopped."""
 
 import math
+import shlex
 import signal
 import threading
 import time
@@ -95,16 +96,14 @@ class Trainer:
                 "take a longer text or a larger val share in corpus.split"
             )
         self.steps_per_epoch = self.batches.steps_per_epoch
-        self.total_steps = config.train.epochs * self.steps_per_epoch
-        if config.train.max_steps:
-            self.total_steps = min(self.total_steps, config.train.max_steps)
+        self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         torch.manual_seed(config.train.seed)  # dropout draws from torch's global generators
         self.model = CharLM(len(corpus.vocab), config.model).initialise(config.train.seed).to(self.device)
         self.optimizer = make_optimizer(self.model, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, self.total_steps, self.steps_per_epoch)
         self.progress = Progress()
         self.carried: State | None = None
-        self.grad_norm = 0.0
+        self.grad_norm, self.lr = 0.0, config.train.lr
 
     def describe(self) -> list[str]:
         """What is trained on what, in short lines."""
@@ -135,11 +134,14 @@ class Trainer:
         return "quijote " if set("quijote ") <= set(known) else next(letters, known[0])
 
     @property
-    def finished(self) -> bool:
-        """Whether the budget is used up or early stopping has struck."""
-        patience = self.config.train.early_stopping
-        stopped_early = patience is not None and self.progress.evaluations_since_best >= patience
-        return stopped_early or self.progress.step >= self.total_steps
+    def finished(self) -> str | None:
+        """The setting that ended the training, with its value; None while there is more to do."""
+        train, progress = self.config.train, self.progress
+        if train.early_stopping and progress.evaluations_since_best >= train.early_stopping:
+            return f"train.early_stopping={train.early_stopping}"
+        if progress.step < self.total_steps:
+            return None
+        return f"train.max_steps={train.max_steps}" if train.max_steps else f"train.epochs={train.epochs}"
 
     def train(self, run: Run, reporter: Reporter) -> Result:
         """Train to the end, leaving models, state and log in `run`'s folder.
@@ -149,23 +151,26 @@ class Trainer:
         """
         progress, every = self.progress, self.config.train
         eval_every = every.eval_every or self.steps_per_epoch
+        if progress.step == 0:
+            self._save(run)  # a run that is killed early can be resumed too
         reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
         try:
             with _caught_signals() as caught:
                 for x, y in self._remaining_batches():
                     self._step(x, y, reporter)
+                    stop = caught[0] if caught else None  # once: a signal from here on is the next step's
                     if progress.step % eval_every == 0 or progress.step == self.total_steps:
                         self._evaluate(run, reporter)
-                    elif caught or (every.checkpoint_every and progress.step % every.checkpoint_every == 0):
+                    elif stop or (every.checkpoint_every and progress.step % every.checkpoint_every == 0):
                         self._save(run)
-                    if caught and not self.finished:
-                        raise Interrupted(
-                            f"stopped at step {progress.step} of {self.total_steps}; "
-                            f"go on with: charlm train --resume {run.folder}",
-                            caught[0],
-                        )
                     if self.finished:
                         break
+                    if stop:
+                        raise Interrupted(
+                            f"stopped at step {progress.step} of {self.total_steps}; "
+                            f"go on with: charlm train --resume {shlex.quote(str(run.folder))}",
+                            stop,
+                        )
         finally:
             reporter.end()
         return self._finish(run)
@@ -192,17 +197,16 @@ class Trainer:
         grad_norm = clip_gradients(self.model, self.config.train)
         nats = loss.item()
         progress = self.progress
-        if not math.isfinite(nats):
-            raise CharlmError(
-                f"the loss is {nats} after step {progress.step}: training diverged; "
-                "take a smaller train.lr or train.clip: norm"
+        self.grad_norm, self.lr = grad_norm.item(), self.optimizer.param_groups[0]["lr"]
+        if not (math.isfinite(nats) and math.isfinite(self.grad_norm)):
+            raise _diverged(
+                progress.step, f"the loss is {nats:.4g}, the gradient's norm {self.grad_norm:.4g}"
             )
         self.optimizer.step()
         if not isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step()
-        self.grad_norm = grad_norm.item()
         if self.batches.carries_state:
-            self.carried = tuple(tensor.detach() for tensor in state)
+            self.carried = tuple(tensor.detach().float() for tensor in state)
         seconds = time.perf_counter() - began
         progress.step += 1
         progress.train_nats += nats * y.numel()
@@ -213,8 +217,10 @@ class Trainer:
 
     def _evaluate(self, run: Run, reporter: Reporter) -> None:
         """Score the val split, log a row, keep the model if it is the best, save."""
-        progress, lr = self.progress, self.optimizer.param_groups[0]["lr"]
+        progress = self.progress
         val = evaluate(self.model, self.val)
+        if not math.isfinite(val.loss):
+            raise _diverged(progress.step, f"the val loss is {val.loss}")
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(val.loss)
         train_loss = progress.train_nats / progress.train_characters
@@ -226,7 +232,7 @@ class Trainer:
             "val_loss": val.loss,
             "val_perplexity": val.perplexity,
             "val_bits_per_character": val.bits_per_character,
-            "lr": lr,
+            "lr": self.lr,
             "grad_norm": self.grad_norm,
             "chars_per_second": progress.train_characters / progress.train_seconds,
             "seconds": progress.seconds,
@@ -306,6 +312,12 @@ class Trainer:
             figures["test_bits_per_character"] = test.bits_per_character
             run.log({"step": self.progress.step, "best_step": self.progress.best_step, **figures})
         return Result(best.figures, test)
+
+
+def _diverged(step: int, what: str) -> CharlmError:
+    return CharlmError(
+        f"training diverged after step {step}: {what}; take a smaller train.lr or train.clip: norm"
+    )
 
 
 def _timeless(row: Row) -> Row:

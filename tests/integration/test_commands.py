@@ -82,6 +82,7 @@ def test_resume_goes_on_and_refuses_what_it_cannot(charlm, trained):
         (["--set", "model.hidden_size=5"], "model.hidden_size"),
         (["--config", "lstm"], "no --config"),
         (["--name", "x"], "no --name"),
+        ([], "by train.max_steps=5"),
     ]:
         refused = charlm("train", "--resume", "tiny", *arguments)
         assert refused.code == 2 and part in refused.err
@@ -160,6 +161,10 @@ BAD = {
     "no run": (["train", "--resume", "nothing"], 2, "is no run"),
     "a run that exists": (["train", "--name", "tiny"], 2, "exists"),
     "bad temperature": (["generate", "--temperature", "-1"], 2, "temperature"),
+    "nan temperature": (["generate", "--temperature", "nan"], 2, "finite"),
+    "a stop text that cannot come": (["generate", "--stop", "Ω"], 2, "can never be written"),
+    "too large a model": (["train", "--set", "model.hidden_size=1000000"], 1, "out of memory"),
+    "a name too long": (["train", "--name", "n" * 300], 1, "too long"),
     "unknown option": (["train", "--confg", "x"], 2, "--confg"),
     "unknown command": (["trian"], 2, "trian"),
     "eval of nothing": (["eval"], 2, "FILE"),
@@ -211,6 +216,40 @@ def test_a_full_disk_leaves_the_last_models(charlm, trained, monkeypatch):
     after = {path.name: path.read_bytes() for path in trained.iterdir() if path.suffix != ".jsonl"}
     assert after.keys() == before.keys()
     assert all(after[name] == before[name] for name in before if name != "config.yaml")
+
+
+def test_training_goes_on_when_nobody_reads_its_lines(folder):
+    training = process(
+        "train", "--name", "n", *settings("corpus.source=corpus.txt", "train.epochs=3"), cwd=folder
+    )
+    training.stderr.readline()
+    training.stderr.close()
+    training.stdout.close()
+    assert training.wait(timeout=60) == 0
+    rows = [json.loads(line) for line in (folder / "runs/n/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1].keys() >= {"test_loss"}
+
+
+@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-"])
+def test_an_output_that_cannot_be_written(folder, charlm, trained, redirection):
+    command = f"{sys.executable} -m charlm generate -n 5 {redirection}"
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1
+    assert done.returncode == (1 if "full" in redirection else 0)
+
+
+def test_eval_leaves_out_what_a_folder_has_too_little_of(charlm, trained):
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("abcd")
+    Path("texts/b.txt").write_text("")
+    done = charlm("eval", "texts", "--json")
+    assert [row["path"] for row in json.loads(done.out)["files"]] == ["texts/a.txt"]
+    assert "left out: texts/b.txt" in done.err
+
+
+def test_no_command_shows_the_help(charlm):
+    done = charlm()
+    assert done.code == 0 and done.out.startswith("Usage: charlm") and "generate" in done.out
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(folder):

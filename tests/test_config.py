@@ -134,3 +134,4 @@ def test_the_six_recipes_differ_in_what_they_say_only():
         builtin, scratch = load(f"{cell}.yaml"), load(f"{cell}-scratch.yaml")
         assert (builtin.model.cell, builtin.model.implementation) == (cell, "builtin")
         assert override(builtin, ["model.implementation=scratch"]) == scratch
+    assert len({load(f"{cell}.yaml").train.epochs for cell in ("rnn", "lstm", "gru")}) == 1, "they compare"

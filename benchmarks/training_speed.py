@@ -15,13 +15,6 @@ from charlm.corpus import Corpus
 from charlm.train import Trainer
 
 
-class Silent:
-    """A reporter that shows nothing."""
-
-    def step(self, loss, characters, seconds):
-        pass
-
-
 def main():
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--hidden-size", type=int, default=256)
@@ -53,7 +46,7 @@ def main():
             ]
             began = time.perf_counter()
             for x, y in batches:
-                trainer._step(x, y, Silent())
+                trainer.step(x, y)
             if turn:
                 rates[key].append(sum(x.numel() for x, _ in batches) / (time.perf_counter() - began))
     any_trainer = next(iter(trainers.values()))

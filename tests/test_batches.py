@@ -78,6 +78,26 @@ def test_streams_go_on_where_they_stopped(B, T, extra, epoch):
     assert len(ids) - x.numel() <= B * T + T + 1
 
 
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 60), st.integers(0, 5))
+def test_streams_of_random_lengths_go_on_where_they_stopped(B, T, extra, epoch):
+    ids = torch.arange(B * T * 5 + 1 + extra)
+    fixed, streams = ContiguousStreams(ids, B, T), ContiguousStreams(ids, B, T, random_length=True)
+    steps = walk(streams, epoch)
+    assert len(steps) == streams.steps_per_epoch == fixed.steps_per_epoch
+    x, y = (torch.cat([step[k] for step in steps], dim=1) for k in (0, 1))
+    assert torch.equal(y, x + 1)
+    assert torch.equal(x, torch.arange(x.numel()).view(B, -1) + x[0, 0])
+    assert all(1 <= step[0].shape[1] < 2 * T + (T == 1) for step in steps)
+
+
+def test_random_lengths_differ_and_average_t():
+    streams = ContiguousStreams(torch.arange(40_000), 2, 40, random_length=True)
+    lengths = [x.shape[1] for x, _ in walk(streams)]
+    assert len(set(lengths)) > 30 and sum(lengths) / len(lengths) == 40
+    assert lengths != [x.shape[1] for x, _ in walk(streams, 1)]
+    assert lengths[7:] == [x.shape[1] for x, _ in walk(streams, 0, start=7)]
+
+
 def test_streams_begin_anew_each_epoch():
     streams = ContiguousStreams(torch.arange(1000), 4, 20)
     offsets = {walk(streams, epoch)[0][0][0, 0].item() for epoch in range(12)}

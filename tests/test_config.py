@@ -103,10 +103,17 @@ def test_a_key_twice_is_refused(tmp_path):
     [
         ({"cell": "gru", "gru_reset": "before"}, "needs implementation: scratch"),
         ({"tie_weights": True, "embedding_size": 3}, "embedding_size equal to hidden_size"),
+        ({"direction": "both", "tie_weights": True, "embedding_size": 256}, "tie_weights does not go with"),
     ],
 )
 def test_combinations_that_do_not_exist(model, part):
     assert part in problem(data={"model": model})
+
+
+def test_a_model_that_fills_in_takes_windows_and_every_loss():
+    message = problem("model.direction=both", "batches.sampling=contiguous", "train.loss_on=last")
+    assert "batches.sampling: sliding" in message and "train.loss_on: all" in message
+    assert message.startswith("x.yaml: model.direction")
 
 
 def test_recipes_are_found_as_path_then_in_configs_then_shipped(tmp_path, monkeypatch):

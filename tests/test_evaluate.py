@@ -5,7 +5,7 @@ from charlm import evaluate as module
 from charlm.config import ModelConfig
 from charlm.evaluate import evaluate
 from charlm.metrics import Score
-from charlm.model import CharLM
+from charlm.model import CharLM, make_model
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 99, 100, 4096])
@@ -26,3 +26,24 @@ def test_every_character_after_the_first_once_with_the_state_carried(monkeypatch
 def test_nothing_to_score():
     model = CharLM(9, ModelConfig(hidden_size=6)).initialise(0)
     assert evaluate(model, torch.tensor([3])) == evaluate(model, torch.tensor([])) == Score(0.0, 0)
+
+
+def test_a_backward_model_reads_from_the_end():
+    options = {"hidden_size": 6, "embedding_size": 3}
+    forward, backward = (
+        CharLM(9, ModelConfig(direction=d, **options)).initialise(0) for d in ("forward", "backward")
+    )
+    ids = torch.randint(9, (50,))
+    assert evaluate(backward, ids) == evaluate(forward, ids.flip(0))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 4096])
+def test_a_filling_model_scores_every_character_given_all_others(monkeypatch, chunk):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    model = make_model(9, ModelConfig(direction="both", hidden_size=6, embedding_size=3)).initialise(0).eval()
+    ids = torch.randint(9, (50,))
+    logits, _ = model(ids[None], model.initial_state(1))
+    naive = -logits[0].log_softmax(-1)[torch.arange(50), ids].sum().item()
+    score = evaluate(model, ids)
+    assert score.characters == 50
+    assert score.nats == pytest.approx(naive, rel=1e-5)

@@ -28,8 +28,16 @@ ROWS = {
     "runs": 5,
     "progress": 6,
     "train": 6,
-    "cli": 7,
-    "__main__": 8,
+    "scheduled": 5,
+    "gradcheck": 5,
+    "gradflow": 5,
+    "fill": 5,
+    "compare": 7,
+    "cli_train": 8,
+    "cli_use": 8,
+    "cli_study": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from charlm.config import ModelConfig
-from charlm.model import CharLM, num_parameters
+from charlm.model import CharLM, FillLM, make_model, num_parameters
 
 V, B, T = 11, 3, 6
 
@@ -86,3 +86,48 @@ def test_forget_bias_is_the_sum_of_both():
 def test_seeds_differ():
     first, second = (CharLM(V, ModelConfig()).initialise(seed) for seed in (1, 2))
     assert not torch.equal(first.head.weight, second.head.weight)
+
+
+@pytest.fixture(params=[("rnn", "scratch"), ("lstm", "builtin"), ("lstm", "scratch"), ("gru", "builtin")])
+def filling(request):
+    cell, implementation = request.param
+    config = ModelConfig(
+        cell=cell,
+        implementation=implementation,
+        direction="both",
+        num_layers=2,
+        hidden_size=8,
+        embedding_size=5,
+    )
+    return make_model(V, config).initialise(4).double().eval()
+
+
+def test_no_logit_of_a_filling_model_depends_on_its_own_character(filling):
+    x = torch.randint(V, (B, T))
+    logits, _ = filling(x, filling.initial_state(B))
+    for t in range(T):
+        other = x.clone()
+        other[:, t] = (x[:, t] + 1) % V
+        changed, _ = filling(other, filling.initial_state(B))
+        assert torch.equal(changed[:, t], logits[:, t]), "the answer is not read"
+        for neighbour in {max(t - 1, 0), min(t + 1, T - 1), 0, T - 1} - {t}:
+            assert not torch.equal(changed[:, neighbour], logits[:, neighbour]), "everything else is"
+
+
+def test_a_filling_model_reads_both_sides_by_its_two_stacks(filling):
+    x = torch.randint(V, (1, T))
+    logits, _ = filling(x, filling.initial_state(1))
+    half = len(filling.initial_state(1)) // 2
+    left, right = filling.initial_state(1)[:half], filling.initial_state(1)[half:]
+    t = 2
+    _, left = filling.recurrent(filling.embed(x[:, :t]), left)
+    _, right = filling.reverse(filling.embed(x[:, t + 1 :].flip(1)), right)
+    expected = filling.head(torch.cat([left[0][-1], right[0][-1]], -1))
+    assert torch.allclose(logits[:, t], expected, atol=1e-12)
+
+
+def test_a_filling_model_predicts_the_whole_window():
+    model = make_model(V, ModelConfig(direction="both", hidden_size=4, embedding_size=3)).initialise(0)
+    x, y = torch.arange(6)[None], torch.arange(1, 7)[None]
+    logits, targets, _ = model.predict(x, y, model.initial_state(1))
+    assert isinstance(model, FillLM) and logits.shape == (1, 7, V) and targets.tolist() == [list(range(7))]

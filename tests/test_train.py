@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from charlm import runs
 from charlm import train as module
@@ -126,6 +127,8 @@ SETTINGS = {
     "streams": ["batches.sampling=contiguous"],
     "scratch": ["model.implementation=scratch", "model.cell=gru", "model.num_layers=2"],
     "plateau": ["train.schedule=plateau", "train.lr=0.3", "train.eval_every=7", "train.plateau_patience=1"],
+    "sampled": ["train.teacher_forcing=0.3", "batches.sampling=contiguous", "batches.truncation=random"],
+    "filling": ["model.direction=both"],
     "adadelta": ["train.optimizer=adadelta", "train.lr=1.0", "train.schedule=constant"],
 }
 
@@ -221,8 +224,8 @@ def test_streams_carry_the_state_and_windows_do_not(words):
         starts = []
         forward = trainer.model.forward
         trainer.model.forward = lambda x, state, f=forward, s=starts: (s.append(state), f(x, state))[1]
-        for _, (x, y) in zip(range(3), trainer._remaining_batches(), strict=False):
-            trainer._step(x, y, Silent())
+        for _, (x, y) in zip(range(3), trainer.remaining_batches(), strict=False):
+            trainer.step(x, y)
         assert not starts[0][0].any()
         assert bool(starts[1][0].any()) == bool(starts[2][0].any()) == carried
         assert not any(state[0].requires_grad for state in starts)
@@ -233,7 +236,7 @@ def test_bfloat16_trains_float32_weights(words):
     trainer.precision = torch.bfloat16  # which `choose_precision` refuses on a CPU that emulates it
     losses = []
     for x, y in trainer.batches.loader(1, 0):
-        trainer._step(x, y, Silent())
+        trainer.step(x, y)
         losses.append(trainer.progress.train_nats / trainer.progress.train_characters)
     assert losses[-1] < losses[0]
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
@@ -261,3 +264,33 @@ def test_another_model_is_not_resumed(train, words, tmp_path):
     other = Trainer(configure("model.cell=rnn"), Corpus.from_text(words))
     with pytest.raises(CharlmError, match="does not fit"):
         other.restore(Run(tmp_path / "run"))
+
+
+def test_loss_on_last_trains_on_the_last_character_of_each_window(words):
+    trainer = Trainer(configure("train.loss_on=last"), Corpus.from_text(words))
+    x, y = next(iter(trainer.batches.loader(1, 0)))
+    logits, _ = trainer.model.eval()(x, trainer.model.initial_state(len(x)))
+    expected = F.cross_entropy(logits[:, -1], y[:, -1]).item()
+    trainer.model.dropout.p = 0.0
+    loss, characters, _ = trainer.step(x, y)
+    assert (loss, characters) == (pytest.approx(expected, rel=1e-5), len(x))
+
+
+def test_a_backward_model_trains_on_the_text_reversed(words):
+    forward, backward = (
+        Trainer(configure(f"model.direction={d}"), Corpus.from_text(words)) for d in ("forward", "backward")
+    )
+    text = "".join(forward.corpus.vocab.decode(ids) for ids in forward.batches.windows)
+    assert text[:9] == words[:9]
+    assert backward.corpus.vocab.decode(backward.batches.windows[0]) == words[1799:1790:-1]
+
+
+def test_a_filling_model_s_figures_have_names_of_their_own(train):
+    _, run, reporter = train(
+        "model.direction=both", "train.epochs=3", "train.lr=0.02", "train.sample_chars=9"
+    )
+    *evaluations, test = rows(run)
+    assert "val_pseudo_perplexity" in evaluations[0] and "test_pseudo_perplexity" in test
+    assert not any("perplexity" in key and "pseudo" not in key for row in rows(run) for key in row)
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"]
+    assert reporter.samples == []

@@ -5,6 +5,7 @@ Neither holds more than the encoded text: windows are a view of it, and shufflin
 have generators of their own: a DataLoader draws from torch's global one otherwise, each time it is begun.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -39,7 +40,7 @@ def val_characters(config: BatchesConfig) -> int | None:
 def make_batches(ids: Tensor, config: BatchesConfig) -> "SlidingWindows | ContiguousStreams":
     """The batches of `ids` (N,) that `config` asks for."""
     if config.sampling == "contiguous":
-        return ContiguousStreams(ids, config.batch_size, config.seq_len)
+        return ContiguousStreams(ids, config.batch_size, config.seq_len, config.truncation == "random")
     return SlidingWindows(
         ids, config.batch_size, config.seq_len, config.stride, config.shuffle, config.max_train_windows
     )
@@ -113,37 +114,42 @@ class ContiguousStreams(Dataset[Batch]):
     them, anew each epoch, so that the steps do not cut the text at the same places every time.
 
     ids: the encoded text, (N,).
+    random_length: draw where each step ends, up to T/2 from its place, anew each epoch: the gradient is cut
+        after T characters on average and not always at the same distance.
     Raises `CharlmError` for a text too short for one step of every stream.
     """
 
     carries_state = True
 
-    def __init__(self, ids: Tensor, batch_size: int, seq_len: int):
+    def __init__(self, ids: Tensor, batch_size: int, seq_len: int, random_length: bool = False):
         needed = batch_size * seq_len + 1
         _check_length(ids, needed, f"one step: batches.batch_size × batches.seq_len + 1 = {needed}")
-        self.ids, self.batch_size, self.seq_len = ids, batch_size, seq_len
+        self.ids, self.batch_size, self.seq_len, self.random_length = ids, batch_size, seq_len, random_length
         # Leave room for an offset of up to T where the text allows.
         self.steps_per_epoch = max((len(ids) - seq_len) // (batch_size * seq_len), 1)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
-    def __getitem__(self, start: int) -> Batch:
-        """T characters of each stream, the first stream's from `start` on: x and y, int64 of shape (B, T)."""
+    def __getitem__(self, part: tuple[int, int]) -> Batch:
+        """The first stream's characters from part[0] to part[1] and the others' beside them: x, y (B, T)."""
+        begin, end = part
         stream_length = self.steps_per_epoch * self.seq_len
-        starts = start + stream_length * torch.arange(self.batch_size)
-        windows = self.ids.unfold(0, self.seq_len + 1, 1)[starts].long()
+        starts = begin + stream_length * torch.arange(self.batch_size)
+        windows = self.ids.unfold(0, end - begin + 1, 1)[starts].long()
         return windows[:, :-1], windows[:, 1:]
 
     def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
         """The batches of an epoch, from step `start` on."""
         slack = len(self.ids) - 1 - self.steps_per_epoch * self.batch_size * self.seq_len
         generator = torch.Generator().manual_seed(mix(seed, epoch))
-        offset = int(torch.randint(slack + 1, (1,), generator=generator))
-        starts = range(
-            offset + start * self.seq_len, offset + self.steps_per_epoch * self.seq_len, self.seq_len
-        )
-        return DataLoader(self, batch_size=None, sampler=starts, generator=torch.Generator())
+        offset = torch.randint(slack + 1, (1,), generator=generator)
+        cuts = offset + self.seq_len * torch.arange(self.steps_per_epoch + 1)
+        if self.random_length:
+            reach = (self.seq_len - 1) // 2
+            cuts[1:-1] += torch.randint(-reach, reach + 1, (len(cuts) - 2,), generator=generator)
+        parts = list(itertools.pairwise(cuts.tolist()))[start:]
+        return DataLoader(self, batch_size=None, sampler=parts, generator=torch.Generator())
 
 
 def shuffled(indices: Tensor, count: int, seed: int, epoch: int) -> Tensor:

@@ -18,7 +18,7 @@ from charlm import config as configuration
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
-from charlm.model import CharLM
+from charlm.model import CharLM, make_model
 from charlm.vocab import Vocab
 
 FORMAT = 1
@@ -105,7 +105,7 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
         data["model"]["implementation"] = implementation
         config = configuration.from_data(data, str(path))
     with torch.device("meta"):  # sizes are checked before memory is taken
-        model = CharLM(len(header.vocab), config.model)
+        model = make_model(len(header.vocab), config.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     if shapes != header.tensors:
         wrong = sorted(

@@ -33,6 +33,7 @@ class CorpusConfig(Section):
     """What text is read, how it is cleaned and how it is split."""
 
     source: str | list[str] = "sancho"
+    start: str | None = None
     normalize: Literal["NFC", "NFD", "NFKC", "NFKD", "none"] = "NFC"
     lowercase: bool = False
     keep: str | None = None
@@ -75,6 +76,7 @@ class BatchesConfig(Section):
     seq_len: Positive = 128
     stride: Positive = 64
     shuffle: bool = True
+    truncation: Literal["fixed", "random"] = "fixed"
     max_train_windows: Positive | None = None
     max_val_windows: Positive | None = None
 
@@ -84,6 +86,8 @@ class BatchesConfig(Section):
             raise ValueError(
                 "max_train_windows counts sliding windows; with sampling: contiguous use corpus.max_chars"
             )
+        if self.sampling == "sliding" and self.truncation == "random":
+            raise ValueError("truncation: random cuts streams; it needs sampling: contiguous")
         return self
 
 
@@ -91,6 +95,7 @@ class ModelConfig(Section):
     """The network: input, recurrent stack, linear head."""
 
     cell: Literal["rnn", "lstm", "gru"] = "lstm"
+    direction: Literal["forward", "backward", "both"] = "forward"
     implementation: Literal["scratch", "builtin"] = "builtin"
     input: Literal["embedding", "one_hot"] = "embedding"
     embedding_size: Positive = 64
@@ -107,6 +112,8 @@ class ModelConfig(Section):
     def _consistent(self) -> "ModelConfig":
         if self.cell == "gru" and self.gru_reset == "before" and self.implementation != "scratch":
             raise ValueError("gru_reset: before is not what torch computes; it needs implementation: scratch")
+        if self.tie_weights and self.direction == "both":
+            raise ValueError("tie_weights does not go with direction: both, whose head reads two states")
         if self.tie_weights and (self.input != "embedding" or self.embedding_size != self.hidden_size):
             raise ValueError(
                 "tie_weights needs input: embedding and embedding_size equal to hidden_size "
@@ -120,6 +127,9 @@ class TrainConfig(Section):
 
     epochs: Positive = 10
     max_steps: Positive | None = None
+    loss_on: Literal["all", "last"] = "all"
+    teacher_forcing: Annotated[float, Field(ge=0, le=1)] = 1.0
+    teacher_forcing_schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "linear"
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"] = "adamw"
     lr: PositiveFloat = 4e-3
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -149,6 +159,19 @@ class Config(Section):
     batches: BatchesConfig = BatchesConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.model.direction == "both":
+            needed = {
+                "batches.sampling": ("sliding", self.batches.sampling),
+                "train.loss_on": ("all", self.train.loss_on),
+                "train.teacher_forcing": (1.0, self.train.teacher_forcing),
+            }
+            wrong = [f"{key}: {want}" for key, (want, have) in needed.items() if want != have]
+            if wrong:
+                raise ValueError(f"model.direction: both fills in characters; it needs {', '.join(wrong)}")
+        return self
 
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -304,7 +327,7 @@ def _explain(errors: ValidationError, data: dict[str, Any]) -> list[str]:
         name = ".".join(str(part) for part in error["loc"][:2])
         allowed = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
         if error["type"] == "value_error":
-            explained[name] = f"{name}.{error['msg'].removeprefix('Value error, ')}"
+            explained[name] = f"{name}.{error['msg'].removeprefix('Value error, ')}".removeprefix(".")
         elif name in _TUPLES:
             section, key = name.split(".")
             explained[name] = f"{name} is {data[section][key]!r}; it must be {_TUPLES[name]}"

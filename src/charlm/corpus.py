@@ -37,7 +37,16 @@ class Corpus:
         Raises `CharlmError` for files that cannot be read and for an empty text.
         """
         files = tuple(text.find_files(config.source))
-        content = text.clean(text.read(files), **config.cleaning)[: config.max_chars]
+        content = text.read(files)
+        if config.start is not None:
+            begin = content.find(config.start)
+            if begin < 0:
+                raise CharlmError(
+                    f"corpus.start {config.start!r} does not stand in {', '.join(map(str, files[:4]))}; "
+                    "give words that do, or leave it out"
+                )
+            content = content[begin:]
+        content = text.clean(content, **config.cleaning)[: config.max_chars]
         if not content.strip():
             raise CharlmError(f"the corpus is empty: no text in {', '.join(map(str, files[:4]))}")
         return cls.from_text(content, config.split, files)

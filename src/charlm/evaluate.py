@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from charlm.metrics import Score
-from charlm.model import CharLM
+from charlm.model import CharLM, FillLM
 
 CHUNK = (
     4096  # characters a forward pass: bounds the memory; the result does not depend on it but for rounding
@@ -16,8 +16,16 @@ CHUNK = (
 def evaluate(model: CharLM, ids: Tensor) -> Score:
     """Score every character of `ids` (N,) after the first exactly once, in float32.
 
-    Returns a `Score` over N - 1 characters; over none where N < 2.
+    A model of ``direction: backward`` reads the text from its end: it scores all but the last character. One
+    of ``direction: both`` scores every character given all the others: a pseudo-likelihood (Besag 1975),
+    which is no likelihood of the text and must not be compared with one.
+
+    Returns a `Score` over N - 1 characters, or N for ``direction: both``; over none where N < 2.
     """
+    if isinstance(model, FillLM):
+        return _evaluate_filling(model, ids)
+    if model.config.direction == "backward":
+        ids = ids.flip(0)
     device = model.head.weight.device
     was_training = model.training
     model.eval()
@@ -31,3 +39,23 @@ def evaluate(model: CharLM, ids: Tensor) -> Score:
     finally:
         model.train(was_training)
     return Score(nats, max(len(ids) - 1, 0))
+
+
+def _evaluate_filling(model: FillLM, ids: Tensor) -> Score:
+    """Score every character given the text left and right of it, both states carried over the whole text."""
+    device = model.head.weight.device
+    was_training = model.training
+    model.eval()
+    chunks = torch.split(ids.long().to(device)[None], CHUNK, dim=1)
+    zeros = model.initial_state(1)
+    half = len(zeros) // 2
+    rights = [zeros[half:]]  # the state right of each chunk, from the last chunk to the first
+    for chunk in reversed(chunks[1:]):
+        rights.append(model.reverse(model.embed(chunk.flip(1)), rights[-1])[1])
+    left, nats = zeros[:half], 0.0
+    for chunk, right in zip(chunks, reversed(rights), strict=True):
+        logits, state = model(chunk, left + right)
+        left = state[:half]
+        nats += float(F.cross_entropy(logits[0], chunk[0], reduction="none").cpu().double().sum())
+    model.train(was_training)
+    return Score(nats, len(ids)) if len(ids) > 1 else Score()

@@ -1,4 +1,4 @@
-"""`CharLM`: characters in, logits out."""
+"""`CharLM` and `FillLM`: characters in, logits out."""
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ class CharLM(nn.Module):
 
     The logits at step t, over the V characters, are for the character at t + 1. Dropout falls on the output
     of every recurrent layer, the last included. Only `initialise` gives the weights their first values.
+
+    A model of ``direction: backward`` is the same network: whoever uses it hands it the text last to first.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig):
@@ -22,8 +24,8 @@ class CharLM(nn.Module):
         self.vocab_size, self.config = vocab_size, config
         if config.input == "embedding":
             self.embedding = nn.Embedding(vocab_size, config.embedding_size)
-        input_size = config.embedding_size if config.input == "embedding" else vocab_size
-        self.recurrent = make_recurrent(input_size, config)
+        self.input_size = config.embedding_size if config.input == "embedding" else vocab_size
+        self.recurrent = make_recurrent(self.input_size, config)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden_size, vocab_size)
         if config.tie_weights:
@@ -40,12 +42,19 @@ class CharLM(nn.Module):
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Ids x (B, T) and the state before them; logits (B, T, V) and the state after them."""
-        if self.config.input == "embedding":
-            inputs = self.embedding(x)
-        else:
-            inputs = F.one_hot(x, self.vocab_size).to(self.head.weight.dtype)
-        y, state = self.recurrent(inputs, state)
+        y, state = self.recurrent(self.embed(x), state)
         return self.head(self.dropout(y)), state
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Ids x (B, T) as what the recurrent stack reads, (B, T, E) or, one-hot, (B, T, V)."""
+        if self.config.input == "embedding":
+            return F.embedding(x, self.embedding.weight)
+        return F.one_hot(x, self.vocab_size).to(self.head.weight.dtype)
+
+    def predict(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Logits (B, T, V) on a batch x, y (B, T), the ids (B, T) that they predict, and the state after."""
+        logits, state = self(x, state)
+        return logits, y, state
 
     @torch.no_grad()
     def initialise(self, seed: int) -> "CharLM":
@@ -58,7 +67,7 @@ class CharLM(nn.Module):
         (Jozefowicz et al. 2015); null leaves it as initialised.
         """
         generator = torch.Generator().manual_seed(seed)
-        bound = self.config.hidden_size**-0.5
+        H = self.config.hidden_size
         for name, parameter in self.named_parameters():
             values = torch.empty(parameter.shape)
             if self.config.init == "normal":
@@ -68,23 +77,63 @@ class CharLM(nn.Module):
                     else init.normal_(values, std=0.01, generator=generator)
                 )
             elif name == "embedding.weight":
-                init.normal_(values, std=bound if self.config.tie_weights else 1.0, generator=generator)
+                init.normal_(values, std=H**-0.5 if self.config.tie_weights else 1.0, generator=generator)
             elif self.config.init == "default":
+                bound = (self.head.in_features if name.startswith("head.") else H) ** -0.5
                 init.uniform_(values, -bound, bound, generator=generator)
             elif values.dim() == 1:
                 init.zeros_(values)
             else:
                 fill = init.xavier_uniform_ if self.config.init == "xavier" else init.orthogonal_
-                gates = GATES[self.config.cell] if name.startswith("recurrent.") else 1
+                gates = GATES[self.config.cell] if name.startswith(("recurrent.", "reverse.")) else 1
                 for block in values.chunk(gates):
                     fill(block, generator=generator)
             parameter.copy_(values)
         if self.config.cell == "lstm" and self.config.forget_bias is not None:
-            H = self.config.hidden_size
-            for name, parameter in self.recurrent.named_parameters():
-                if name.startswith("bias"):
+            for name, parameter in self.named_parameters():
+                if ".bias_" in name:
                     parameter[H : 2 * H] = self.config.forget_bias if "ih" in name else 0.0
         return self
+
+
+class FillLM(CharLM):
+    """A model of ``direction: both``, which fills in a character from those on both sides of it.
+
+    The logits at t come from the state of a left-to-right stack after character t - 1 and the state of a
+    right-to-left stack after character t + 1; no path leads from character t to them. (Were they made from
+    the states at t, as an `nn.LSTM` with ``bidirectional=True`` has it, the model would read the answer.)
+    A state is that of the left-to-right stack, then that of the right-to-left one.
+    """
+
+    def __init__(self, vocab_size: int, config: ModelConfig):
+        super().__init__(vocab_size, config)
+        self.reverse = make_recurrent(self.input_size, config)
+        self.head = nn.Linear(2 * config.hidden_size, vocab_size)
+
+    def initial_state(self, batch_size: int) -> State:
+        """Zeros for both stacks: a tuple of tensors of shape (L, B, H)."""
+        return super().initial_state(batch_size) * 2
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Ids x (B, T), the states left and right of them; logits (B, T, V) for x, and both states after."""
+        left, right = state[: len(state) // 2], state[len(state) // 2 :]
+        inputs = self.embed(x)
+        read_left, left_after = self.recurrent(inputs, left)
+        read_right, right_after = self.reverse(inputs.flip(1), right)
+        before = torch.cat([left[0][-1:].transpose(0, 1), read_left[:, :-1]], 1)  # at t: all up to t - 1
+        after = torch.cat([read_right.flip(1)[:, 1:], right[0][-1:].transpose(0, 1)], 1)  # all from t + 1
+        return self.head(self.dropout(torch.cat([before, after], -1))), left_after + right_after
+
+    def predict(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Logits (B, T + 1, V) for all characters of a window x, y (B, T), those ids, and the state after."""
+        window = torch.cat([x, y[:, -1:]], 1)
+        logits, state = self(window, state)
+        return logits, window, state
+
+
+def make_model(vocab_size: int, config: ModelConfig) -> CharLM:
+    """The model that `config` asks for; its weights are not initialised here."""
+    return (FillLM if config.direction == "both" else CharLM)(vocab_size, config)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """What a person sees of a training: a bar on a terminal, a line after each evaluation anywhere."""
 
 import contextlib
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -55,9 +56,10 @@ class TrainingDisplay:
 
     def evaluated(self, row: dict[str, Any], best: bool) -> None:
         """Print the row's figures; a star marks the best val loss so far."""
+        val = row["val_loss"]
         self.say(
-            f"epoch {row['epoch']:<4g} train {row['train_loss']:.3f}  val {row['val_loss']:.3f}  "
-            f"ppl {perplexity(row['val_loss']):.2f}  bpc {row['val_bits_per_character']:.3f}  "
+            f"epoch {row['epoch']:<4g} train {row['train_loss']:.3f}  val {val:.3f}  "
+            f"{_kind(row)}ppl {perplexity(val):.2f}  {_kind(row)}bpc {val / math.log(2):.3f}  "
             f"lr {row['lr']:.1e}  grad {row['grad_norm']:.2f}  {row['seconds']:.0f} s{' *' if best else ''}"
         )
 
@@ -67,14 +69,16 @@ class TrainingDisplay:
 
     def finished(self, best: dict[str, Any], test: Score | None, folder: Path, prefix: str) -> None:
         """Print the figures of the best model, where it is, and how to write with it."""
-        val = (perplexity(best["val_loss"]), best["val_bits_per_character"], best["val_loss"])
         self.say()
-        self.say(f"best     val {_figures(*val)}, at epoch {best['epoch']:g}")
+        self.say(f"best     val {_figures(best['val_loss'], _kind(best))}, at epoch {best['epoch']:g}")
         if test:
-            self.say(f"test     {_figures(test.perplexity, test.bits_per_character, test.loss)}")
+            self.say(f"test     {_figures(test.loss, _kind(best))}")
         self.say(f"model    {folder / 'model.safetensors'}")
         where, start = shlex.quote(str(folder)), shlex.quote(prefix)
-        self.say(f"write    charlm generate --model {where} --prefix {start}")
+        if _kind(best):
+            self.say(f"fill in  charlm fill --model {where} {shlex.quote(prefix.strip() + '_')}")
+        else:
+            self.say(f"write    charlm generate --model {where} --prefix {start}")
 
     def end(self) -> None:
         """Take the bar away."""
@@ -83,5 +87,13 @@ class TrainingDisplay:
             self.bar = None
 
 
-def _figures(perplexity: float, bits_per_character: float, loss: float) -> str:
-    return f"perplexity {perplexity:.2f}, {bits_per_character:.3f} bits per character, {loss:.4f} nats"
+def _kind(row: dict[str, Any]) -> str:
+    """What the figures of a model that fills in characters are called, lest they be taken for the others'."""
+    return "pseudo-" if "val_pseudo_perplexity" in row else ""
+
+
+def _figures(loss: float, kind: str) -> str:
+    return (
+        f"{kind}perplexity {perplexity(loss):.2f}, {loss / math.log(2):.3f} {kind}bits per character, "
+        f"{loss:.4f} nats"
+    )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from charlm import scheduled
 from charlm.batches import make_batches, val_characters
 from charlm.cells import State
 from charlm.checkpoint import load_model, load_weights, save_model
@@ -24,7 +25,7 @@ from charlm.device import autocast, choose_device, choose_precision
 from charlm.errors import CharlmError, Interrupted
 from charlm.evaluate import evaluate
 from charlm.metrics import Score, perplexity
-from charlm.model import CharLM, num_parameters
+from charlm.model import make_model, num_parameters
 from charlm.optim import clip_gradients, make_optimizer, make_schedule
 from charlm.runs import Run
 from charlm.sample import generate
@@ -88,7 +89,8 @@ class Trainer:
         self.config, self.corpus = config, corpus
         self.device = choose_device(config.train.device)
         self.precision, self.precision_reason = choose_precision(config.train.precision, self.device)
-        self.batches = make_batches(corpus.train, config.batches)
+        backward = config.model.direction == "backward"
+        self.batches = make_batches(corpus.train.flip(0) if backward else corpus.train, config.batches)
         self.val = corpus.val[: val_characters(config.batches)]
         if len(self.val) < 2:
             raise CharlmError(
@@ -98,9 +100,11 @@ class Trainer:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         torch.manual_seed(config.train.seed)  # dropout draws from torch's global generators
-        self.model = CharLM(len(corpus.vocab), config.model).initialise(config.train.seed).to(self.device)
+        self.model = make_model(len(corpus.vocab), config.model).initialise(config.train.seed).to(self.device)
         self.optimizer = make_optimizer(self.model, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, self.total_steps, self.steps_per_epoch)
+        # What fills in characters has a pseudo-likelihood; its figures are not to be taken for the others'.
+        self.kind = "pseudo_" if config.model.direction == "both" else ""
         self.progress = Progress()
         self.carried: State | None = None
         self.grad_norm, self.lr = 0.0, config.train.lr
@@ -116,7 +120,8 @@ class Trainer:
         precision = str(self.precision).removeprefix("torch.")
         lines = [
             f"corpus   {source}: {sizes} characters, {len(corpus.vocab)} different",
-            f"model    {model.cell} {model.num_layers} × {model.hidden_size}, {model.implementation}: "
+            f"model    {model.cell} {model.num_layers} × {model.hidden_size}, {model.implementation}, "
+            f"{_DIRECTIONS[model.direction]}: "
             f"{num_parameters(self.model):,} parameters",
             f"batches  {batches.sampling}, {batches.batch_size} × {batches.seq_len}, state {state}; "
             f"{self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all",
@@ -156,8 +161,8 @@ class Trainer:
         reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
         try:
             with _caught_signals() as caught:
-                for x, y in self._remaining_batches():
-                    self._step(x, y, reporter)
+                for x, y in self.remaining_batches():
+                    reporter.step(*self.step(x, y))
                     stop = caught[0] if caught else None  # once: a signal from here on is the next step's
                     if progress.step % eval_every == 0 or progress.step == self.total_steps:
                         self._evaluate(run, reporter)
@@ -175,7 +180,7 @@ class Trainer:
             reporter.end()
         return self._finish(run)
 
-    def _remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from `progress.step` on, epoch after epoch."""
         while self.progress.step < self.total_steps:
             epoch, start = divmod(self.progress.step, self.steps_per_epoch)
@@ -183,14 +188,16 @@ class Trainer:
                 self.carried = None
             yield from self.batches.loader(self.config.train.seed, epoch, start)
 
-    def _step(self, x: Tensor, y: Tensor, reporter: Reporter) -> None:
-        """One optimiser step on a batch (B, T)."""
+    def step(self, x: Tensor, y: Tensor) -> tuple[float, int, float]:
+        """One optimiser step on a batch (B, T): its loss, over how many characters, in how many seconds."""
         began = time.perf_counter()
         x, y = x.to(self.device), y.to(self.device)
         state = self.carried or self.model.initial_state(len(x))
         self.model.train()
         with autocast(self.device, self.precision):
-            logits, state = self.model(x, state)
+            logits, y, state = self._predict(x, y, state)
+        if self.config.train.loss_on == "last":
+            logits, y = logits[:, -1:], y[:, -1:]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -213,7 +220,16 @@ class Trainer:
         progress.train_characters += y.numel()
         progress.train_seconds += seconds
         progress.seconds += seconds
-        reporter.step(nats, y.numel(), seconds)
+        return nats, y.numel(), seconds
+
+    def _predict(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Logits on a batch, what they predict, and the state after; with scheduled sampling if asked for."""
+        train = self.config.train
+        if train.teacher_forcing == 1:
+            return self.model.predict(x, y, state)
+        share = scheduled.true_share(self.progress.step / self.total_steps, train)
+        logits, state = scheduled.forward(self.model, x, state, share)
+        return logits, y, state
 
     def _evaluate(self, run: Run, reporter: Reporter) -> None:
         """Score the val split, log a row, keep the model if it is the best, save."""
@@ -228,10 +244,10 @@ class Trainer:
             "step": progress.step,
             "epoch": round(progress.step / self.steps_per_epoch, 4),
             "train_loss": train_loss,
-            "train_perplexity": perplexity(train_loss),
+            f"train_{self.kind}perplexity": perplexity(train_loss),
             "val_loss": val.loss,
-            "val_perplexity": val.perplexity,
-            "val_bits_per_character": val.bits_per_character,
+            f"val_{self.kind}perplexity": val.perplexity,
+            f"val_{self.kind}bits_per_character": val.bits_per_character,
             "lr": self.lr,
             "grad_norm": self.grad_norm,
             "chars_per_second": progress.train_characters / progress.train_seconds,
@@ -252,7 +268,7 @@ class Trainer:
             save_model(run.best, self.model, self.corpus.vocab, self.config, _timeless(row))
         self._save(run, row)
         reporter.evaluated(row, best)
-        if self.config.train.sample_chars:
+        if self.config.train.sample_chars and not self.kind:
             reporter.sample(self._sample(self.config.train.sample_chars))
 
     def _sample(self, length: int) -> str:
@@ -308,8 +324,8 @@ class Trainer:
         best = load_model(run.best, device=self.device)
         test = evaluate(best.model, self.corpus.test) if len(self.corpus.test) > 1 else None
         if test:
-            figures = {"test_loss": test.loss, "test_perplexity": test.perplexity}
-            figures["test_bits_per_character"] = test.bits_per_character
+            figures = {"test_loss": test.loss, f"test_{self.kind}perplexity": test.perplexity}
+            figures[f"test_{self.kind}bits_per_character"] = test.bits_per_character
             run.log({"step": self.progress.step, "best_step": self.progress.best_step, **figures})
         return Result(best.figures, test)
 
@@ -318,6 +334,13 @@ def _diverged(step: int, what: str) -> CharlmError:
     return CharlmError(
         f"training diverged after step {step}: {what}; take a smaller train.lr or train.clip: norm"
     )
+
+
+_DIRECTIONS = {
+    "forward": "left to right",
+    "backward": "right to left",
+    "both": "both ways, to fill in characters",
+}
 
 
 def _timeless(row: Row) -> Row:

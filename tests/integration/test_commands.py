@@ -38,7 +38,7 @@ def test_train_tells_what_it_does_and_how_to_go_on(charlm):
 
 def test_without_a_terminal_there_is_no_bar(charlm):
     done = charlm("train", *settings("corpus.source=corpus.txt", "train.max_steps=3"))
-    assert "\r" not in done.err and " left" not in done.err
+    assert "\r" not in done.err and "| " not in done.err
 
 
 def test_on_a_terminal_there_is_a_bar(folder):
@@ -187,14 +187,6 @@ def test_bad_input_gets_one_line_and_harms_nothing(charlm, trained, folder, case
     assert done.code == code and part in done.err and done.out == ""
     assert done.err.count("\n") == 1 and done.err.startswith("charlm: "), done.err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_folder_that_cannot_be_written(charlm, folder):
-    folder.chmod(0o555)
-    done = charlm("train", *settings("corpus.source=corpus.txt"))
-    folder.chmod(0o755)
-    assert done.code == 1 and "cannot make the run's folder" in done.err
 
 
 def test_runs_is_a_file(charlm, folder):

@@ -1,0 +1,228 @@
+"""Several configurations side by side: the same data, seed and budget, then one table and the curves.
+
+What is compared is read back from the runs' own files; nothing is measured that a single run does not.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Literal, Protocol
+
+from charlm import runs as run_folders
+from charlm import train
+from charlm.checkpoint import read_header
+from charlm.config import Config, CorpusConfig
+from charlm.corpus import Corpus
+from charlm.errors import CharlmError, ConfigError
+from charlm.files import write_atomically
+from charlm.runs import Run
+from charlm.train import Row, Trainer
+
+Format = Literal["markdown", "csv", "json"]
+Curves = dict[str, list[tuple[int, float, float]]]
+
+# What must be the same for the figures to be comparable.
+_COMMON = [
+    *(("corpus", key) for key in CorpusConfig.model_fields),
+    *(("train", key) for key in ("seed", "epochs", "max_steps")),
+]
+
+
+class Reporter(train.Reporter, Protocol):
+    """What shows the trainings to a person, and says which one begins."""
+
+    def say(self, line: str) -> None:
+        """Show a line."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The figures of one run.
+
+    train_perplexity, val_perplexity, bits_per_character: at the evaluation that was best on val; the first is
+    over the characters trained on since the evaluation before it, the others are val's.
+    best_epoch: when that was; a fraction where evaluations fall within an epoch.
+    seconds, chars_per_second: of the whole training, without evaluations and saves.
+    """
+
+    name: str
+    train_perplexity: float
+    val_perplexity: float
+    bits_per_character: float
+    parameters: int
+    seconds: float
+    chars_per_second: float
+    best_epoch: float
+
+
+def compare(configs: dict[str, Config], runs: dict[str, Run], reporter: Reporter) -> list[Comparison]:
+    """Train each of `configs` in turn, on one corpus, in the folder that `runs` has under its name.
+
+    Raises `ConfigError` for configurations that differ in corpus, seed or budget, and `CharlmError` as
+    `Trainer` does; the runs finished by then stay.
+    """
+    assert configs.keys() == runs.keys(), "each configuration has a run"
+    _refuse_differences(configs)
+    corpus = Corpus.load(next(iter(configs.values())).corpus)
+    for config in configs.values():
+        Trainer(config, corpus)  # what cannot be trained is found now, not when its turn comes
+    rows: list[Comparison] = []
+    for name, config in configs.items():
+        # Made when its turn comes: a trainer seeds torch's global generator, from which dropout draws.
+        trainer = Trainer(config, corpus)
+        reporter.say(f"{name}, {len(rows) + 1} of {len(configs)}: {runs[name].folder}")
+        for line in trainer.describe():
+            reporter.say(line)
+        run_folders.create(runs[name], config)
+        trainer.train(runs[name], reporter)
+        rows.append(_comparison(name, runs[name]))
+    return rows
+
+
+def table(rows: list[Comparison], format: Format = "markdown") -> str:  # noqa: A002 - as the option is called
+    """`rows` as a text: markdown rounds for the eye, CSV and JSON have every digit."""
+    if format == "json":
+        return json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False)
+    if format == "csv":
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Comparison))
+        writer.writerows(astuple(row) for row in rows)
+        return file.getvalue().rstrip("\n")
+    if format != "markdown":
+        raise ConfigError(f"{format!r} is no format for a table; choose markdown, csv or json")
+    return markdown(
+        ["", "train ppl", "val ppl", "bits/char", "parameters", "seconds", "chars/s", "best epoch"],
+        [
+            [
+                row.name,
+                f"{row.train_perplexity:.2f}",
+                f"{row.val_perplexity:.2f}",
+                f"{row.bits_per_character:.3f}",
+                f"{row.parameters:,}",
+                f"{row.seconds:,.1f}",
+                f"{row.chars_per_second:,.0f}",
+                f"{row.best_epoch:g}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A markdown table that reads well as it is: the first column to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))]
+        for row in (header, *rows)
+    ]
+    lines.insert(1, rule)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def at_epochs(run: Run, epochs: Iterable[int]) -> dict[int, Row]:
+    """The evaluations at the ends of `epochs`, by epoch; an epoch without one is absent."""
+    rows = {row["epoch"]: row for row in _evaluations(run)}
+    return {epoch: rows[epoch] for epoch in epochs if epoch in rows}
+
+
+def curves(runs: dict[str, Run]) -> Curves:
+    """For each run the points (step, train loss, val loss), in nats per character, one an evaluation."""
+    return {
+        name: [(row["step"], row["train_loss"], row["val_loss"]) for row in _evaluations(run)]
+        for name, run in runs.items()
+    }
+
+
+def plot(curves: Curves, path: Path) -> None:
+    """Draw `curves` to the image file `path`, in the format that its ending names.
+
+    Raises `CharlmError` as `check_plot` does, and for a file that cannot be written.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure  # not pyplot: a figure of its own draws with Agg, without a display
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(curves.items()):
+        steps = [step for step, _, _ in points]
+        # Markers, because a run may have a single evaluation.
+        axes.plot(steps, [loss for _, _, loss in points], ".-", color=f"C{i}", label=name)
+        axes.plot(steps, [loss for _, loss, _ in points], ".--", color=f"C{i}", alpha=0.5)
+    axes.set(xlabel="step", ylabel="nats per character", title="val (solid) and train (dashed) loss")
+    axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=_ending(path)))
+
+
+def check_plot(path: Path) -> None:
+    """Raise `CharlmError` where `plot` could not draw to `path`: to be called before hours of training."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise CharlmError("a plot needs matplotlib: pip install 'charlm-torch[plot]'") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if _ending(path) not in known:
+        raise ConfigError(f"{path} must be an image, its name ending in one of .{', .'.join(known)}")
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower()
+
+
+def _refuse_differences(configs: dict[str, Config]) -> None:
+    """Raise `ConfigError` that names all keys which must be the same and are not, with their values."""
+    if not configs:
+        raise ConfigError("there is nothing to compare: give a configuration or more")
+    filling = [name for name, config in configs.items() if config.model.direction == "both"]
+    if filling:
+        raise ConfigError(
+            f"{', '.join(filling)} fills in characters: its pseudo-perplexity does not compare with a "
+            "perplexity; leave it out"
+        )
+    problems = []
+    for section, key in _COMMON:
+        values = {name: getattr(getattr(config, section), key) for name, config in configs.items()}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            each = ", ".join(f"{name}: {value!r}" for name, value in values.items())
+            problems.append(f"{section}.{key} ({each})")
+    if problems:
+        raise ConfigError(
+            f"the configurations differ in {' and '.join(problems)}; what is compared must have the same "
+            "corpus, train.seed, train.epochs and train.max_steps: set them for all with --set"
+        )
+
+
+def _comparison(name: str, run: Run) -> Comparison:
+    """The figures of a finished run, from its log and its best model's header."""
+    best = read_header(run.best)
+    seconds, characters = 0.0, 0.0
+    for row in _evaluations(run):  # a row's rate is over the time since the row before it
+        characters += row["chars_per_second"] * (row["seconds"] - seconds)
+        seconds = row["seconds"]
+    return Comparison(
+        name=name,
+        train_perplexity=best.figures["train_perplexity"],
+        val_perplexity=best.figures["val_perplexity"],
+        bits_per_character=best.figures["val_bits_per_character"],
+        parameters=sum(prod(shape) for shape in best.tensors.values()),
+        seconds=seconds,
+        chars_per_second=characters / seconds,
+        best_epoch=best.figures["epoch"],
+    )
+
+
+def _evaluations(run: Run) -> list[Row]:
+    """The rows of the run's log that an evaluation wrote."""
+    try:
+        lines = run.metrics.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+    except OSError as error:
+        raise CharlmError(f"cannot read {run.metrics}: {error.strerror}") from None
+    except ValueError as error:
+        raise CharlmError(f"{run.metrics} is damaged: {error}") from None
+    return [row for row in rows if "val_loss" in row]

@@ -136,6 +136,10 @@ def test_every_recipe_loads(path):
     assert isinstance(load(str(path)), Config)
 
 
+def test_the_defaults_are_the_lstm_recipe():
+    assert load("lstm.yaml") == Config()
+
+
 def test_the_six_recipes_differ_in_what_they_say_only():
     for cell in ("rnn", "lstm", "gru"):
         builtin, scratch = load(f"{cell}.yaml"), load(f"{cell}-scratch.yaml")

@@ -73,7 +73,7 @@ class BatchesConfig(Section):
 
     sampling: Literal["sliding", "contiguous"] = "sliding"
     batch_size: Positive = 32
-    seq_len: Positive = 128
+    seq_len: Positive = 64
     stride: Positive = 64
     shuffle: bool = True
     truncation: Literal["fixed", "random"] = "fixed"
@@ -99,9 +99,9 @@ class ModelConfig(Section):
     implementation: Literal["scratch", "builtin"] = "builtin"
     input: Literal["embedding", "one_hot"] = "embedding"
     embedding_size: Positive = 64
-    hidden_size: Positive = 256
+    hidden_size: Positive = 192
     num_layers: Positive = 1
-    dropout: Share = 0.2
+    dropout: Share = 0.1
     nonlinearity: Literal["tanh", "relu"] = "tanh"
     gru_reset: Literal["after", "before"] = "after"
     tie_weights: bool = False
@@ -125,13 +125,13 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """The optimisation, its budget, and what is reported and saved on the way."""
 
-    epochs: Positive = 10
+    epochs: Positive = 18
     max_steps: Positive | None = None
     loss_on: Literal["all", "last"] = "all"
     teacher_forcing: Annotated[float, Field(ge=0, le=1)] = 1.0
     teacher_forcing_schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "linear"
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"] = "adamw"
-    lr: PositiveFloat = 4e-3
+    lr: PositiveFloat = 8e-3
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     momentum: Share = 0.0
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.99)

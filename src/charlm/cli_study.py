@@ -106,7 +106,8 @@ def gradflow(
         look(cell, trainer.model)
         if cell == "rnn":
             large = Trainer(config, corpus).model
-            large.load_state_dict({k: v * scale if "weight_hh" in k else v for k, v in large.state_dict().items()})
+            weights = large.state_dict()
+            large.load_state_dict({k: weights[k] * (scale if "weight_hh" in k else 1) for k in weights})
             look(f"rnn, W_hh × {scale:g}", large)
         if train_steps:
             for x, y in itertools.islice(trainer.remaining_batches(), train_steps):

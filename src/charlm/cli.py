@@ -68,12 +68,12 @@ def _fail(message: str, exit_code: int) -> int:
 @click.version_option(__version__, prog_name="charlm")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    r"""Train character-level language models with recurrent networks, and write text with them.
+    """Train character-level language models with recurrent networks, and write text with them.
 
     \b
       charlm train --config lstm.yaml
       charlm generate --prefix "quijote "
-    """
+    """  # noqa: D301 - click knows the backspace character by itself
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -241,7 +241,8 @@ def test_eval_leaves_out_what_a_folder_has_too_little_of(charlm, trained):
 
 def test_no_command_shows_the_help(charlm):
     done = charlm()
-    assert done.code == 0 and done.out.startswith("Usage: charlm") and "generate" in done.out
+    assert done.code == 0 and done.out.startswith("Usage: charlm")
+    assert "\n    charlm train --config lstm.yaml\n" in done.out
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(folder):

@@ -1,0 +1,153 @@
+"""`fused` against the equations of `cells`, forward and backward, in each of its ways of computing a step."""
+
+import itertools
+
+import pytest
+import torch
+
+from charlm import cells, fused
+from charlm.native import kernels
+
+T, B, H, V = 5, 3, 19, 7  # all different, and no multiple of a vector's length
+CASES = [("rnn", "tanh"), ("rnn", "relu"), ("lstm", "tanh"), ("gru", "tanh")]
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def steps(request, monkeypatch):
+    """Compiled steps where this machine has a compiler, and torch's."""
+    if request.param == "torch":
+        monkeypatch.setattr(fused, "kernels", lambda dtype: None)
+    elif kernels(torch.float64) is None:
+        pytest.skip("there is no C compiler here")
+    return request.param
+
+
+def example(cell, table, dtype=torch.float64, steps=T, batch=B, hidden=H):
+    generator = torch.Generator().manual_seed(7)
+    rows = cells.GATES[cell] * hidden
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    ids = torch.randint(V, (steps, batch), generator=generator) if table else None
+    x = draw(V, rows) if table else draw(steps, batch, rows)
+    tensors = {"x": x, "W_hh": draw(rows, hidden), "h": draw(batch, hidden)}
+    with torch.no_grad():
+        tensors["W_hh"] *= hidden**-0.5
+    if cell == "lstm":
+        tensors["c"] = draw(batch, hidden)
+    if cell == "gru":
+        tensors["b_hn"] = draw(hidden)
+    return ids, tensors
+
+
+def run_fused(cell, nonlinearity, ids, x, W_hh, h, c=None, b_hn=None):
+    if cell == "rnn":
+        return fused.rnn(x, ids, W_hh, h, nonlinearity)
+    if cell == "lstm":
+        return fused.lstm(x, ids, W_hh, h, c)
+    return fused.gru(x, ids, W_hh, b_hn, h)
+
+
+def run_cells(cell, nonlinearity, ids, x, W_hh, h, c=None, b_hn=None):
+    step = cells.step_of(cell, nonlinearity)
+    b_hh = x.new_zeros(len(W_hh))
+    if cell == "gru":
+        b_hh = torch.cat([b_hh[: 2 * len(b_hn)], b_hn])
+    state, outputs = ((h,) if c is None else (h, c)), []
+    for a in x if ids is None else x[ids]:
+        state = step(a, state, W_hh, b_hh)
+        outputs.append(state[0])
+    return torch.stack(outputs), *state
+
+
+def loss(results):
+    """A sum in which every number of the results has a weight of its own."""
+    generator = torch.Generator().manual_seed(3)
+    return sum(
+        (result.double() * torch.randn(result.shape, generator=generator, dtype=torch.float64)).sum()
+        for result in results
+    )
+
+
+@pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("hidden", [1, H, 64])
+def test_equals_the_equations(steps, cell, nonlinearity, table, hidden):
+    ids, tensors = example(cell, table, hidden=hidden)
+    ours = run_fused(cell, nonlinearity, ids, **tensors)
+    theirs = run_cells(cell, nonlinearity, ids, **tensors)
+    for mine, yours in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(loss(result), list(tensors.values())) for result in (ours, theirs))
+    for name, mine, yours in zip(tensors, *gradients, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
+def test_numeric_gradients(steps, cell, nonlinearity):
+    ids, tensors = example(cell, True, steps=3, batch=2, hidden=3)
+    names, values = tensors.keys(), tuple(tensors.values())
+    assert torch.autograd.gradcheck(
+        lambda *inputs: run_fused(cell, nonlinearity, ids, **dict(zip(names, inputs, strict=True))), values
+    )
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])  # relu's gradient jumps at 0
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_lower_precision_is_near(steps, cell, dtype, tolerance):
+    ids, exact = example(cell, True, hidden=40, batch=9)
+    lower = {
+        name: tensor.detach().to(torch.float32 if name in ("h", "c", "b_hn") else dtype).requires_grad_()
+        for name, tensor in exact.items()
+    }
+    ours, theirs = (run_fused(cell, "tanh", ids, **tensors) for tensors in (lower, exact))
+    assert ours[0].dtype == dtype
+    assert all(state.dtype == torch.float32 for state in ours[2:]), "the LSTM's c stays in float32"
+    gradients = [
+        torch.autograd.grad(loss(result), list(tensors.values()))
+        for result, tensors in ((ours, lower), (theirs, exact))
+    ]
+    for mine, yours in itertools.chain(zip(ours, theirs, strict=True), zip(*gradients, strict=True)):
+        assert (mine - yours).norm() <= tolerance * yours.norm()
+
+
+def test_memory_of_any_layout(steps):
+    ids, tensors = example("gru", True)
+    plain = run_fused("gru", "tanh", ids, **tensors)
+    tensors |= {name: tensors[name].detach().t().contiguous().t() for name in ("x", "W_hh", "h")}
+    strided = run_fused("gru", "tanh", ids.t().contiguous().t(), **tensors)
+    torch.testing.assert_close(strided, plain, rtol=0, atol=0)
+
+
+def test_gradients_flow_from_the_last_state_alone(steps):
+    ids, tensors = example("lstm", False)
+    for which in (1, 2):
+        ours, theirs = (
+            torch.autograd.grad(run("lstm", "tanh", ids, **tensors)[which].sum(), tensors["W_hh"])[0]
+            for run in (run_fused, run_cells)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (13, 33, 17), (101, 7, 70)])
+def test_product_of_any_shape(steps, shape):
+    M, K, N = shape
+    a, W = torch.randn(M, K, dtype=torch.float64), torch.randn(N, K, dtype=torch.float64)
+    out = torch.full((M, N), torch.nan, dtype=torch.float64)
+    fused.steps_for(a).product(W.t())(a, out)
+    torch.testing.assert_close(out, a @ W.t(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_large_and_undefined_numbers(steps, cell):
+    """Saturated gates are 0 and 1; what is no number stays none, so that a divergence is seen."""
+    ids, tensors = example(cell, False, dtype=torch.float32)
+    with torch.no_grad():
+        tensors["x"][:, 0] = 1e30
+        tensors["x"][:, 1] = -1e30
+        tensors["x"][:, 2] = torch.nan
+        y = run_fused(cell, "tanh", ids, **tensors)[0]
+        expected = run_cells(cell, "tanh", ids, **tensors)[0]
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5, equal_nan=True)
+    assert y[:, 2].isnan().all()

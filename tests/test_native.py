@@ -1,0 +1,70 @@
+"""The compiled part: kept where only its owner writes, and never needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from charlm import native
+
+needs_compiler = pytest.mark.skipif(native.kernels(torch.float32) is None, reason="no C compiler here")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.load.cache_clear()
+    yield tmp_path / "charlm"
+    native.load.cache_clear()
+
+
+@needs_compiler
+def test_is_compiled_once_and_kept_privately(cache, monkeypatch):
+    library, reason = native.load("f32")
+    assert library and "compiled by" in reason
+    (kept,) = cache.iterdir()
+    assert kept.suffix == ".so" and cache.stat().st_mode & 0o777 == 0o700
+    commands, run = [], native._run
+    monkeypatch.setattr(
+        native, "_run", lambda command, **options: commands.append(command) or run(command, **options)
+    )
+    native.load.cache_clear()
+    assert native.load("f32")[0] and not any("-shared" in command for command in commands)
+
+
+@needs_compiler
+def test_a_folder_that_others_may_write_to_is_not_trusted(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert native.load("f32")[0]
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("CHARLM_KERNELS", "off", "CHARLM_KERNELS is off"),
+        ("CC", "no-such-compiler", "there is no C compiler no-such-compiler"),
+        ("CC", "false", "false could not compile them"),
+    ],
+)
+def test_without_them_says_why(cache, monkeypatch, name, value, why):
+    monkeypatch.setenv(name, value)
+    library, reason = native.load("f32")
+    assert library is None and why in reason
+
+
+def test_uses_the_threads_of_torch():
+    """One pool of threads: a second OpenMP library would fight torch's for the cores."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc here")
+    code = (
+        "import torch; from charlm.native import kernels; kernels(torch.float32);"
+        "print(open('/proc/self/maps').read())"
+    )
+    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    libraries = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}
+    assert len(libraries) == 1

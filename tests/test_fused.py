@@ -117,7 +117,7 @@ def test_memory_of_any_layout(steps):
     plain = run_fused("gru", "tanh", ids, **tensors)
     tensors |= {name: tensors[name].detach().t().contiguous().t() for name in ("x", "W_hh", "h")}
     strided = run_fused("gru", "tanh", ids.t().contiguous().t(), **tensors)
-    torch.testing.assert_close(strided, plain, rtol=0, atol=0)
+    torch.testing.assert_close(strided, plain, rtol=0, atol=1e-12)
 
 
 def test_gradients_flow_from_the_last_state_alone(steps):

@@ -85,7 +85,7 @@ class Kernels:
 def _step(function: Callable[..., None], *arguments: Tensor | bool | None) -> None:
     """Call a step: B and H are the last argument's shape, a tensor is its address, None is NULL."""
     pointers = (item.data_ptr() if isinstance(item, Tensor) else item for item in arguments)
-    function(*arguments[-1].shape, *pointers)  # type: ignore[union-attr, misc]
+    function(*arguments[-1].shape, *pointers)
 
 
 @functools.cache

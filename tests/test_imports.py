@@ -17,6 +17,7 @@ ROWS = {
     "device": 1,
     "vocab": 2,
     "cells": 2,
+    "dropout": 2,
     "optim": 2,
     "corpus": 3,
     "recurrent": 3,

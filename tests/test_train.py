@@ -128,6 +128,12 @@ SETTINGS = {
     "scratch": ["model.implementation=scratch", "model.cell=gru", "model.num_layers=2"],
     "plateau": ["train.schedule=plateau", "train.lr=0.3", "train.eval_every=7", "train.plateau_patience=1"],
     "sampled": ["train.teacher_forcing=0.3", "batches.sampling=contiguous", "batches.truncation=random"],
+    "regularised": [
+        "model.num_layers=2",
+        "model.locked_dropout=true",
+        "model.weight_dropout=0.3",
+        "model.embedding_dropout=0.2",
+    ],
     "filling": ["model.direction=both"],
     "adadelta": ["train.optimizer=adadelta", "train.lr=1.0", "train.schedule=constant"],
 }

@@ -102,6 +102,9 @@ class ModelConfig(Section):
     hidden_size: Positive = 192
     num_layers: Positive = 1
     dropout: Share = 0.1
+    locked_dropout: bool = False
+    weight_dropout: Share = 0.0
+    embedding_dropout: Share = 0.0
     nonlinearity: Literal["tanh", "relu"] = "tanh"
     gru_reset: Literal["after", "before"] = "after"
     tie_weights: bool = False

@@ -146,6 +146,7 @@ class TrainConfig(Section):
     plateau_patience: Positive = 2
     clip: Literal["norm", "value", "none"] = "norm"
     clip_value: PositiveFloat = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     early_stopping: Positive | None = None
     eval_every: Positive | None = None
     checkpoint_every: Positive | None = None

@@ -19,6 +19,7 @@ ROWS = {
     "vocab": 2,
     "cells": 2,
     "fused": 2,
+    "dropout": 2,
     "optim": 2,
     "corpus": 3,
     "recurrent": 3,

@@ -131,3 +131,62 @@ def test_a_filling_model_predicts_the_whole_window():
     x, y = torch.arange(6)[None], torch.arange(1, 7)[None]
     logits, targets, _ = model.predict(x, y, model.initial_state(1))
     assert isinstance(model, FillLM) and logits.shape == (1, 7, V) and targets.tolist() == [list(range(7))]
+
+
+REGULARISED = {"locked_dropout": True, "dropout": 0.4, "weight_dropout": 0.4, "embedding_dropout": 0.4}
+
+
+@pytest.mark.parametrize("options", [{}, {"embedding_size": 8, "tie_weights": True}, {"direction": "both"}])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_regularised_models_agree_and_are_plain_in_eval(cell, options):
+    options = {"cell": cell, "num_layers": 2, "hidden_size": 8, "embedding_size": 5, **options}
+    builtin, scratch, plain = (
+        make_model(V, ModelConfig(implementation=i, **options, **regularisers)).initialise(4).double()
+        for i, regularisers in (("builtin", REGULARISED), ("scratch", REGULARISED), ("builtin", {}))
+    )
+    x = torch.randint(V, (B, T))
+    outputs = []
+    for model in (builtin, scratch):
+        torch.manual_seed(1)
+        outputs.append(model(x, model.initial_state(B))[0])
+    assert torch.allclose(*outputs, atol=1e-12)
+    assert not torch.allclose(outputs[0], builtin(x, builtin.initial_state(B))[0])
+    evaluated = [model.eval()(x, model.initial_state(B))[0] for model in (builtin, scratch, plain)]
+    assert all(torch.allclose(logits, evaluated[2], atol=1e-12) for logits in evaluated)
+    for ours, theirs in zip(builtin.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs), "they begin alike"
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_locked_dropout_on_what_the_head_reads_is_the_same_at_every_step(both_ways):
+    config = ModelConfig(
+        locked_dropout=True, dropout=0.5, hidden_size=8, direction="both" if both_ways else "forward"
+    )
+    model = make_model(V, config).initialise(4)
+    read = []
+    model.head.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
+    # From ones, so that a filling model's first and last reading, the states themselves, are not 0 undropped.
+    model(torch.randint(V, (B, T)), tuple(torch.ones_like(s) for s in model.initial_state(B)))
+    dropped = read[0] == 0
+    assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
+    assert 0 < dropped.sum() < dropped.numel() and not torch.equal(dropped[0], dropped[1])
+
+
+@pytest.mark.parametrize("kind", ["embedding", "one_hot"])
+def test_embedding_dropout_drops_characters_wherever_they_stand(kind):
+    model = make(input=kind, embedding_dropout=0.4)
+    full = model.embedding_table()
+    x = torch.randint(V, (B, 50))
+    assert torch.equal(model.embed(x), full[x])
+    embedded = model.train().embed(x)
+    dropped = (embedded == 0).all(-1)
+    assert 0 < dropped.sum() < dropped.numel()
+    for character in range(V):
+        assert len(dropped[x == character].unique()) == 1, "a character is dropped everywhere or nowhere"
+    assert torch.allclose(embedded[~dropped], full[x][~dropped] / 0.6)
+
+
+def test_the_regularisers_are_off_by_default():
+    config = ModelConfig()
+    off = (config.locked_dropout, config.weight_dropout, config.embedding_dropout)
+    assert off == (False, 0, 0)

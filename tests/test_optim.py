@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from charlm.config import TrainConfig
-from charlm.optim import clip_gradients, lr_factor, make_optimizer, make_schedule
+from charlm.optim import clip_gradients, lr_factor, make_optimizer, make_schedule, update_average
 
 
 def factors(total=100, per_epoch=10, **options):
@@ -97,3 +97,19 @@ def test_gradients_whose_squares_overflow_stay_numbers(clip, expected):
     model.weight.grad = torch.tensor([[1e30, -0.5]])
     assert clip_gradients(model, TrainConfig(clip=clip, clip_value=1.0)).item() == pytest.approx(1e30)
     assert torch.equal(model.weight.grad, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("decay", "steps"), [(0.5, 30), (0.999, 30)])
+def test_the_average_is_that_of_the_weights_so_far(decay, steps):
+    torch.manual_seed(0)
+    model, average = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    expected = average.weight.tolist()
+    for n in range(steps):
+        nn.init.normal_(model.weight)
+        update_average(average, model, decay, n)
+        d = min(decay, (1 + n) / (10 + n))
+        for i, row in enumerate(model.weight.tolist()):
+            for j, weight in enumerate(row):
+                expected[i][j] = d * expected[i][j] + (1 - d) * weight
+    assert torch.allclose(average.weight, torch.tensor(expected, dtype=torch.double), atol=1e-12)
+    assert torch.allclose(average.bias, model.bias, atol=1e-6), "what was at first is forgotten"

@@ -4,7 +4,7 @@ from torch import nn
 
 from charlm.cells import STATES
 from charlm.config import ModelConfig
-from charlm.recurrent import make_recurrent
+from charlm.recurrent import BuiltinLayers, make_recurrent
 
 B, E, H = 3, 5, 4
 KINDS = [("rnn", {"nonlinearity": "tanh"}), ("rnn", {"nonlinearity": "relu"}), ("lstm", {}), ("gru", {})]
@@ -19,6 +19,8 @@ def stacks(cell, num_layers, **options):
         ).double()
         for i in ("builtin", "scratch")
     )
+    for parameter in builtin.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
     scratch.load_state_dict(builtin.state_dict())
     return builtin, scratch
 
@@ -79,3 +81,72 @@ def test_dropout_falls_between_layers_and_only_in_training(cell):
         assert not torch.equal(y1, y2), "the second does not"
         stack.eval()
         assert torch.equal(stack(x, state)[0], stack(x, state)[0])
+
+
+REGULARISERS = [
+    {"weight_dropout": 0.5},
+    {"locked_dropout": True, "dropout": 0.5},
+    {"weight_dropout": 0.5, "dropout": 0.5},
+    {"weight_dropout": 0.3, "locked_dropout": True, "dropout": 0.3},
+]
+
+
+def run(stack, cell, seed=3):
+    """y, the last state and the gradients of a forward pass whose masks `seed` gives."""
+    torch.manual_seed(2)
+    x = torch.randn(B, 7, E, dtype=torch.double)
+    state = tuple(torch.randn(stack.num_layers, B, H, dtype=torch.double) for _ in range(STATES[cell]))
+    torch.manual_seed(seed)
+    stack.zero_grad()
+    y, last = stack(x, state)
+    (y.square().sum() + sum(s.sum() for s in last)).backward()
+    return [y, *last, *(parameter.grad for _, parameter in sorted(stack.named_parameters()))]
+
+
+@pytest.mark.parametrize("regulariser", REGULARISERS)
+@pytest.mark.parametrize(("cell", "options"), KINDS)
+def test_the_regularisers_are_the_same_in_both_implementations(cell, options, regulariser):
+    both = stacks(cell, 3, **options, **regulariser)
+    assert isinstance(both[0], BuiltinLayers)
+    for ours, theirs in zip(*(run(stack, cell) for stack in both), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-10, rtol=0)
+    for stack in both:
+        assert not torch.allclose(run(stack, cell)[0], run(stack, cell, seed=4)[0])
+        plain = stacks(cell, 3, dropout=0.0, **options)[0]
+        plain.load_state_dict(stack.state_dict())
+        stack.eval()
+        assert torch.allclose(run(stack, cell)[0], run(plain, cell)[0], atol=1e-10), "off in eval"
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_weight_dropout_is_one_mask_of_the_recurrent_matrix_a_pass(cell):
+    for stack in stacks(cell, 2, weight_dropout=0.4):
+        before = {name: parameter.clone() for name, parameter in stack.named_parameters()}
+        (W_ih, W_hh, *biases), (_, other, *_) = stack.weights(1), stack.weights(1)
+        kept = W_hh != 0
+        assert 0 < kept.sum() < kept.numel() and not torch.equal(W_hh, other)
+        assert torch.allclose(W_hh[kept], stack.weight_hh_l1[kept] / 0.6)
+        assert W_ih is stack.weight_ih_l1
+        assert biases[0] is stack.bias_ih_l1 and biases[1] is stack.bias_hh_l1
+        run(stack, cell)
+        assert 0 < (stack.weight_hh_l1.grad == 0).sum() < kept.numel(), "what is dropped learns nothing"
+        assert all(torch.equal(parameter, before[name]) for name, parameter in stack.named_parameters())
+        assert stack.eval().weights(1)[1] is stack.weight_hh_l1
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_locked_dropout_falls_between_layers_once_for_all_steps(cell):
+    for stack in stacks(cell, 3, locked_dropout=True, dropout=0.5):
+        entered, layer = [], stack.layer
+        stack.layer = lambda x, state, weights, e=entered, f=layer: (e.append(x), f(x, state, weights))[1]
+        run(stack, cell)
+        first, *later = [(x == 0) for x in entered]
+        assert not first.any(), "the input stays whole"
+        for dropped in later:
+            assert dropped.any() and torch.equal(dropped, dropped[:1].expand_as(dropped))
+        assert not torch.equal(*later), "each layer has its own"
+
+
+def test_without_them_builtin_is_torch_s_module():
+    for options in ({}, {"locked_dropout": True}, {"num_layers": 2, "locked_dropout": True, "dropout": 0.0}):
+        assert isinstance(make_recurrent(E, ModelConfig(**options)), nn.LSTM)

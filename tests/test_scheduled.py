@@ -64,3 +64,26 @@ def test_the_share_is_drawn_a_character(model, monkeypatch):
     assert share == pytest.approx(0.7, abs=0.05)
     logits.sum().backward()
     assert model.embedding.weight.grad is not None
+
+
+@pytest.mark.parametrize("implementation", ["builtin", "scratch"])
+def test_masks_that_last_a_sequence_last_it(implementation):
+    config = ModelConfig(
+        hidden_size=7,
+        embedding_size=4,
+        num_layers=3,
+        implementation=implementation,
+        locked_dropout=True,
+        dropout=0.4,
+        weight_dropout=0.4,
+        embedding_dropout=0.4,
+    )
+    model = CharLM(9, config).initialise(0)
+    x = torch.randint(9, (3, 6))
+    torch.manual_seed(1)
+    whole, _ = model(x, model.initial_state(3))
+    torch.manual_seed(1)  # the masks are drawn at the first character, before any chance of its own
+    stepped, _ = scheduled.forward(model, x, model.initial_state(3), 1.0)
+    assert torch.allclose(stepped, whole, atol=1e-6)
+    again, _ = scheduled.forward(model, x, model.initial_state(3), 1.0)
+    assert not torch.allclose(again, whole, atol=1e-6), "the next sequence has others"

@@ -71,7 +71,8 @@ def rows(run):
 
 def same_weights(first, second):
     pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    averages = zip(first.scored.parameters(), second.scored.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in (*pairs, *averages))
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
@@ -128,7 +129,14 @@ SETTINGS = {
     "scratch": ["model.implementation=scratch", "model.cell=gru", "model.num_layers=2"],
     "plateau": ["train.schedule=plateau", "train.lr=0.3", "train.eval_every=7", "train.plateau_patience=1"],
     "sampled": ["train.teacher_forcing=0.3", "batches.sampling=contiguous", "batches.truncation=random"],
+    "regularised": [
+        "model.num_layers=2",
+        "model.locked_dropout=true",
+        "model.weight_dropout=0.3",
+        "model.embedding_dropout=0.2",
+    ],
     "filling": ["model.direction=both"],
+    "averaged": ["train.ema=0.98", "batches.sampling=contiguous", "model.num_layers=2"],
     "adadelta": ["train.optimizer=adadelta", "train.lr=1.0", "train.schedule=constant"],
 }
 
@@ -294,3 +302,34 @@ def test_a_filling_model_s_figures_have_names_of_their_own(train):
     assert not any("perplexity" in key and "pseudo" not in key for row in rows(run) for key in row)
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"]
     assert reporter.samples == []
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["model.direction=both"], ["model.tie_weights=true", "model.embedding_size=12"]]
+)
+def test_the_average_is_what_is_scored_and_saved_and_training_goes_on_from_the_weights(words, tmp_path, more):
+    results = []
+    for ema in ("0.9", "null"):
+        config = configure(f"train.ema={ema}", "train.max_steps=12", "train.eval_every=5", *more)
+        trainer, run = Trainer(config, Corpus.from_text(words)), Run(tmp_path / ema)
+        runs.create(run, config)
+        weights = [[p.detach().clone() for p in trainer.model.parameters()]]
+        trainer.train(
+            run,
+            Silent(lambda t=trainer, w=weights: w.append([p.detach().clone() for p in t.model.parameters()])),
+        )
+        results.append((trainer, run, weights))
+    (averaged, run, weights), (plain, _, _) = results
+    expected = [tensor.double() for tensor in weights[0]]
+    for n, now in enumerate(weights[1:]):
+        d = min(0.9, (1 + n) / (10 + n))
+        expected = [d * mean + (1 - d) * tensor for mean, tensor in zip(expected, now, strict=True)]
+    last = load_model(run.last).model
+    for saved, mean in zip(last.parameters(), expected, strict=True):
+        assert torch.allclose(saved.double(), mean, atol=1e-6)
+    *_, final, _ = rows(run)
+    assert final["val_loss"] == evaluate(last, averaged.corpus.val).loss
+    assert evaluate(averaged.model, averaged.corpus.val).loss != final["val_loss"]
+    assert plain.scored is plain.model
+    for ours, theirs in zip(averaged.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), "the training is the same"

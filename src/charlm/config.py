@@ -102,6 +102,9 @@ class ModelConfig(Section):
     hidden_size: Positive = 192
     num_layers: Positive = 1
     dropout: Share = 0.1
+    locked_dropout: bool = False
+    weight_dropout: Share = 0.0
+    embedding_dropout: Share = 0.0
     nonlinearity: Literal["tanh", "relu"] = "tanh"
     gru_reset: Literal["after", "before"] = "after"
     tie_weights: bool = False
@@ -143,6 +146,7 @@ class TrainConfig(Section):
     plateau_patience: Positive = 2
     clip: Literal["norm", "value", "none"] = "norm"
     clip_value: PositiveFloat = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     early_stopping: Positive | None = None
     eval_every: Positive | None = None
     checkpoint_every: Positive | None = None

@@ -7,6 +7,7 @@ from torch.nn import init
 
 from charlm.cells import GATES, STATES, State
 from charlm.config import ModelConfig
+from charlm.dropout import locked, once
 from charlm.recurrent import make_recurrent
 
 
@@ -14,7 +15,9 @@ class CharLM(nn.Module):
     """A character-level language model: input, recurrent stack, linear head.
 
     The logits at step t, over the V characters, are for the character at t + 1. Dropout falls on the output
-    of every recurrent layer, the last included. Only `initialise` gives the weights their first values.
+    of every recurrent layer, the last included; ``locked_dropout`` keeps its masks over the steps,
+    ``weight_dropout`` falls on W_hh and ``embedding_dropout`` on whole characters (all three as in Merity,
+    Keskar & Socher 2018). Only `initialise` gives the weights their first values.
 
     A model of ``direction: backward`` is the same network: whoever uses it hands it the text last to first.
     """
@@ -43,13 +46,35 @@ class CharLM(nn.Module):
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Ids x (B, T) and the state before them; logits (B, T, V) and the state after them."""
         y, state = self.recurrent(self.embed(x), state)
-        return self.head(self.dropout(y)), state
+        return self.head(self.drop(y)), state
 
     def embed(self, x: Tensor) -> Tensor:
         """Ids x (B, T) as what the recurrent stack reads, (B, T, E) or, one-hot, (B, T, V)."""
-        if self.config.input == "embedding":
-            return F.embedding(x, self.embedding.weight)
-        return F.one_hot(x, self.vocab_size).to(self.head.weight.dtype)
+        if self.config.input == "one_hot" and not (self.training and self.config.embedding_dropout):
+            return F.one_hot(x, self.vocab_size).to(self.head.weight.dtype)
+        return F.embedding(x, self.embedding_table())
+
+    def embedding_table(self) -> Tensor:
+        """What each character is read as, (V, E) or, one-hot, the identity (V, V): for one forward pass.
+
+        In training whole rows are dropped with probability ``embedding_dropout``: a character is then read
+        as zeros wherever it stands in the batch (Gal & Ghahramani 2016). A tied head keeps its rows.
+        """
+        if self.config.input == "one_hot":
+            table = torch.eye(self.vocab_size, dtype=self.head.weight.dtype, device=self.head.weight.device)
+        else:
+            table = self.embedding.weight
+        p = self.config.embedding_dropout
+        if not (self.training and p):
+            return table
+        return once((self, "table"), lambda: table * F.dropout(table.new_ones(len(table), 1), p))
+
+    def drop(self, y: Tensor) -> Tensor:
+        """Dropout on what the head reads, y (B, T, H)."""
+        if self.training and self.config.locked_dropout:
+            return locked(y, self.dropout.p, 1, (self, "y"))
+        dropped: Tensor = self.dropout(y)
+        return dropped
 
     def predict(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Logits (B, T, V) on a batch x, y (B, T), the ids (B, T) that they predict, and the state after."""
@@ -122,7 +147,7 @@ class FillLM(CharLM):
         read_right, right_after = self.reverse(inputs.flip(1), right)
         before = torch.cat([left[0][-1:].transpose(0, 1), read_left[:, :-1]], 1)  # at t: all up to t - 1
         after = torch.cat([read_right.flip(1)[:, 1:], right[0][-1:].transpose(0, 1)], 1)  # all from t + 1
-        return self.head(self.dropout(torch.cat([before, after], -1))), left_after + right_after
+        return self.head(self.drop(torch.cat([before, after], -1))), left_after + right_after
 
     def predict(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Logits (B, T + 1, V) for all characters of a window x, y (B, T), those ids, and the state after."""

@@ -1,8 +1,9 @@
-"""Optimisers, learning-rate schedules and gradient clipping, as `TrainConfig` names them."""
+"""Optimisers, learning-rate schedules, gradient clipping and averaging, as `TrainConfig` names them."""
 
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -87,3 +88,16 @@ def clip_gradients(model: nn.Module, config: TrainConfig) -> Tensor:
     elif config.clip == "value":
         nn.utils.clip_grad_value_(parameters, config.clip_value)
     return norm
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, n: int) -> None:
+    """Take `model`'s weights w into `average`'s w̄, an exponential moving average that has taken n so far.
+
+    w̄ ← d w̄ + (1 - d) w, d = min(decay, (1 + n) / (10 + n))
+
+    Averaging is Polyak & Juditsky's (1992). That d begins at 1/10, so that the first weights are soon
+    forgotten, is from TensorFlow's ``tf.train.ExponentialMovingAverage`` (its ``num_updates``).
+    """
+    d = min(decay, (1 + n) / (10 + n))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - d)

@@ -5,12 +5,17 @@ state the tuple (h,) for RNN and GRU or (h, c) for LSTM, each (L, B, H). All hav
 ``weight_ih_l{k}``, ``weight_hh_l{k}``, ``bias_ih_l{k}``, ``bias_hh_l{k}`` for layer k.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from charlm.cells import GATES, State, input_product, step_of
 from charlm.config import ModelConfig
+from charlm.dropout import locked, once
+
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:
@@ -19,6 +24,8 @@ def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:
         return Scratch(input_size, config)
     # torch warns of dropout in a single layer: it drops between layers only.
     dropout = config.dropout if config.num_layers > 1 else 0.0
+    if config.weight_dropout or (config.locked_dropout and dropout):
+        return BuiltinLayers(input_size, config)
     sizes = (input_size, config.hidden_size, config.num_layers)
     if config.cell == "lstm":
         return nn.LSTM(*sizes, batch_first=True, dropout=dropout)
@@ -27,13 +34,13 @@ def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:
     return BuiltinRNN(*sizes, batch_first=True, dropout=dropout, nonlinearity=config.nonlinearity)
 
 
-class Scratch(nn.Module):
-    """The equations of `cells`, step after step, layer after layer; autograd does the rest."""
+class Stack(nn.Module):
+    """The parameters of a stack, its dropout, and its course: step by step or not is for `layer` to say."""
 
     def __init__(self, input_size: int, config: ModelConfig):
         super().__init__()
         self.num_layers, self.dropout = config.num_layers, config.dropout
-        self.step = step_of(config.cell, config.nonlinearity, config.gru_reset)
+        self.locked_dropout, self.weight_dropout = config.locked_dropout, config.weight_dropout
         H, rows = config.hidden_size, GATES[config.cell] * config.hidden_size
         for k in range(config.num_layers):
             self.register_parameter(
@@ -43,23 +50,75 @@ class Scratch(nn.Module):
             self.register_parameter(f"bias_ih_l{k}", nn.Parameter(torch.empty(rows)))
             self.register_parameter(f"bias_hh_l{k}", nn.Parameter(torch.empty(rows)))
 
+    def weights(self, k: int) -> Weights:
+        """W_ih, W_hh, b_ih and b_hh of layer k for a forward pass: to be asked for once in each.
+
+        In training each number of W_hh is dropped with probability ``weight_dropout``, for all steps and
+        streams alike (DropConnect: Wan et al. 2013; on W_hh: Merity, Keskar & Socher 2018).
+        """
+        W_ih, W, b_ih, b_hh = (
+            getattr(self, f"{name}_l{k}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        if not (self.training and self.weight_dropout):
+            return W_ih, W, b_ih, b_hh
+        W_hh = once((self, "W_hh", k), lambda: F.dropout(W, self.weight_dropout))
+        return W_ih, W_hh, b_ih, b_hh
+
+    def drop(self, y: Tensor, k: int) -> Tensor:
+        """Dropout on y (T, B, H) on its way into layer k."""
+        if self.training and self.locked_dropout:
+            return locked(y, self.dropout, 0, (self, "y", k))
+        return F.dropout(y, self.dropout, self.training)
+
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, T, E) and a state of (L, B, H) tensors; y (B, T, H) and the state after the last step."""
         y = x.transpose(0, 1)
         last = []
         for k in range(self.num_layers):
-            W_ih, W_hh, b_ih, b_hh = (
-                getattr(self, f"{name}_l{k}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            )
             if k:
-                y = F.dropout(y, self.dropout, self.training)
-            layer_state, outputs = tuple(tensor[k] for tensor in state), []
-            for a in input_product(y, W_ih, b_ih).unbind(0):
-                layer_state = self.step(a, layer_state, W_hh, b_hh)
-                outputs.append(layer_state[0])
-            y = torch.stack(outputs)
+                y = self.drop(y, k)
+            y, layer_state = self.layer(y, tuple(tensor[k] for tensor in state), self.weights(k))
             last.append(layer_state)
         return y.transpose(0, 1), tuple(torch.stack(tensors) for tensors in zip(*last, strict=True))
+
+    def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
+        """One layer: x (T, B, E or H) and a state of (B, H) tensors; y (T, B, H) and the state after."""
+        raise NotImplementedError
+
+
+class Scratch(Stack):
+    """The equations of `cells`, step after step, layer after layer; autograd does the rest."""
+
+    def __init__(self, input_size: int, config: ModelConfig):
+        super().__init__(input_size, config)
+        self.step = step_of(config.cell, config.nonlinearity, config.gru_reset)
+
+    def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
+        """x (T, B, E or H) and a state of (B, H) tensors; y (T, B, H) and the state after the last step."""
+        W_ih, W_hh, b_ih, b_hh = weights
+        outputs = []
+        for a in input_product(x, W_ih, b_ih).unbind(0):
+            state = self.step(a, state, W_hh, b_hh)
+            outputs.append(state[0])
+        return torch.stack(outputs), state
+
+
+class BuiltinLayers(Stack):
+    """What `torch.nn`'s modules call, a layer at a time: they take neither other weights nor locked masks."""
+
+    def __init__(self, input_size: int, config: ModelConfig):
+        super().__init__(input_size, config)
+        rnn = torch.rnn_relu if config.nonlinearity == "relu" else torch.rnn_tanh
+        runs: dict[str, Callable[..., State]] = {"rnn": rnn, "lstm": torch.lstm, "gru": torch.gru}
+        self.run = runs[config.cell]
+
+    def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
+        """x (T, B, E or H) and a state of (B, H) tensors; y (T, B, H) and the state after the last step."""
+        before = tuple(tensor[None] for tensor in state)  # a state of one layer, (1, B, H)
+        hx = before if len(before) == 2 else before[0]
+        # with biases, 1 layer, without dropout, in training or not, in one direction, time first
+        y, *last = self.run(x, hx, weights, True, 1, 0.0, self.training, False, False)
+        return y, tuple(tensor[0] for tensor in last)
 
 
 class BuiltinGRU(nn.GRU):

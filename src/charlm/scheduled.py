@@ -12,6 +12,7 @@ from torch import Tensor
 
 from charlm.cells import State
 from charlm.config import TrainConfig
+from charlm.dropout import one_sequence
 from charlm.model import CharLM
 
 
@@ -31,6 +32,7 @@ def true_share(done: float, config: TrainConfig) -> float:
     return config.teacher_forcing + (1 - config.teacher_forcing) * left
 
 
+@one_sequence()  # though it is read a character at a time
 def forward(model: CharLM, x: Tensor, state: State, share: float) -> tuple[Tensor, State]:
     """As ``model(x, state)``, but for what is fed: each character x_t, t > 0, is the true one with
     probability `share`, else drawn from the model's own prediction of it.

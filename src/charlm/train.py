@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations, saves, and going on from where a run stopped."""
 
+import copy
 import math
 import shlex
 import signal
@@ -25,8 +26,8 @@ from charlm.device import autocast, choose_device, choose_precision
 from charlm.errors import CharlmError, Interrupted
 from charlm.evaluate import evaluate
 from charlm.metrics import Score, perplexity
-from charlm.model import make_model, num_parameters
-from charlm.optim import clip_gradients, make_optimizer, make_schedule
+from charlm.model import CharLM, make_model, num_parameters
+from charlm.optim import clip_gradients, make_optimizer, make_schedule, update_average
 from charlm.runs import Run
 from charlm.sample import generate
 
@@ -82,6 +83,9 @@ class Result:
 class Trainer:
     """A model in training: `train` takes it from `progress.step` to the end of its budget.
 
+    model: what is trained.
+    scored: what is scored, sampled from and saved: `model`, or with ``train.ema`` its average.
+
     Raises `CharlmError` for a device that is not here and a corpus too short for the batches.
     """
 
@@ -101,6 +105,7 @@ class Trainer:
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         torch.manual_seed(config.train.seed)  # dropout draws from torch's global generators
         self.model = make_model(len(corpus.vocab), config.model).initialise(config.train.seed).to(self.device)
+        self.scored = copy.deepcopy(self.model).to(self.device) if config.train.ema else self.model
         self.optimizer = make_optimizer(self.model, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, self.total_steps, self.steps_per_epoch)
         # What fills in characters has a pseudo-likelihood; its figures are not to be taken for the others'.
@@ -210,6 +215,8 @@ class Trainer:
                 progress.step, f"the loss is {nats:.4g}, the gradient's norm {self.grad_norm:.4g}"
             )
         self.optimizer.step()
+        if self.config.train.ema:
+            update_average(self.scored, self.model, self.config.train.ema, self.progress.step)
         if not isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step()
         if self.batches.carries_state:
@@ -234,7 +241,7 @@ class Trainer:
     def _evaluate(self, run: Run, reporter: Reporter) -> None:
         """Score the val split, log a row, keep the model if it is the best, save."""
         progress = self.progress
-        val = evaluate(self.model, self.val)
+        val = evaluate(self.scored, self.val)
         if not math.isfinite(val.loss):
             raise _diverged(progress.step, f"the val loss is {val.loss}")
         if isinstance(self.schedule, ReduceLROnPlateau):
@@ -265,7 +272,7 @@ class Trainer:
         progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
         progress.log_size = run.log(row)
         if best:
-            save_model(run.best, self.model, self.corpus.vocab, self.config, _timeless(row))
+            save_model(run.best, self.scored, self.corpus.vocab, self.config, _timeless(row))
         self._save(run, row)
         reporter.evaluated(row, best)
         if self.config.train.sample_chars and not self.kind:
@@ -275,17 +282,18 @@ class Trainer:
         """A text by the model as it is, from a generator of its own: training is the same without it."""
         generator = torch.Generator().manual_seed(self.config.train.seed + self.progress.step)
         start = self.corpus.vocab.encode("", "skip")
-        return "".join(generate(self.model, self.corpus.vocab, start, length, 0.7, generator=generator))
+        return "".join(generate(self.scored, self.corpus.vocab, start, length, 0.7, generator=generator))
 
     def _save(self, run: Run, row: Row | None = None) -> None:
         """Write ``last.safetensors`` and ``state.pt``; the latter alone is enough to go on from."""
         figures = _timeless(row or {"step": self.progress.step})
-        save_model(run.last, self.model, self.corpus.vocab, self.config, figures)
+        save_model(run.last, self.scored, self.corpus.vocab, self.config, figures)
         run.save_state(
             {
                 "corpus": self.corpus.fingerprint,
                 "progress": asdict(self.progress),
-                "weights": {name: tensor.detach() for name, tensor in self.model.named_parameters()},
+                "weights": _weights(self.model),
+                "average": _weights(self.scored) if self.config.train.ema else None,
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "carried": self.carried,
@@ -308,6 +316,8 @@ class Trainer:
                 )
             self.progress = Progress(**state["progress"])
             load_weights(self.model, state["weights"])
+            if self.config.train.ema:
+                load_weights(self.scored, state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             carried = state["carried"]
@@ -328,6 +338,10 @@ class Trainer:
             figures[f"test_{self.kind}bits_per_character"] = test.bits_per_character
             run.log({"step": self.progress.step, "best_step": self.progress.best_step, **figures})
         return Result(best.figures, test)
+
+
+def _weights(model: CharLM) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 
 def _diverged(step: int, what: str) -> CharlmError:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -115,3 +117,15 @@ def test_the_header_alone_tells(path):
     found = read_header(path)
     assert (found.config, found.vocab) == (config, VOCAB.characters)
     assert found.tensors == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_a_model_is_read_without_torch_s_compiler():
+    """Which torch imports to initialise what has no memory, in three seconds."""
+    code = (
+        "import sys, torch; from charlm.device import Uninitialised; from charlm.model import make_model;"
+        "from charlm.config import ModelConfig\n"
+        "for place in ('meta', 'cpu'):\n"
+        "    with Uninitialised(), torch.device(place): make_model(9, ModelConfig())\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

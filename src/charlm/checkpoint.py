@@ -16,6 +16,7 @@ from torch import Tensor
 
 from charlm import config as configuration
 from charlm.config import Config
+from charlm.device import Uninitialised
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
 from charlm.model import CharLM, make_model
@@ -104,7 +105,7 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
         data = config.model_dump(mode="json")
         data["model"]["implementation"] = implementation
         config = configuration.from_data(data, str(path))
-    with torch.device("meta"):  # sizes are checked before memory is taken
+    with Uninitialised(), torch.device("meta"):  # sizes are checked before memory is taken
         model = make_model(len(header.vocab), config.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     if shapes != header.tensors:
@@ -112,9 +113,8 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
             name for name in shapes.keys() | header.tensors if shapes.get(name) != header.tensors.get(name)
         )
         raise CharlmError(f"{path} is damaged: its tensors do not fit its configuration ({', '.join(wrong)})")
-    model = model.to_empty(device="cpu")
-    if config.model.tie_weights:  # to_empty parts them
-        model.head.weight = model.embedding.weight
+    with Uninitialised():
+        model = make_model(len(header.vocab), config.model)
     with safe_open(path, framework="pt") as file:
         load_weights(model, {name: file.get_tensor(name) for name in shapes})
     return Loaded(model.to(device).eval(), Vocab(header.vocab), config, header.figures)

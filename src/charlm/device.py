@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from charlm.errors import ConfigError
 
@@ -52,6 +53,20 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """A context in which matrix products run in `precision`; weights, state and loss stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != torch.float32)
+
+
+class Uninitialised(TorchFunctionMode):
+    """Modules made in this context do not initialise their parameters, which are to be read from a file.
+
+    torch would take time to draw what is then thrown away; on the device `meta`, where there is nothing to
+    draw, it would import its compiler to do so: three seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, unless it fills a tensor."""
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _cpu(question: str) -> Any:

@@ -28,7 +28,8 @@ class Vocab:
         assert len(set(characters)) == len(characters), "a vocabulary has each character once"
         self.characters = characters
         self._points = code_points(characters)
-        self._ids = torch.full((_CODE_POINTS,), -1, dtype=torch.int32)
+        # By code point; the last stands for all that are larger.
+        self._ids = torch.full((max(map(ord, characters), default=0) + 2,), -1, dtype=torch.int32)
         self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32)
 
     @classmethod
@@ -55,7 +56,7 @@ class Vocab:
             ``replace`` puts a space for each, or the most frequent character where no space is known.
         name: what the error calls the text.
         """
-        ids = self._ids[code_points(text)]
+        ids = self._ids[code_points(text).clamp_(max=len(self._ids) - 1)]
         missing = ids < 0
         if not missing.any():
             return ids

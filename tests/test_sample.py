@@ -5,8 +5,15 @@ from charlm import sample as module
 from charlm.config import ModelConfig
 from charlm.errors import CharlmError
 from charlm.model import CharLM
-from charlm.sample import draw, generate
+from charlm.sample import choose, draw, generate, generate_batch
 from charlm.vocab import Vocab
+
+
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def draws(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(module, "kernels", lambda dtype: None)
+
 
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.0])
 
@@ -39,6 +46,20 @@ def test_top_p_keeps_the_fewest_that_hold_p():
     assert torch.allclose(frequencies(top_p=1.0), p, atol=0.03)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 4, "top_p": 0.9}])
+def test_the_chances_alone_decide(options, monkeypatch):
+    """With and without kernels the same, from end to end of what a chance can be, for each row by itself."""
+    logits, chances = torch.randn(1000, 50), torch.rand(1000, dtype=torch.float64)
+    chances[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    found = choose(logits, chances, 0.8, **options)
+    monkeypatch.setattr(module, "kernels", lambda dtype: None)
+    assert torch.equal(choose(logits, chances, 0.8, **options), found)
+    alone = [
+        choose(row[None], chance[None], 0.8, **options) for row, chance in zip(logits, chances, strict=True)
+    ]
+    assert torch.equal(torch.cat(alone), found)
+
+
 def test_greedy_and_extreme_temperatures():
     assert draw(LOGITS, temperature=0) == 1
     assert draw(LOGITS, temperature=1e-300) == 1
@@ -49,6 +70,9 @@ def test_greedy_and_extreme_temperatures():
 def test_predictions_that_are_not_finite_are_refused():
     with pytest.raises(CharlmError, match="not finite"):
         draw(torch.tensor([0.0, torch.nan]))
+    for wrong in (torch.inf, -torch.inf):
+        with pytest.raises(CharlmError, match="not finite"):
+            draw(torch.tensor([0.0, wrong]), top_p=0.5)
 
 
 @pytest.fixture
@@ -79,7 +103,7 @@ def test_seeds(model):
 
 def test_an_empty_prefix_begins_as_after_a_line_end(model):
     assert write(model, "") == write(model, "\n")
-    assert write(model, "") != write(model, "b")
+    assert any(write(model, "", seed=seed) != write(model, "b", seed=seed) for seed in range(20))
 
 
 def test_stop_ends_a_text_that_has_it(model):
@@ -101,3 +125,16 @@ def test_a_long_prefix_is_read_in_parts(model, monkeypatch):
     whole = write(model, "ab a\nb" * 9, temperature=0)
     monkeypatch.setattr(module, "PREFIX_CHUNK", 7)
     assert write(model, "ab a\nb" * 9, temperature=0) == whole
+
+
+def test_texts_side_by_side_are_those_of_each_alone(model):
+    alone = [write(model, seed=seed, stop="ba") for seed in range(9)]
+    assert len({len(text) for text in alone}) > 1
+    generators = [torch.Generator().manual_seed(seed) for seed in range(9)]
+    together = generate_batch(model, VOCAB, VOCAB.encode("ab"), 20, stop="ba", generators=generators)
+    assert together == alone
+
+
+@pytest.mark.parametrize("how", ["bf16", "int8"])
+def test_a_quantised_model_writes_nearly_the_same(model, how):
+    assert write(model, temperature=0, quantize=how) == write(model, temperature=0)

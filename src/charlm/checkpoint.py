@@ -105,7 +105,7 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
         data["model"]["implementation"] = implementation
         config = configuration.from_data(data, str(path))
     with torch.device("meta"):  # sizes are checked before memory is taken
-        model = make_model(len(header.vocab), config.model)
+        model = make_model(len(header.vocab), config.model, torch.device(device))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     if shapes != header.tensors:
         wrong = sorted(

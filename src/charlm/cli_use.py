@@ -36,7 +36,7 @@ _device_option = click.option(
 )
 _implementation_option = click.option(
     "--implementation",
-    type=click.Choice(["scratch", "builtin"]),
+    type=click.Choice(["auto", "scratch", "builtin", "fused"]),
     help="Load the model in this implementation.  [default: the one it was trained in]",
 )
 _unknown_option = click.option(

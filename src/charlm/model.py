@@ -8,7 +8,7 @@ from torch.nn import init
 from charlm.cells import GATES, STATES, State
 from charlm.config import ModelConfig
 from charlm.dropout import locked, once
-from charlm.recurrent import make_recurrent
+from charlm.recurrent import Characters, Fused, choose_implementation, make_recurrent
 
 
 class CharLM(nn.Module):
@@ -48,9 +48,12 @@ class CharLM(nn.Module):
         y, state = self.recurrent(self.embed(x), state)
         return self.head(self.drop(y)), state
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor | Characters:
         """Ids x (B, T) as what the recurrent stack reads, (B, T, E) or, one-hot, (B, T, V)."""
-        if self.config.input == "one_hot" and not (self.training and self.config.embedding_dropout):
+        one_hot = self.config.input == "one_hot" and not (self.training and self.config.embedding_dropout)
+        if isinstance(self.recurrent, Fused):
+            return Characters(x, None if one_hot else self.embedding_table())
+        if one_hot:
             return F.one_hot(x, self.vocab_size).to(self.head.weight.dtype)
         return F.embedding(x, self.embedding_table())
 
@@ -156,8 +159,13 @@ class FillLM(CharLM):
         return logits, window, state
 
 
-def make_model(vocab_size: int, config: ModelConfig) -> CharLM:
-    """The model that `config` asks for; its weights are not initialised here."""
+def make_model(vocab_size: int, config: ModelConfig, device: torch.device | None = None) -> CharLM:
+    """The model that `config` asks for; its weights are not initialised here.
+
+    device: where it is going to run, the CPU by default; ``implementation: auto`` depends on it.
+    """
+    implementation, _ = choose_implementation(config, device or torch.device("cpu"))
+    config = config.model_copy(update={"implementation": implementation})
     return (FillLM if config.direction == "both" else CharLM)(vocab_size, config)
 
 

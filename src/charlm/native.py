@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
 _STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 _COUNT, _POINTER, _FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-_STEPS = {  # the arguments after B and H
+_STEPS: dict[str, list[Any]] = {  # the arguments after B and H
     "rnn_forward": [_FLAG] + [_POINTER] * 4,
     "rnn_backward": [_FLAG] + [_POINTER] * 4,
     "lstm_forward": [_POINTER] * 6,
@@ -56,7 +57,8 @@ class Kernels:
         self.multiplies = dtype != torch.bfloat16
         for name, arguments in _STEPS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = [_COUNT, _COUNT, *arguments], None
+            function.argtypes = [_COUNT, _COUNT, *arguments]
+            function.restype = None
             setattr(self, name, functools.partial(_step, function))
         if self.multiplies:
             library.packed_size.argtypes, library.packed_size.restype = [_COUNT] * 2, _COUNT
@@ -82,7 +84,7 @@ class Kernels:
         return multiply
 
 
-def _step(function: Callable[..., None], *arguments: Tensor | bool | None) -> None:
+def _step(function: Callable[..., None], *arguments: Any) -> None:
     """Call a step: B and H are the last argument's shape, a tensor is its address, None is NULL."""
     pointers = (item.data_ptr() if isinstance(item, Tensor) else item for item in arguments)
     function(*arguments[-1].shape, *pointers)
@@ -93,6 +95,11 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
     """The kernels for tensors of `dtype`, compiled if they are not yet; None where they cannot be had."""
     library = load(_STORE.get(dtype, ""))[0]
     return Kernels(library, dtype) if library else None
+
+
+def why_no_kernels() -> str:
+    """Why `kernels` gives None for float32."""
+    return load(_STORE[torch.float32])[1]
 
 
 @functools.cache

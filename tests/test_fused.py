@@ -112,12 +112,22 @@ def test_lower_precision_is_near(steps, cell, dtype, tolerance):
         assert (mine - yours).norm() <= tolerance * yours.norm()
 
 
-def test_memory_of_any_layout(steps):
-    ids, tensors = example("gru", True)
-    plain = run_fused("gru", "tanh", ids, **tensors)
-    tensors |= {name: tensors[name].detach().t().contiguous().t() for name in ("x", "W_hh", "h")}
-    strided = run_fused("gru", "tanh", ids.t().contiguous().t(), **tensors)
-    torch.testing.assert_close(strided, plain, rtol=0, atol=1e-12)
+@pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
+def test_memory_of_any_layout(steps, cell, nonlinearity):
+    """Transposed inputs, and transposed gradients as a batch-first reader of y gives them."""
+    ids, tensors = example(cell, True)
+    weight = torch.randn(B, T, H, dtype=torch.float64)
+    plain = run_fused(cell, nonlinearity, ids, **tensors)
+    expected = torch.autograd.grad(
+        (plain[0] * weight.transpose(0, 1).contiguous()).sum(), [*tensors.values()]
+    )
+    strided = {
+        name: tensor.detach().t().contiguous().t().requires_grad_() if tensor.dim() == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+    results = run_fused(cell, nonlinearity, ids.t().contiguous().t(), **strided)
+    found = torch.autograd.grad((results[0].transpose(0, 1) * weight).sum(), [*strided.values()])
+    torch.testing.assert_close((results, found), (plain, expected), rtol=0, atol=1e-12)
 
 
 def test_gradients_flow_from_the_last_state_alone(steps):

@@ -77,7 +77,7 @@ class _RNN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ids, W_hh, h = ctx.saved_tensors
-        steps, dy, da = steps_for(h), dy.contiguous(), torch.empty_like(dy)
+        steps, dy, da = steps_for(h), dy.contiguous(), h.new_empty(dy.shape)
         dh = torch.zeros_like(h[0])
         multiply = steps.product(W_hh)
         for h_t, dy_t, da_t in _backwards(h[1:], dy, da):

@@ -54,7 +54,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         self.dtype = dtype
         self.library = library
-        self.multiplies = dtype != torch.bfloat16
+        self.multiplies = hasattr(library, "product")
         for name, arguments in _STEPS.items():
             function = getattr(library, name)
             function.argtypes = [_COUNT, _COUNT, *arguments]
@@ -68,7 +68,7 @@ class Kernels:
 
     def product(self, W: Tensor) -> Callable[[Tensor, Tensor], None]:
         """A function of a (M, K) and out (M, N) that puts a W into out, for a W (K, N) that stays."""
-        if not self.multiplies:  # oneDNN does, with the machine's bfloat16 instructions
+        if not self.multiplies:  # in bfloat16, and without AVX: torch's is the one for such machines
 
             def mm(a: Tensor, out: Tensor) -> None:
                 torch.mm(a, W, out=out)

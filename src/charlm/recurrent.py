@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from charlm import fused
 from charlm.cells import GATES, State, input_product, step_of
 from charlm.config import ModelConfig
-from charlm.dropout import locked, once
+from charlm.dropout import dropped, locked, once
 from charlm.native import kernels, why_no_kernels
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -104,14 +104,14 @@ class Stack(nn.Module):
         )
         if not (self.training and self.weight_dropout):
             return W_ih, W, b_ih, b_hh
-        W_hh = once((self, "W_hh", k), lambda: F.dropout(W, self.weight_dropout))
+        W_hh = once((self, "W_hh", k), lambda: dropped(W, self.weight_dropout))
         return W_ih, W_hh, b_ih, b_hh
 
     def drop(self, y: Tensor, k: int) -> Tensor:
         """Dropout on y (T, B, H) on its way into layer k."""
         if self.training and self.locked_dropout:
             return locked(y, self.dropout, 0, (self, "y", k))
-        return F.dropout(y, self.dropout, self.training)
+        return dropped(y, self.dropout) if self.training else y
 
     def forward(self, x: "Tensor | Characters", state: State) -> tuple[Tensor, State]:
         """x (B, T, E) and a state of (L, B, H) tensors; y (B, T, H) and the state after the last step."""

@@ -166,11 +166,11 @@ class Trainer:
         """
         progress, every = self.progress, self.config.train
         eval_every = every.eval_every or self.steps_per_epoch
-        if progress.step == 0:
-            self._save(run)  # a run that is killed early can be resumed too
         reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
         try:
             with _caught_signals() as caught:
+                if progress.step == 0:
+                    self._save(run)  # a run that is killed early can be resumed too
                 for x, y in self.remaining_batches():
                     reporter.step(*self.step(x, y))
                     stop = caught[0] if caught else None  # once: a signal from here on is the next step's

@@ -141,11 +141,13 @@ def test_gradients_flow_from_the_last_state_alone(steps):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (13, 33, 17), (101, 7, 70)])
-def test_product_of_any_shape(steps, shape):
+@pytest.mark.usefixtures("steps")
+def test_product_of_any_shape(shape):
     M, K, N = shape
     a, W = torch.randn(M, K, dtype=torch.float64), torch.randn(N, K, dtype=torch.float64)
     out = torch.full((M, N), torch.nan, dtype=torch.float64)
-    fused.steps_for(a).product(W.t())(a, out)
+    steps = fused.steps_for(a)
+    steps.product(W.t(), M)(steps.at(a), steps.at(out))
     torch.testing.assert_close(out, a @ W.t(), rtol=0, atol=1e-12)
 
 

@@ -112,6 +112,15 @@ def test_lower_precision_is_near(steps, cell, dtype, tolerance):
         assert (mine - yours).norm() <= tolerance * yours.norm()
 
 
+@pytest.mark.parametrize("rows", [V, 1500])
+def test_a_table_s_gradient_does_not_sum_in_bfloat16(rows):
+    da = torch.full((64, 64, 3), 0.01, dtype=torch.bfloat16)
+    ids = torch.zeros(64, 64, dtype=torch.int64)
+    found = fused._gathered(da, ids, rows)
+    assert found.shape == (rows, 3) and not found[1:].any()
+    torch.testing.assert_close(found[0].double(), da.double().sum((0, 1)), rtol=0.005, atol=0)
+
+
 @pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
 def test_memory_of_any_layout(steps, cell, nonlinearity):
     """Transposed inputs, and transposed gradients as a batch-first reader of y gives them."""

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from charlm.native import STEPS, Kernels, kernels
 
 Ids = Tensor | None
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, nonlinearity: str = "tanh") -> tuple[Tensor, Tensor]:
@@ -307,7 +309,7 @@ def steps_for(tensor: Tensor) -> "Steps | Kernels":
 
 def _wide(tensor: Tensor) -> Tensor:
     """`tensor` in the type in which arithmetic is done: float32 for the half types."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def _share(x: Tensor, ids: Ids) -> Tensor:
@@ -338,5 +340,9 @@ def _gathered(da: Tensor, ids: Ids, rows: int) -> Tensor:
     """The gradient of x: da itself, or for a table (V, N) the sum over the steps at which a row was used."""
     if ids is None:
         return da
+    if da.dtype in _HALF:  # sums in a half type would lose small parts; products sum in float32
+        if rows <= 1024:
+            return F.one_hot(ids.flatten(), rows).to(da.dtype).t() @ da.flatten(0, 1)
+        da = da.float()
     gathered: Tensor = torch.ops.aten.embedding_dense_backward(da, ids, rows, -1, False)
     return gathered

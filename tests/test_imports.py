@@ -36,6 +36,7 @@ ROWS = {
     "gradflow": 5,
     "fill": 5,
     "compare": 7,
+    "bench": 7,
     "cli_train": 8,
     "cli_use": 8,
     "cli_study": 8,

@@ -6,6 +6,10 @@ STAMP  := $(VENV)/.installed
 CONFIG ?= lstm.yaml
 PREFIX ?= quijote # the space belongs to it
 ARGS   ?=
+BENCH_TEXT   ?=# a text to train on, for the benchmarks that need one
+BENCH_STANZA ?=# the python of an environment with Stanza in it
+BENCH_RECORD := build/bench.json
+BENCHMARKS   := $(filter-out %/common.py %/targets.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo train generate test lint fix bench clean
@@ -46,8 +50,11 @@ fix: $(STAMP)  ## mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## run the benchmarks, one table each
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(STAMP)  ## run the benchmarks: make bench BENCH_TEXT=tinyshakespeare.txt
+	@rm -f $(BENCH_RECORD)
+	@for script in $(BENCHMARKS) benchmarks/targets.py; do echo; echo "== $$script"; \
+	  BENCH_TEXT='$(BENCH_TEXT)' BENCH_STANZA='$(BENCH_STANZA)' BENCH_RECORD=$(BENCH_RECORD) \
+	  $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove what the targets made, except runs/
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -57,6 +57,22 @@ def test_a_batch_is_gathered_at_once(monkeypatch):
     assert len(walk(windows)) == windows.steps_per_epoch == 10
 
 
+def test_the_order_of_many_batches_is_found_at_once(monkeypatch):
+    sizes, orders = [], []
+
+    def count(indices, *rest):
+        sizes.append(len(indices))
+        return shuffled(indices, *rest)
+
+    monkeypatch.setattr("charlm.batches.shuffled", count)
+    windows = SlidingWindows(torch.arange(1001), batch_size=3, seq_len=1)
+    for at_once in (1, 7, 2**14):
+        monkeypatch.setattr("charlm.batches._SHUFFLED_AT_ONCE", at_once)
+        orders.append([x.tolist() for x, _ in windows.loader(seed=1, epoch=2, start=5)])
+    assert orders[0] == orders[1] == orders[2] and len(orders[0]) == 329
+    assert max(sizes[:329]) == 3 and sizes[-1] == 985, "one by one, and all of the epoch that is left"
+
+
 def test_max_windows_takes_the_first():
     ids = torch.arange(100)
     firsts = [x[0].item() for X, _ in walk(SlidingWindows(ids, 4, 10, 5, False, max_windows=6)) for x in X]

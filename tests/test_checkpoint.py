@@ -52,7 +52,9 @@ def test_the_same_model_is_the_same_bytes(path):
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize(("saved", "read"), [("scratch", "builtin"), ("builtin", "scratch")])
+@pytest.mark.parametrize(
+    ("saved", "read"), [("scratch", "fused"), ("builtin", "scratch"), ("fused", "builtin")]
+)
 def test_a_file_loads_in_every_implementation(path, cell, num_layers, saved, read):
     make(path, cell=cell, num_layers=num_layers, implementation=saved)
     own, other = load_model(path), load_model(path, read)
@@ -67,6 +69,7 @@ def test_a_gru_that_torch_lacks_does_not_load_in_torch(path):
     make(path, cell="gru", gru_reset="before", implementation="scratch")
     with pytest.raises(CharlmError, match="gru_reset: before"):
         load_model(path, "builtin")
+    assert load_model(path, "auto").model.config.implementation == "scratch"
 
 
 def header(path):

@@ -104,7 +104,7 @@ def test_a_key_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("model", "part"),
     [
-        ({"cell": "gru", "gru_reset": "before"}, "needs implementation: scratch"),
+        ({"cell": "gru", "gru_reset": "before", "implementation": "fused"}, "needs implementation: scratch"),
         ({"tie_weights": True, "embedding_size": 3}, "embedding_size equal to hidden_size"),
         ({"direction": "both", "tie_weights": True, "embedding_size": 256}, "tie_weights does not go with"),
     ],
@@ -145,7 +145,7 @@ def test_the_defaults_are_the_lstm_recipe():
 
 def test_the_six_recipes_differ_in_what_they_say_only():
     for cell in ("rnn", "lstm", "gru"):
-        builtin, scratch = load(f"{cell}.yaml"), load(f"{cell}-scratch.yaml")
-        assert (builtin.model.cell, builtin.model.implementation) == (cell, "builtin")
-        assert override(builtin, ["model.implementation=scratch"]) == scratch
+        fastest, scratch = load(f"{cell}.yaml"), load(f"{cell}-scratch.yaml")
+        assert (fastest.model.cell, fastest.model.implementation) == (cell, "auto")
+        assert override(fastest, ["model.implementation=scratch"]) == scratch
     assert len({load(f"{cell}.yaml").train.epochs for cell in ("rnn", "lstm", "gru")}) == 1, "they compare"

@@ -1,3 +1,6 @@
+import hashlib
+import tracemalloc
+
 import pytest
 import torch
 
@@ -59,3 +62,13 @@ def test_an_empty_text_is_refused(folder, content):
 def test_the_fingerprint_is_the_text_s(words):
     assert Corpus.from_text(words).fingerprint == Corpus.from_text(words).fingerprint
     assert Corpus.from_text(words).fingerprint != Corpus.from_text(words + "a").fingerprint
+
+
+def test_a_long_text_is_split_and_encoded_in_little_memory(words):
+    content = words * 2000  # ñ and é: a byte a character in Python's memory, two in UTF-8
+    tracemalloc.start()
+    corpus = Corpus.from_text(content)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * len(content), "the splits' text, and no other copy"
+    assert corpus.fingerprint == hashlib.sha256(content.encode()).hexdigest()

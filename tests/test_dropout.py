@@ -1,7 +1,22 @@
 import pytest
 import torch
 
-from charlm.dropout import locked, once, one_sequence
+from charlm.dropout import dropped, locked, once, one_sequence
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.75])
+def test_dropped_drops_the_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    y = torch.ones(301, 333).requires_grad_()
+    found = dropped(y, p)
+    assert found.unique().tolist() == pytest.approx([1] if p == 0 else [0, 1 / (1 - p)])
+    assert (found == 0).float().mean().item() == pytest.approx(p, abs=0.005)
+    assert found.mean().item() == pytest.approx(1, abs=0.01)
+    # Neighbours, which may share a draw of the generator, are dropped independently of each other.
+    both = ((found[:, 1:] == 0) & (found[:, :-1] == 0)).float().mean().item()
+    assert both == pytest.approx(p * p, abs=0.01)
+    found.sum().backward()
+    assert torch.equal(y.grad, found), "the gradient passes through the same mask"
 
 
 @pytest.mark.parametrize("time", [0, 1])

@@ -112,12 +112,31 @@ def test_lower_precision_is_near(steps, cell, dtype, tolerance):
         assert (mine - yours).norm() <= tolerance * yours.norm()
 
 
-def test_memory_of_any_layout(steps):
-    ids, tensors = example("gru", True)
-    plain = run_fused("gru", "tanh", ids, **tensors)
-    tensors |= {name: tensors[name].detach().t().contiguous().t() for name in ("x", "W_hh", "h")}
-    strided = run_fused("gru", "tanh", ids.t().contiguous().t(), **tensors)
-    torch.testing.assert_close(strided, plain, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("rows", [V, 1500])
+def test_a_table_s_gradient_does_not_sum_in_bfloat16(rows):
+    da = torch.full((64, 64, 3), 0.01, dtype=torch.bfloat16)
+    ids = torch.zeros(64, 64, dtype=torch.int64)
+    found = fused._gathered(da, ids, rows)
+    assert found.shape == (rows, 3) and not found[1:].any()
+    torch.testing.assert_close(found[0].double(), da.double().sum((0, 1)), rtol=0.005, atol=0)
+
+
+@pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
+def test_memory_of_any_layout(steps, cell, nonlinearity):
+    """Transposed inputs, and transposed gradients as a batch-first reader of y gives them."""
+    ids, tensors = example(cell, True)
+    weight = torch.randn(B, T, H, dtype=torch.float64)
+    plain = run_fused(cell, nonlinearity, ids, **tensors)
+    expected = torch.autograd.grad(
+        (plain[0] * weight.transpose(0, 1).contiguous()).sum(), [*tensors.values()]
+    )
+    strided = {
+        name: tensor.detach().t().contiguous().t().requires_grad_() if tensor.dim() == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+    results = run_fused(cell, nonlinearity, ids.t().contiguous().t(), **strided)
+    found = torch.autograd.grad((results[0].transpose(0, 1) * weight).sum(), [*strided.values()])
+    torch.testing.assert_close((results, found), (plain, expected), rtol=0, atol=1e-12)
 
 
 def test_gradients_flow_from_the_last_state_alone(steps):
@@ -131,11 +150,13 @@ def test_gradients_flow_from_the_last_state_alone(steps):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (13, 33, 17), (101, 7, 70)])
-def test_product_of_any_shape(steps, shape):
+@pytest.mark.usefixtures("steps")
+def test_product_of_any_shape(shape):
     M, K, N = shape
     a, W = torch.randn(M, K, dtype=torch.float64), torch.randn(N, K, dtype=torch.float64)
     out = torch.full((M, N), torch.nan, dtype=torch.float64)
-    fused.steps_for(a).product(W.t())(a, out)
+    steps = fused.steps_for(a)
+    steps.product(W.t(), M)(steps.at(a), steps.at(out))
     torch.testing.assert_close(out, a @ W.t(), rtol=0, atol=1e-12)
 
 

@@ -17,8 +17,8 @@ CELLS = [
 IMPLEMENTED = [
     {**cell, "implementation": implementation}
     for cell in CELLS
-    for implementation in ("scratch", "builtin")
-    if (implementation, cell.get("gru_reset")) != ("builtin", "before")
+    for implementation in ("scratch", "builtin", "fused")
+    if implementation == "scratch" or cell.get("gru_reset") != "before"
 ]
 
 

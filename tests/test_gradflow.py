@@ -71,7 +71,7 @@ def naive(model, ids, back):
 
 
 @pytest.mark.parametrize("options", CELLS[:4])
-@pytest.mark.parametrize("implementation", ["scratch", "builtin"])
+@pytest.mark.parametrize("implementation", ["scratch", "builtin", "fused"])
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("input", ["embedding", "one_hot"])
 def test_norms_equal_those_of_a_naive_model(options, implementation, num_layers, input):  # noqa: A002

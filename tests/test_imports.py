@@ -37,6 +37,7 @@ ROWS = {
     "gradflow": 5,
     "fill": 5,
     "compare": 8,
+    "bench": 8,
     "cli_train": 9,
     "cli_use": 9,
     "cli_study": 9,

@@ -14,21 +14,21 @@ def make(**options):
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 @pytest.mark.parametrize("init", ["default", "xavier", "orthogonal", "normal"])
 def test_the_implementations_begin_alike(cell, init):
-    builtin, scratch = (
-        make(cell=cell, init=init, num_layers=2, implementation=i) for i in ("builtin", "scratch")
+    builtin, *others = (
+        make(cell=cell, init=init, num_layers=2, implementation=i) for i in ("builtin", "scratch", "fused")
     )
-    assert [name for name, _ in builtin.named_parameters()] == [
-        name for name, _ in scratch.named_parameters()
-    ]
-    for ours, theirs in zip(scratch.parameters(), builtin.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    names = [name for name, _ in builtin.named_parameters()]
     x = torch.randint(V, (B, T))
-    ours, theirs = (m(x, m.initial_state(B))[0] for m in (scratch, builtin))
-    assert torch.allclose(ours, theirs, atol=1e-6)
+    for model in others:
+        assert [name for name, _ in model.named_parameters()] == names
+        for ours, theirs in zip(model.parameters(), builtin.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        ours, theirs = (m(x, m.initial_state(B))[0] for m in (model, builtin))
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-@pytest.mark.parametrize("implementation", ["builtin", "scratch"])
+@pytest.mark.parametrize("implementation", ["builtin", "scratch", "fused"])
 def test_the_state_is_all_that_passes_from_one_call_to_the_next(cell, implementation):
     model = make(cell=cell, implementation=implementation, num_layers=2)
     x = torch.randint(V, (B, T))
@@ -41,11 +41,13 @@ def test_the_state_is_all_that_passes_from_one_call_to_the_next(cell, implementa
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(last, end, strict=True))
 
 
-def test_one_hot_is_an_embedding_that_is_the_identity():
-    one_hot = make(input="one_hot")
-    embedding = make(input="embedding", embedding_size=V)
+@pytest.mark.parametrize("implementation", ["builtin", "scratch", "fused"])
+@pytest.mark.parametrize("length", [1, T])  # fewer characters than the vocabulary has, and more
+def test_one_hot_is_an_embedding_that_is_the_identity(implementation, length):
+    one_hot = make(input="one_hot", implementation=implementation)
+    embedding = make(input="embedding", embedding_size=V, implementation=implementation)
     embedding.load_state_dict({**one_hot.state_dict(), "embedding.weight": torch.eye(V)})
-    x = torch.randint(V, (B, T))
+    x = torch.randint(V, (B, length))
     assert torch.allclose(
         one_hot(x, one_hot.initial_state(B))[0], embedding(x, embedding.initial_state(B))[0], atol=1e-6
     )
@@ -88,7 +90,7 @@ def test_seeds_differ():
     assert not torch.equal(first.head.weight, second.head.weight)
 
 
-@pytest.fixture(params=[("rnn", "scratch"), ("lstm", "builtin"), ("lstm", "scratch"), ("gru", "builtin")])
+@pytest.fixture(params=[("rnn", "scratch"), ("lstm", "builtin"), ("lstm", "scratch"), ("gru", "fused")])
 def filling(request):
     cell, implementation = request.param
     config = ModelConfig(
@@ -174,7 +176,7 @@ def test_locked_dropout_on_what_the_head_reads_is_the_same_at_every_step(both_wa
 
 @pytest.mark.parametrize("kind", ["embedding", "one_hot"])
 def test_embedding_dropout_drops_characters_wherever_they_stand(kind):
-    model = make(input=kind, embedding_dropout=0.4)
+    model = make(input=kind, embedding_dropout=0.4, implementation="builtin")
     full = model.embedding_table()
     x = torch.randint(V, (B, 50))
     assert torch.equal(model.embed(x), full[x])
@@ -184,6 +186,8 @@ def test_embedding_dropout_drops_characters_wherever_they_stand(kind):
     for character in range(V):
         assert len(dropped[x == character].unique()) == 1, "a character is dropped everywhere or nowhere"
     assert torch.allclose(embedded[~dropped], full[x][~dropped] / 0.6)
+    fused = make(input=kind, embedding_dropout=0.4, implementation="fused").train()
+    assert (fused.embed(x).table == 0).all(-1).any(), "there the table itself has lost rows"
 
 
 def test_the_regularisers_are_off_by_default():

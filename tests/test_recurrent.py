@@ -4,34 +4,34 @@ from torch import nn
 
 from charlm.cells import STATES
 from charlm.config import ModelConfig
-from charlm.recurrent import BuiltinLayers, make_recurrent
+from charlm.recurrent import BuiltinLayers, choose_implementation, make_recurrent
 
 B, E, H = 3, 5, 4
 KINDS = [("rnn", {"nonlinearity": "tanh"}), ("rnn", {"nonlinearity": "relu"}), ("lstm", {}), ("gru", {})]
 
 
 def stacks(cell, num_layers, **options):
-    """The same weights in both implementations, in float64."""
+    """The same weights in the three implementations, in float64: builtin, scratch, fused."""
     torch.manual_seed(1)
-    builtin, scratch = (
+    builtin, *others = (
         make_recurrent(
             E, ModelConfig(cell=cell, implementation=i, hidden_size=H, num_layers=num_layers, **options)
         ).double()
-        for i in ("builtin", "scratch")
+        for i in ("builtin", "scratch", "fused")
     )
     for parameter in builtin.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
-    scratch.load_state_dict(builtin.state_dict())
-    return builtin, scratch
+    for stack in others:
+        stack.load_state_dict(builtin.state_dict())
+    return builtin, *others
 
 
 @pytest.mark.parametrize(("cell", "options"), KINDS)
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("T", [1, 7])
-def test_scratch_equals_torch_forward_and_backward(cell, options, num_layers, T):
-    builtin, scratch = stacks(cell, num_layers, dropout=0.0, **options)
+def test_all_equal_torch_forward_and_backward(cell, options, num_layers, T):
     results = []
-    for stack in (builtin, scratch):
+    for stack in stacks(cell, num_layers, dropout=0.0, **options):
         torch.manual_seed(2)
         x = torch.randn(B, T, E, dtype=torch.double, requires_grad=True)
         state = tuple(
@@ -42,9 +42,9 @@ def test_scratch_equals_torch_forward_and_backward(cell, options, num_layers, T)
         (y * weights).sum().add(sum(s.square().sum() for s in last)).backward()
         gradients = [p.grad for _, p in sorted(stack.named_parameters())]
         results.append([y, *last, x.grad, *(s.grad for s in state), *gradients])
-    for ours, theirs in zip(*results, strict=True):
-        assert ours.shape == theirs.shape
-        assert torch.allclose(ours, theirs, atol=1e-10, rtol=0)
+    for theirs, *ours in zip(*results, strict=True):
+        for tensor in ours:
+            torch.testing.assert_close(tensor, theirs, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
@@ -105,12 +105,13 @@ def run(stack, cell, seed=3):
 
 @pytest.mark.parametrize("regulariser", REGULARISERS)
 @pytest.mark.parametrize(("cell", "options"), KINDS)
-def test_the_regularisers_are_the_same_in_both_implementations(cell, options, regulariser):
-    both = stacks(cell, 3, **options, **regulariser)
-    assert isinstance(both[0], BuiltinLayers)
-    for ours, theirs in zip(*(run(stack, cell) for stack in both), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-10, rtol=0)
-    for stack in both:
+def test_the_regularisers_are_the_same_in_all_implementations(cell, options, regulariser):
+    implemented = stacks(cell, 3, **options, **regulariser)
+    assert isinstance(implemented[0], BuiltinLayers)
+    for theirs, *ours in zip(*(run(stack, cell) for stack in implemented), strict=True):
+        for tensor in ours:
+            torch.testing.assert_close(tensor, theirs, atol=1e-10, rtol=0)
+    for stack in implemented:
         assert not torch.allclose(run(stack, cell)[0], run(stack, cell, seed=4)[0])
         plain = stacks(cell, 3, dropout=0.0, **options)[0]
         plain.load_state_dict(stack.state_dict())
@@ -149,4 +150,19 @@ def test_locked_dropout_falls_between_layers_once_for_all_steps(cell):
 
 def test_without_them_builtin_is_torch_s_module():
     for options in ({}, {"locked_dropout": True}, {"num_layers": 2, "locked_dropout": True, "dropout": 0.0}):
-        assert isinstance(make_recurrent(E, ModelConfig(**options)), nn.LSTM)
+        assert isinstance(make_recurrent(E, ModelConfig(implementation="builtin", **options)), nn.LSTM)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "kernels", "chosen"),
+    [
+        ({}, "cpu", True, "fused"),
+        ({}, "cpu", None, "builtin"),
+        ({}, "cuda", True, "builtin"),
+        ({"cell": "gru", "gru_reset": "before"}, "cpu", True, "scratch"),
+        ({"implementation": "scratch"}, "cpu", True, "scratch"),
+    ],
+)
+def test_auto_is_the_fastest_that_is_right(monkeypatch, options, device, kernels, chosen):
+    monkeypatch.setattr("charlm.recurrent.kernels", lambda dtype: kernels)
+    assert choose_implementation(ModelConfig(**options), torch.device(device))[0] == chosen

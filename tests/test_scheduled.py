@@ -66,7 +66,7 @@ def test_the_share_is_drawn_a_character(model, monkeypatch):
     assert model.embedding.weight.grad is not None
 
 
-@pytest.mark.parametrize("implementation", ["builtin", "scratch"])
+@pytest.mark.parametrize("implementation", ["builtin", "scratch", "fused"])
 def test_masks_that_last_a_sequence_last_it(implementation):
     config = ModelConfig(
         hidden_size=7,

@@ -55,7 +55,9 @@ def test_gutenberg_frame_is_stripped_only_whole():
         text.strip_gutenberg(framed.replace("THE P", "THIS P").replace("*** ", "***"))
         == "The text.\nIts end.\n"
     )
-    for part in (f"{start}\nThe text\n", f"The text\n{end}\n", "The text\n"):
+    stars = f"***\n****\nof a line: {start}\n"
+    assert text.strip_gutenberg(f"{stars}{start}\nIt.\n***\nso {end}\n{end}\n") == f"It.\n***\nso {end}\n"
+    for part in (f"{start}\nThe text\n", f"The text\n{end}\n", f"{end}\nThe text\n{start}\n", "The text\n"):
         assert text.strip_gutenberg(part) == part
 
 

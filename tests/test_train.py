@@ -109,7 +109,7 @@ def test_train_loss_is_the_mean_over_the_characters_since_the_last_row(words, tm
         assert row["train_loss"] == pytest.approx(mean, rel=1e-12)
 
 
-@pytest.mark.parametrize("implementation", ["scratch", "builtin"])
+@pytest.mark.parametrize("implementation", ["scratch", "builtin", "fused"])
 def test_the_same_twice_is_the_same_to_the_bit(train, implementation):
     overrides = ["train.max_steps=20", f"model.implementation={implementation}", "model.dropout=0.3"]
     files = [train(*overrides, name=name)[1].best.read_bytes() for name in ("a", "b")]
@@ -126,6 +126,7 @@ def test_samples_do_not_change_the_training(train):
 SETTINGS = {
     "windows": [],
     "streams": ["batches.sampling=contiguous"],
+    "builtin": ["model.implementation=builtin", "batches.sampling=contiguous"],
     "scratch": ["model.implementation=scratch", "model.cell=gru", "model.num_layers=2"],
     "plateau": ["train.schedule=plateau", "train.lr=0.3", "train.eval_every=7", "train.plateau_patience=1"],
     "sampled": ["train.teacher_forcing=0.3", "batches.sampling=contiguous", "batches.truncation=random"],
@@ -275,11 +276,10 @@ def test_another_model_is_not_resumed(train, words, tmp_path):
 
 
 def test_loss_on_last_trains_on_the_last_character_of_each_window(words):
-    trainer = Trainer(configure("train.loss_on=last"), Corpus.from_text(words))
+    trainer = Trainer(configure("train.loss_on=last", "model.dropout=0.0"), Corpus.from_text(words))
     x, y = next(iter(trainer.batches.loader(1, 0)))
     logits, _ = trainer.model.eval()(x, trainer.model.initial_state(len(x)))
     expected = F.cross_entropy(logits[:, -1], y[:, -1]).item()
-    trainer.model.dropout.p = 0.0
     loss, characters, _ = trainer.step(x, y)
     assert (loss, characters) == (pytest.approx(expected, rel=1e-5), len(x))
 

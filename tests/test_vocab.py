@@ -9,6 +9,14 @@ from charlm.vocab import Vocab
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _pieces():
+    """Short texts are encoded in several pieces too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("charlm.vocab._CHUNK", 3)
+        yield
+
+
 def test_most_frequent_first_ties_by_code_point():
     assert Vocab.from_text("b aab\nñ c").characters == " ab\ncñ"
 

@@ -18,6 +18,10 @@ from charlm.errors import CharlmError
 
 Batch = tuple[Tensor, Tensor]
 
+_SHUFFLED_AT_ONCE = (
+    2**14
+)  # windows: a few hundred small operations a batch take longer than a small model's step
+
 
 class Batches(Protocol):
     """What the training loop walks over."""
@@ -102,9 +106,12 @@ class _WindowOrder(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         size, count = self.windows.batch_size, len(self.windows)
-        for step in range(self.start, self.windows.steps_per_epoch):
-            indices = torch.arange(step * size, min((step + 1) * size, count))
-            yield shuffled(indices, count, self.seed, self.epoch) if self.windows.shuffle else indices
+        together = max(_SHUFFLED_AT_ONCE // size, 1) * size
+        for first in range(self.start * size, count, together):
+            indices = torch.arange(first, min(first + together, count))
+            if self.windows.shuffle:
+                indices = shuffled(indices, count, self.seed, self.epoch)
+            yield from torch.split(indices, size)
 
 
 class ContiguousStreams(Dataset[Batch]):

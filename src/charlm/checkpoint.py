@@ -106,7 +106,7 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
         data["model"]["implementation"] = implementation
         config = configuration.from_data(data, str(path))
     with Uninitialised(), torch.device("meta"):  # sizes are checked before memory is taken
-        model = make_model(len(header.vocab), config.model)
+        model = make_model(len(header.vocab), config.model, torch.device(device))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     if shapes != header.tensors:
         wrong = sorted(
@@ -114,7 +114,7 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
         )
         raise CharlmError(f"{path} is damaged: its tensors do not fit its configuration ({', '.join(wrong)})")
     with Uninitialised():
-        model = make_model(len(header.vocab), config.model)
+        model = make_model(len(header.vocab), config.model, torch.device(device))
     with safe_open(path, framework="pt") as file:
         load_weights(model, {name: file.get_tensor(name) for name in shapes})
     return Loaded(model.to(device).eval(), Vocab(header.vocab), config, header.figures)

@@ -12,7 +12,7 @@ import sys
 import click
 
 from charlm import __version__
-from charlm.cli_study import compare, gradcheck, gradflow
+from charlm.cli_study import bench, compare, gradcheck, gradflow
 from charlm.cli_train import train
 from charlm.cli_use import evaluate, fill, generate, info
 from charlm.errors import CharlmError
@@ -78,5 +78,5 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, generate, fill, evaluate, info, gradcheck, gradflow, compare):
+for command in (train, generate, fill, evaluate, info, gradcheck, gradflow, compare, bench):
     cli.add_command(command)

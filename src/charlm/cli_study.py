@@ -1,6 +1,8 @@
-"""The commands that study models: gradcheck, gradflow, compare."""
+"""The commands that study models and machines: gradcheck, gradflow, compare, bench."""
 
 import itertools
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -159,3 +161,81 @@ def compare(
     if picture:
         comparison.plot(comparison.curves(folders), Path(picture))
         click.echo(f"drawn in {picture}", err=True)
+
+
+@click.command()
+@click.option(
+    "--cell",
+    "cells",
+    multiple=True,
+    type=click.Choice(["rnn", "lstm", "gru"]),
+    help="May be given again.  [default: all]",
+)
+@click.option("--hidden-size", type=click.IntRange(1), default=192, show_default=True)
+@click.option("--num-layers", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--seq-len", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=3.0,
+    show_default=True,
+    help="How long each row of the table trains; it writes a third as long.",
+)
+@click.option("--device", metavar="NAME", default="auto", show_default=True, help="cuda, mps or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(
+    cells: tuple[str, ...],
+    hidden_size: int,
+    num_layers: int,
+    batch_size: int,
+    seq_len: int,
+    seconds: float,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure how fast this machine trains and writes, in each implementation.
+
+    Characters a second of training steps and of writing, and the share of the machine's rate of matrix
+    products that training reaches (6 operations a weight a character). The rows take turns; figures are
+    medians of three rounds. With several cores, leave the machine alone meanwhile.
+    """
+    from charlm import bench as benchmark
+    from charlm.compare import markdown
+    from charlm.config import BatchesConfig, ModelConfig
+
+    report = benchmark.bench(
+        cells or ("rnn", "lstm", "gru"),
+        ModelConfig(hidden_size=hidden_size, num_layers=num_layers),
+        BatchesConfig(batch_size=batch_size, seq_len=seq_len, stride=seq_len),
+        device,
+        seconds,
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+        return
+    rates = ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in report.products.items())
+    click.echo(
+        f"{report.machine}\n{num_layers} × {hidden_size}, batch {batch_size} × {seq_len}, {report.device}, "
+        f"{report.precision}\nmatrix products, GFLOP/s: {rates}\n"
+    )
+    header = [
+        "cell",
+        "implementation",
+        "trained, chars/s",
+        "to builtin",
+        "of the products",
+        "written, chars/s",
+    ]
+    rows = [
+        [
+            row.cell,
+            row.implementation,
+            f"{row.trained:,.0f}",
+            f"{row.ratio:.2f}",
+            f"{row.share:.1%}",
+            f"{row.written:,.0f}",
+        ]
+        for row in report.rows
+    ]
+    click.echo(markdown(header, rows))

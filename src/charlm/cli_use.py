@@ -42,7 +42,7 @@ _device_option = click.option(
 )
 _implementation_option = click.option(
     "--implementation",
-    type=click.Choice(["scratch", "builtin"]),
+    type=click.Choice(["auto", "scratch", "builtin", "fused"]),
     help="Load the model in this implementation.  [default: the one it was trained in]",
 )
 _unknown_option = click.option(
@@ -82,8 +82,8 @@ _unknown_option = click.option(
 @click.option(
     "--quantize",
     type=click.Choice(["bf16", "int8"]),
-    help="Write with the weights in fewer bits, on the CPU. On Don Quijote the perplexity is 0.06% higher with "
-    "int8, the same with bf16.",
+    help="Write with the weights in fewer bits, on the CPU. On Don Quijote the perplexity is 0.06% higher "
+    "with int8, the same with bf16.",
 )
 @click.option("--stop", default="", metavar="TEXT", help="End a text once TEXT has been written.")
 @_unknown_option

@@ -96,7 +96,7 @@ class ModelConfig(Section):
 
     cell: Literal["rnn", "lstm", "gru"] = "lstm"
     direction: Literal["forward", "backward", "both"] = "forward"
-    implementation: Literal["scratch", "builtin"] = "builtin"
+    implementation: Literal["auto", "scratch", "builtin", "fused"] = "auto"
     input: Literal["embedding", "one_hot"] = "embedding"
     embedding_size: Positive = 64
     hidden_size: Positive = 192
@@ -113,8 +113,10 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        if self.cell == "gru" and self.gru_reset == "before" and self.implementation != "scratch":
-            raise ValueError("gru_reset: before is not what torch computes; it needs implementation: scratch")
+        if self.cell == "gru" and self.gru_reset == "before" and self.implementation in ("builtin", "fused"):
+            raise ValueError(
+                "gru_reset: before is not what torch computes; it needs implementation: scratch or auto"
+            )
         if self.tie_weights and self.direction == "both":
             raise ValueError("tie_weights does not go with direction: both, whose head reads two states")
         if self.tie_weights and (self.input != "embedding" or self.embedding_size != self.hidden_size):

@@ -47,7 +47,7 @@ class Corpus:
                 )
             content = content[begin:]
         content = text.clean(content, **config.cleaning)[: config.max_chars]
-        if not content.strip():
+        if not content or content.isspace():
             raise CharlmError(f"the corpus is empty: no text in {', '.join(map(str, files[:4]))}")
         return cls.from_text(content, config.split, files)
 
@@ -57,21 +57,27 @@ class Corpus:
     ) -> "Corpus":
         """Split and encode a clean text; `split` gives the shares of train, val and test."""
         first, second = round(len(content) * split[0]), round(len(content) * (split[0] + split[1]))
-        vocab = Vocab.from_text(content[:first])
+        parts = content[:first], content[first:second], content[second:]
+        vocab = Vocab.from_text(parts[0])
         dtype = smallest_dtype(len(vocab))
-        train, val, test = (
-            vocab.encode(part, "skip").to(dtype)
-            for part in (content[:first], content[first:second], content[second:])
-        )
+        train, val, test = (vocab.encode(part, "skip", dtype=dtype) for part in parts)
         return cls(
             vocab=vocab,
             train=train,
             val=val,
             test=test,
             unseen=len(content) - len(train) - len(val) - len(test),
-            fingerprint=hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest(),
+            fingerprint=fingerprint(content),
             files=files,
         )
+
+
+def fingerprint(content: str) -> str:
+    """The SHA-256 of a text in UTF-8, taken piece by piece: no second copy of it is made."""
+    digest = hashlib.sha256()
+    for start in range(0, len(content), 2**18):
+        digest.update(content[start : start + 2**18].encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def smallest_dtype(vocab_size: int) -> torch.dtype:

@@ -14,16 +14,18 @@ products' operands and results, and the gates, are bfloat16; arithmetic and the 
 float32. T time, B batch, V vocabulary, H hidden, G gates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from charlm.native import Kernels, kernels
+from charlm.native import STEPS, Kernels, kernels
 
 Ids = Tensor | None
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, nonlinearity: str = "tanh") -> tuple[Tensor, Tensor]:
@@ -34,7 +36,7 @@ def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, nonlinearity: str = "tanh"
 
     Returns y (T, B, H), all h_t, and the last of them.
     """
-    y: Tensor = _RNN.apply(x.contiguous(), ids, W_hh, h, nonlinearity == "relu")  # type: ignore[no-untyped-call]
+    y: Tensor = _RNN.apply(x.contiguous(), _contiguous(ids), W_hh, h, nonlinearity == "relu")  # type: ignore[no-untyped-call]
     return y, y[-1]
 
 
@@ -43,7 +45,7 @@ def lstm(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tenso
 
     Returns y (T, B, H), all h_t, and the state (h, c) after the last step.
     """
-    y, c = _LSTM.apply(x.contiguous(), ids, W_hh, h, c)  # type: ignore[no-untyped-call]
+    y, c = _LSTM.apply(x.contiguous(), _contiguous(ids), W_hh, h, c)  # type: ignore[no-untyped-call]
     return y, y[-1], c
 
 
@@ -54,21 +56,24 @@ def gru(x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Tensor, h: Tensor) -> tuple[Ten
 
     Returns y (T, B, H), all h_t, and the last of them.
     """
-    y, last = _GRU.apply(x.contiguous(), ids, W_hh, b_hn, h)  # type: ignore[no-untyped-call]
+    y, last = _GRU.apply(x.contiguous(), _contiguous(ids), W_hh, b_hn, h)  # type: ignore[no-untyped-call]
     return y, last
 
 
 class _RNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ids: Ids, W_hh: Tensor, h_0: Tensor, relu: bool) -> Tensor:
-        T, B, H = *_steps_and_batch(x, ids), W_hh.shape[1]
+        (T, B), H = (x if ids is None else ids).shape[:2], W_hh.shape[1]
         steps = steps_for(x)
         h = x.new_empty(T + 1, B, H)
         h[0] = h_0
-        multiply = steps.product(W_hh.t())
-        for x_t, ids_t, h_before, h_t in zip(*_inputs(x, ids, T), h[:-1], h[1:], strict=True):
+        multiply = steps.product(W_hh.t(), B)
+        step = steps.bind("rnn_forward", B, H)
+        for x_t, ids_t, h_before, h_t in zip(
+            *_inputs(steps, x, ids, T), *map(steps.each, (h[:-1], h[1:])), strict=True
+        ):
             multiply(h_before, h_t)
-            steps.rnn_forward(relu, x_t, ids_t, h_t, h_t)
+            step(relu, x_t, ids_t, h_t, h_t)
         ctx.save_for_backward(ids, W_hh, h)
         ctx.relu, ctx.rows = relu, len(x)
         return h[1:]
@@ -77,12 +82,16 @@ class _RNN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ids, W_hh, h = ctx.saved_tensors
-        steps, dy, da = steps_for(h), dy.contiguous(), torch.empty_like(dy)
+        steps, dy, da = steps_for(h), dy.contiguous(), h.new_empty(dy.shape)
         dh = torch.zeros_like(h[0])
-        multiply = steps.product(W_hh)
-        for h_t, dy_t, da_t in _backwards(h[1:], dy, da):
-            steps.rnn_backward(ctx.relu, h_t, dy_t, dh, da_t)
-            multiply(da_t, dh)
+        multiply, step, at_dh = (
+            steps.product(W_hh, len(dh)),
+            steps.bind("rnn_backward", *dh.shape),
+            steps.at(dh),
+        )
+        for h_t, dy_t, da_t in _backwards(steps, h[1:], dy, da):
+            step(ctx.relu, h_t, dy_t, at_dh, da_t)
+            multiply(da_t, at_dh)
         return _gathered(da, ids, ctx.rows), None, _over_steps(da, h[:-1]), dh, None
 
 
@@ -91,17 +100,20 @@ class _LSTM(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, ids: Ids, W_hh: Tensor, h_0: Tensor, c_0: Tensor
     ) -> tuple[Tensor, Tensor]:
-        T, B, H = *_steps_and_batch(x, ids), W_hh.shape[1]
+        (T, B), H = (x if ids is None else ids).shape[:2], W_hh.shape[1]
         steps = steps_for(x)
         gates = x.new_empty(T, B, 4 * H)
         h, c = x.new_empty(T + 1, B, H), c_0.new_empty(T + 1, B, H)
         h[0], c[0] = h_0, c_0
-        multiply = steps.product(W_hh.t())
+        multiply = steps.product(W_hh.t(), B)
+        step = steps.bind("lstm_forward", B, H)
         for x_t, ids_t, gates_t, h_before, h_t, c_before, c_t in zip(
-            *_inputs(x, ids, T), gates, h[:-1], h[1:], c[:-1], c[1:], strict=True
+            *_inputs(steps, x, ids, T),
+            *map(steps.each, (gates, h[:-1], h[1:], c[:-1], c[1:])),
+            strict=True,
         ):
             multiply(h_before, gates_t)
-            steps.lstm_forward(x_t, ids_t, gates_t, c_before, c_t, h_t)
+            step(x_t, ids_t, gates_t, c_before, c_t, h_t)
         ctx.save_for_backward(ids, W_hh, gates, h, c)
         ctx.rows = len(x)
         return h[1:], c[-1].clone()
@@ -112,10 +124,11 @@ class _LSTM(torch.autograd.Function):
         ids, W_hh, gates, h, c = ctx.saved_tensors
         steps, dy, da = steps_for(h), dy.contiguous(), torch.empty_like(gates)
         dh, dc = torch.zeros_like(h[0]), dc.clone(memory_format=torch.contiguous_format)
-        multiply = steps.product(W_hh)
-        for gates_t, c_before, c_t, dy_t, da_t in _backwards(gates, c[:-1], c[1:], dy, da):
-            steps.lstm_backward(gates_t, c_before, c_t, dy_t, dh, da_t, dc)
-            multiply(da_t, dh)
+        multiply, step = steps.product(W_hh, len(dh)), steps.bind("lstm_backward", *dh.shape)
+        at_dh, at_dc = steps.at(dh), steps.at(dc)
+        for gates_t, c_before, c_t, dy_t, da_t in _backwards(steps, gates, c[:-1], c[1:], dy, da):
+            step(gates_t, c_before, c_t, dy_t, at_dh, da_t, at_dc)
+            multiply(da_t, at_dh)
         return _gathered(da, ids, ctx.rows), None, _over_steps(da, h[:-1]), dh, dc
 
 
@@ -124,18 +137,21 @@ class _GRU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Tensor, h_0: Tensor
     ) -> tuple[Tensor, Tensor]:
-        T, B, H = *_steps_and_batch(x, ids), W_hh.shape[1]
+        (T, B), H = (x if ids is None else ids).shape[:2], W_hh.shape[1]
         steps = steps_for(x)
         gates, n = x.new_empty(T, B, 3 * H), x.new_empty(T, B, H)
         h = h_0.new_empty(T + 1, B, H)
         h[0] = h_0
         y = h if h.dtype == x.dtype else h.to(x.dtype)  # the products' operands
-        multiply, b_hn = steps.product(W_hh.t()), b_hn.to(h.dtype)
+        multiply, b_hn = steps.product(W_hh.t(), B), b_hn.to(h.dtype)
+        step = steps.bind("gru_forward", B, H)
         for x_t, ids_t, gates_t, n_t, h_before, h_t, y_before, y_t in zip(
-            *_inputs(x, ids, T), gates, n, h[:-1], h[1:], y[:-1], y[1:], strict=True
+            *_inputs(steps, x, ids, T),
+            *map(steps.each, (gates, n, h[:-1], h[1:], y[:-1], y[1:])),
+            strict=True,
         ):
             multiply(y_before, gates_t)
-            steps.gru_forward(x_t, ids_t, b_hn, gates_t, h_before, n_t, h_t, y_t)
+            step(x_t, ids_t, steps.at(b_hn), gates_t, h_before, n_t, h_t, y_t)
         ctx.save_for_backward(ids, W_hh, gates, n, h, y)
         ctx.rows = len(x)
         return y[1:], h[-1].clone()
@@ -148,10 +164,11 @@ class _GRU(torch.autograd.Function):
         steps, dy, dx, du_n = steps_for(y), dy.contiguous(), torch.empty_like(gates), torch.empty_like(n)
         dh, du = torch.zeros_like(y[0]), torch.empty_like(gates[0])
         direct = dh_T.clone(memory_format=torch.contiguous_format)
-        multiply = steps.product(W_hh)
-        for gates_t, n_t, h_before, dy_t, dx_t, du_n_t in _backwards(gates, n, h[:-1], dy, dx, du_n):
-            steps.gru_backward(gates_t, n_t, h_before, dy_t, dh, direct, dx_t, du, du_n_t)
-            multiply(du, dh)
+        multiply, step = steps.product(W_hh, len(dh)), steps.bind("gru_backward", *dh.shape)
+        at_dh, at_direct, at_du = steps.at(dh), steps.at(direct), steps.at(du)
+        for gates_t, n_t, h_before, dy_t, dx_t, du_n_t in _backwards(steps, gates, n, h[:-1], dy, dx, du_n):
+            step(gates_t, n_t, h_before, dy_t, at_dh, at_direct, dx_t, at_du, du_n_t)
+            multiply(at_du, at_dh)
         dW_hh = torch.cat([_over_steps(dx[..., : 2 * H], y[:-1]), _over_steps(du_n, y[:-1])])
         return _gathered(dx, ids, ctx.rows), None, dW_hh, du_n.sum((0, 1)), direct + dh
 
@@ -163,7 +180,20 @@ class Steps:
     text. dy is the gradient of h_t from above, dh that from the step after through its product.
     """
 
-    def product(self, W: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def at(self, tensor: Tensor) -> Any:
+        """How a step is told of `tensor`."""
+        return tensor
+
+    def each(self, tensor: Tensor) -> Sequence[Any]:
+        """How a step t is told of tensor[t], for all t."""
+        return tensor.unbind(0)
+
+    def bind(self, name: str, B: int, H: int) -> Callable[..., None]:
+        """The step of this name, over a batch of B and H units."""
+        step: Callable[..., None] = getattr(self, name)
+        return step
+
+    def product(self, W: Tensor, M: int) -> Callable[[Any, Any], None]:
         """A function of a (M, K) and out (M, N) that puts a W into out, for a W (K, N) that stays."""
 
         def multiply(a: Tensor, out: Tensor) -> None:
@@ -267,12 +297,19 @@ class Steps:
 def steps_for(tensor: Tensor) -> "Steps | Kernels":
     """The compiled steps where they can be had for `tensor`'s type and device, else torch's."""
     found = kernels(tensor.dtype) if tensor.device.type == "cpu" else None
-    return found or Steps()
+    if found is None:
+        return Steps()
+    if found.multiplies:
+        return found
+    steps = Steps()  # compiled arithmetic between torch's products
+    for name in STEPS:
+        setattr(steps, name, getattr(found, name))
+    return steps
 
 
 def _wide(tensor: Tensor) -> Tensor:
     """`tensor` in the type in which arithmetic is done: float32 for the half types."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def _share(x: Tensor, ids: Ids) -> Tensor:
@@ -280,19 +317,18 @@ def _share(x: Tensor, ids: Ids) -> Tensor:
     return x if ids is None else x[ids]
 
 
-def _steps_and_batch(x: Tensor, ids: Ids) -> tuple[int, int]:
-    T, B = x.shape[:2] if ids is None else ids.shape
-    return T, B
+def _contiguous(ids: Ids) -> Ids:
+    return None if ids is None else ids.contiguous()
 
 
-def _inputs(x: Tensor, ids: Ids, T: int) -> tuple[Any, Any]:
+def _inputs(steps: "Steps | Kernels", x: Tensor, ids: Ids, T: int) -> tuple[Any, Any]:
     """For each step where its input's share is found, and the ids of its rows there or None."""
-    return (x, [None] * T) if ids is None else ([x] * T, ids.contiguous())
+    return (steps.each(x), [None] * T) if ids is None else ([steps.at(x)] * T, steps.each(ids))
 
 
-def _backwards(*tensors: Tensor) -> Any:
-    """The tensors' slices at each step, from the last to the first."""
-    return zip(*(reversed(tensor.unbind(0)) for tensor in tensors), strict=True)
+def _backwards(steps: "Steps | Kernels", *tensors: Tensor) -> Any:
+    """The tensors at each step, from the last to the first."""
+    return zip(*(reversed(steps.each(tensor)) for tensor in tensors), strict=True)
 
 
 def _over_steps(da: Tensor, h: Tensor) -> Tensor:
@@ -304,5 +340,9 @@ def _gathered(da: Tensor, ids: Ids, rows: int) -> Tensor:
     """The gradient of x: da itself, or for a table (V, N) the sum over the steps at which a row was used."""
     if ids is None:
         return da
+    if da.dtype in _HALF:  # sums in a half type would lose small parts; products sum in float32
+        if rows <= 1024:
+            return F.one_hot(ids.flatten(), rows).to(da.dtype).t() @ da.flatten(0, 1)
+        da = da.float()
     gathered: Tensor = torch.ops.aten.embedding_dense_backward(da, ids, rows, -1, False)
     return gathered

@@ -229,19 +229,16 @@ EXPORT void gru_backward(int64_t B, int64_t H, const store *gates, const store *
     }
 }
 
-#if STORE != bf16
+#if STORE != bf16 && defined(__AVX__) /* elsewhere torch's own product is the one to use */
 /* C = A W for the W (K, N) that `pack` has laid out: in panels of NR columns, each (K, NR), so that the
  * innermost loop walks memory forward. A block of MR rows of C and one panel's columns stays in registers
  * over all of K (Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication"). */
 #if defined(__AVX512F__)
 #define BYTES 64
 #define MR 12
-#elif defined(__AVX__)
+#else
 #define BYTES 32
 #define MR 6
-#else
-#define BYTES 16
-#define MR 4
 #endif
 #define LANES (BYTES / (int)sizeof(real))
 #define NR (2 * LANES)
@@ -302,10 +299,7 @@ EXPORT void product(int64_t M, int64_t K, int64_t N, const real *a, const real *
         switch (end - m) {
 #define REST(rows) \
     case rows: block(rows, K, a + m * K, panel, c + m * N + p * NR, N, width); break;
-            REST(1) REST(2) REST(3)
-#if MR > 4
-            REST(4) REST(5)
-#endif
+            REST(1) REST(2) REST(3) REST(4) REST(5)
 #if MR > 6
             REST(6) REST(7) REST(8) REST(9) REST(10) REST(11)
 #endif

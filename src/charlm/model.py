@@ -7,8 +7,8 @@ from torch.nn import init
 
 from charlm.cells import GATES, STATES, State
 from charlm.config import ModelConfig
-from charlm.dropout import locked, once
-from charlm.recurrent import make_recurrent
+from charlm.dropout import dropped, locked, once
+from charlm.recurrent import Characters, Fused, choose_implementation, make_recurrent
 
 
 class CharLM(nn.Module):
@@ -20,16 +20,20 @@ class CharLM(nn.Module):
     Keskar & Socher 2018). Only `initialise` gives the weights their first values.
 
     A model of ``direction: backward`` is the same network: whoever uses it hands it the text last to first.
+
+    device: where it is going to run, the CPU by default: ``implementation: auto`` depends on it. The model is
+        made on torch's default device all the same.
     """
 
-    def __init__(self, vocab_size: int, config: ModelConfig):
+    def __init__(self, vocab_size: int, config: ModelConfig, device: torch.device | None = None):
         super().__init__()
+        implementation, _ = choose_implementation(config, device or torch.device("cpu"))
+        config = config.model_copy(update={"implementation": implementation})
         self.vocab_size, self.config = vocab_size, config
         if config.input == "embedding":
             self.embedding = nn.Embedding(vocab_size, config.embedding_size)
         self.input_size = config.embedding_size if config.input == "embedding" else vocab_size
         self.recurrent = make_recurrent(self.input_size, config)
-        self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden_size, vocab_size)
         if config.tie_weights:
             self.head.weight = self.embedding.weight
@@ -48,9 +52,12 @@ class CharLM(nn.Module):
         y, state = self.recurrent(self.embed(x), state)
         return self.head(self.drop(y)), state
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor | Characters:
         """Ids x (B, T) as what the recurrent stack reads, (B, T, E) or, one-hot, (B, T, V)."""
-        if self.config.input == "one_hot" and not (self.training and self.config.embedding_dropout):
+        one_hot = self.config.input == "one_hot" and not (self.training and self.config.embedding_dropout)
+        if isinstance(self.recurrent, Fused):
+            return Characters(x, None if one_hot else self.embedding_table())
+        if one_hot:
             return F.one_hot(x, self.vocab_size).to(self.head.weight.dtype)
         return F.embedding(x, self.embedding_table())
 
@@ -67,14 +74,13 @@ class CharLM(nn.Module):
         p = self.config.embedding_dropout
         if not (self.training and p):
             return table
-        return once((self, "table"), lambda: table * F.dropout(table.new_ones(len(table), 1), p))
+        return once((self, "table"), lambda: table * dropped(table.new_ones(len(table), 1), p))
 
     def drop(self, y: Tensor) -> Tensor:
         """Dropout on what the head reads, y (B, T, H)."""
         if self.training and self.config.locked_dropout:
-            return locked(y, self.dropout.p, 1, (self, "y"))
-        dropped: Tensor = self.dropout(y)
-        return dropped
+            return locked(y, self.config.dropout, 1, (self, "y"))
+        return dropped(y, self.config.dropout) if self.training else y
 
     def predict(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Logits (B, T, V) on a batch x, y (B, T), the ids (B, T) that they predict, and the state after."""
@@ -130,9 +136,9 @@ class FillLM(CharLM):
     A state is that of the left-to-right stack, then that of the right-to-left one.
     """
 
-    def __init__(self, vocab_size: int, config: ModelConfig):
-        super().__init__(vocab_size, config)
-        self.reverse = make_recurrent(self.input_size, config)
+    def __init__(self, vocab_size: int, config: ModelConfig, device: torch.device | None = None):
+        super().__init__(vocab_size, config, device)
+        self.reverse = make_recurrent(self.input_size, self.config)
         self.head = nn.Linear(2 * config.hidden_size, vocab_size)
 
     def initial_state(self, batch_size: int) -> State:
@@ -156,9 +162,9 @@ class FillLM(CharLM):
         return logits, window, state
 
 
-def make_model(vocab_size: int, config: ModelConfig) -> CharLM:
+def make_model(vocab_size: int, config: ModelConfig, device: torch.device | None = None) -> CharLM:
     """The model that `config` asks for; its weights are not initialised here."""
-    return (FillLM if config.direction == "both" else CharLM)(vocab_size, config)
+    return (FillLM if config.direction == "both" else CharLM)(vocab_size, config, device)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -16,8 +16,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
 _STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 _COUNT, _POINTER, _FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-_STEPS = {  # the arguments after B and H
+STEPS: dict[str, list[Any]] = {  # the arguments after B and H
     "rnn_forward": [_FLAG] + [_POINTER] * 4,
     "rnn_backward": [_FLAG] + [_POINTER] * 4,
     "lstm_forward": [_POINTER] * 6,
@@ -73,7 +74,8 @@ class Model(ctypes.Structure):
 class Kernels:
     """The functions of `kernels.c` for one type of number, over contiguous CPU tensors.
 
-    The steps take the arguments of their namesakes in `fused`, which say what they compute.
+    The steps take the arguments of their namesakes in `fused`, which say what they compute. Where there is no
+    product for the type (`multiplies` is false: in bfloat16, and without AVX) torch's is the one to use.
     """
 
     rnn_forward: Callable[..., None]
@@ -86,10 +88,11 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         self.dtype = dtype
         self.library = library
-        self.multiplies = dtype != torch.bfloat16
-        for name, arguments in _STEPS.items():
+        self.multiplies = hasattr(library, "product")
+        for name, arguments in STEPS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = [_COUNT, _COUNT, *arguments], None
+            function.argtypes = [_COUNT, _COUNT, *arguments]
+            function.restype = None
             setattr(self, name, functools.partial(_step, function))
         if self.multiplies:
             library.packed_size.argtypes, library.packed_size.restype = [_COUNT] * 2, _COUNT
@@ -102,20 +105,27 @@ class Kernels:
             library.draw.argtypes = [*[_COUNT] * 3, *[ctypes.c_double] * 2, *[_POINTER] * 4]
             library.draw.restype = _FLAG
 
-    def product(self, W: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def at(self, tensor: Tensor) -> int:
+        """The address of `tensor`."""
+        return tensor.data_ptr()
+
+    def each(self, tensor: Tensor) -> Sequence[Any]:
+        """The address of tensor[t] for all t."""
+        size = tensor.stride(0) * tensor.element_size()
+        return range(tensor.data_ptr(), tensor.data_ptr() + len(tensor) * size, size)
+
+    def bind(self, name: str, B: int, H: int) -> Callable[..., None]:
+        """The step of this name over a batch of B and H units, told of tensors by their addresses."""
+        return functools.partial(getattr(self.library, name), B, H)
+
+    def product(self, W: Tensor, M: int) -> Callable[[Any, Any], None]:
         """A function of a (M, K) and out (M, N) that puts a W into out, for a W (K, N) that stays."""
-        if not self.multiplies:  # oneDNN does, with the machine's bfloat16 instructions
-
-            def mm(a: Tensor, out: Tensor) -> None:
-                torch.mm(a, W, out=out)
-
-            return mm
         (K, N), library = W.shape, self.library
         packed = torch.empty(library.packed_size(K, N), dtype=self.dtype)
         library.pack(K, N, W.data_ptr(), *W.stride(), packed.data_ptr())
 
-        def multiply(a: Tensor, out: Tensor) -> None:
-            library.product(len(a), K, N, a.data_ptr(), packed.data_ptr(), out.data_ptr())
+        def multiply(a: int, out: int) -> None:
+            library.product(M, K, N, a, packed.data_ptr(), out)
 
         return multiply
 
@@ -146,7 +156,7 @@ class Kernels:
         return Matrix(kind, K, N, laid.data_ptr(), *pointers), kept
 
 
-def _step(function: Callable[..., None], *arguments: Tensor | bool | None) -> None:
+def _step(function: Callable[..., None], *arguments: Any) -> None:
     """Call a step: B and H are the last argument's shape, a tensor is its address, None is NULL."""
     pointers = (item.data_ptr() if isinstance(item, Tensor) else item for item in arguments)
     function(*arguments[-1].shape, *pointers)
@@ -157,6 +167,11 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
     """The kernels for tensors of `dtype`, compiled if they are not yet; None where they cannot be had."""
     library = load(_STORE.get(dtype, ""))[0]
     return Kernels(library, dtype) if library else None
+
+
+def why_no_kernels() -> str:
+    """Why `kernels` gives None for float32."""
+    return load(_STORE[torch.float32])[1]
 
 
 @functools.cache

@@ -21,10 +21,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    fused = all(
+        parameter.device.type in ("cpu", "cuda") for parameter in matrices
+    )  # one pass over the weights
     makers: dict[str, Callable[[], Optimizer]] = {
         "sgd": lambda: SGD(groups, lr=config.lr, momentum=config.momentum),
-        "adam": lambda: Adam(groups, lr=config.lr, betas=config.betas),
-        "adamw": lambda: AdamW(groups, lr=config.lr, betas=config.betas),
+        "adam": lambda: Adam(groups, lr=config.lr, betas=config.betas, fused=fused),
+        "adamw": lambda: AdamW(groups, lr=config.lr, betas=config.betas, fused=fused),
         "rmsprop": lambda: RMSprop(groups, lr=config.lr, momentum=config.momentum),
         "adadelta": lambda: Adadelta(groups, lr=config.lr),
     }

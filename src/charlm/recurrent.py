@@ -6,22 +6,46 @@ state the tuple (h,) for RNN and GRU or (h, c) for LSTM, each (L, B, H). All hav
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from charlm import fused
 from charlm.cells import GATES, State, input_product, step_of
 from charlm.config import ModelConfig
-from charlm.dropout import locked, once
+from charlm.dropout import dropped, locked, once
+from charlm.native import kernels, why_no_kernels
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def choose_implementation(config: ModelConfig, device: torch.device) -> tuple[str, str]:
+    """The implementation in which `config` runs on `device`, and why.
+
+    ``auto`` is the fastest that is right there: measured by ``charlm bench``.
+    """
+    if config.implementation != "auto":
+        return config.implementation, "as asked for"
+    if config.cell == "gru" and config.gru_reset == "before":
+        return "scratch", "the only one with gru_reset: before"
+    if device.type != "cpu":
+        return "builtin", f"torch's own is the fastest on {device.type}"
+    if kernels(torch.float32):
+        return "fused", "with compiled kernels the fastest on the CPU"
+    return "builtin", f"no kernels: {why_no_kernels()}"
+
+
 def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:
-    """The stack that `config` asks for, over inputs of `input_size`; its weights are not initialised here."""
+    """The stack that `config` asks for, over inputs of `input_size`; its weights are not initialised here.
+
+    config: its implementation is chosen already, no longer ``auto``.
+    """
     if config.implementation == "scratch":
         return Scratch(input_size, config)
+    if config.implementation == "fused":
+        return Fused(input_size, config)
     # torch warns of dropout in a single layer: it drops between layers only.
     dropout = config.dropout if config.num_layers > 1 else 0.0
     if config.weight_dropout or (config.locked_dropout and dropout):
@@ -32,6 +56,25 @@ def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:
     if config.cell == "gru":
         return BuiltinGRU(*sizes, batch_first=True, dropout=dropout)
     return BuiltinRNN(*sizes, batch_first=True, dropout=dropout, nonlinearity=config.nonlinearity)
+
+
+class Characters(NamedTuple):
+    """Characters as a stack's input, in place of their vectors, for a stack that looks up products instead.
+
+    ids: (B, T), or with time first (T, B).
+    table: what each character is read as, (V, E); None where that is one-hot.
+    """
+
+    ids: Tensor
+    table: Tensor | None
+
+    def flip(self, axis: int) -> "Characters":
+        """The characters in the opposite order along `axis`."""
+        return Characters(self.ids.flip(axis), self.table)
+
+    def transpose(self, first: int, second: int) -> "Characters":
+        """The characters with two axes exchanged."""
+        return Characters(self.ids.transpose(first, second), self.table)
 
 
 class Stack(nn.Module):
@@ -61,18 +104,18 @@ class Stack(nn.Module):
         )
         if not (self.training and self.weight_dropout):
             return W_ih, W, b_ih, b_hh
-        W_hh = once((self, "W_hh", k), lambda: F.dropout(W, self.weight_dropout))
+        W_hh = once((self, "W_hh", k), lambda: dropped(W, self.weight_dropout))
         return W_ih, W_hh, b_ih, b_hh
 
     def drop(self, y: Tensor, k: int) -> Tensor:
         """Dropout on y (T, B, H) on its way into layer k."""
         if self.training and self.locked_dropout:
             return locked(y, self.dropout, 0, (self, "y", k))
-        return F.dropout(y, self.dropout, self.training)
+        return dropped(y, self.dropout) if self.training else y
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def forward(self, x: "Tensor | Characters", state: State) -> tuple[Tensor, State]:
         """x (B, T, E) and a state of (L, B, H) tensors; y (B, T, H) and the state after the last step."""
-        y = x.transpose(0, 1)
+        y: Any = x.transpose(0, 1)
         last = []
         for k in range(self.num_layers):
             if k:
@@ -101,6 +144,42 @@ class Scratch(Stack):
             state = self.step(a, state, W_hh, b_hh)
             outputs.append(state[0])
         return torch.stack(outputs), state
+
+
+class Fused(Stack):
+    """The sequences of `fused`, a layer at a time; layer 0 reads `Characters` too."""
+
+    def __init__(self, input_size: int, config: ModelConfig):
+        super().__init__(input_size, config)
+        self.cell, self.nonlinearity, self.H = config.cell, config.nonlinearity, config.hidden_size
+
+    def layer(self, x: Tensor | Characters, state: State, weights: Weights) -> tuple[Tensor, State]:
+        """x (T, B, E or H) or characters (T, B), a state of (B, H); y (T, B, H) and the state after."""
+        W_ih, W_hh, b_ih, b_hh = weights
+        b_hn = b_hh[2 * self.H :]
+        # All biases go into the input's share, but the GRU's that stands inside the reset.
+        bias = b_ih + (
+            b_hh if self.cell != "gru" else torch.cat([b_hh[: 2 * self.H], torch.zeros_like(b_hn)])
+        )
+        ids = None
+        if isinstance(x, Tensor):
+            share = F.linear(x, W_ih, bias)
+        elif x.table is None:
+            share, ids = W_ih.t() + bias, x.ids
+        elif x.ids.numel() < len(x.table):  # fewer products than the table of all
+            share = F.linear(F.embedding(x.ids, x.table), W_ih, bias)
+        else:
+            share, ids = F.linear(x.table, W_ih, bias), x.ids
+        if torch.is_autocast_enabled(share.device.type):
+            share = share.to(torch.get_autocast_dtype(share.device.type))
+        W_hh = W_hh.to(share.dtype)
+        if self.cell == "lstm":
+            y, *last = fused.lstm(share, ids, W_hh, *state)
+        elif self.cell == "gru":
+            y, *last = fused.gru(share, ids, W_hh, b_hn, *state)
+        else:
+            y, *last = fused.rnn(share, ids, W_hh, state[0], self.nonlinearity)
+        return y, tuple(last)
 
 
 class BuiltinLayers(Stack):

@@ -29,6 +29,7 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
 }
 _IN_FOLDERS = tuple(f".txt{ending}" for ending in ("", *_DECOMPRESS))
 
+_STARS = "***"  # how Project Gutenberg's markers begin
 _GUTENBERG_START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.M | re.I)
 _GUTENBERG_END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.M | re.I)
 
@@ -97,14 +98,24 @@ def decode(data: bytes, name: str) -> str:
             f"{name} is not valid UTF-8: byte 0x{data[offset]:02x} at offset {offset}; "
             "if it is text in another encoding, convert it, for example with: iconv -f ISO-8859-1 -t UTF-8"
         ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def strip_gutenberg(text: str) -> str:
     """`text` without Project Gutenberg's header and licence, where both of its markers stand in it."""
-    start = _GUTENBERG_START.search(text)
-    end = _GUTENBERG_END.search(text, start.end() if start else 0)
+    start = _find_marker(_GUTENBERG_START, text, 0)
+    end = _find_marker(_GUTENBERG_END, text, start.end()) if start else None
     return text[start.end() : end.start()].strip("\n") + "\n" if start and end else text
+
+
+def _find_marker(marker: re.Pattern[str], text: str, begin: int) -> re.Match[str] | None:
+    """What ``marker.search(text, begin)`` finds, a hundred times as fast: an expression tries every line."""
+    place = text.find(_STARS, begin)
+    while place >= 0:
+        if found := marker.match(text, place):
+            return found
+        place = text.find(_STARS, place + 1)
+    return None
 
 
 def clean(text: str, normalize: str = "NFC", lowercase: bool = False, keep: str | None = None) -> str:
@@ -113,7 +124,7 @@ def clean(text: str, normalize: str = "NFC", lowercase: bool = False, keep: str 
     normalize: the Unicode normal form, or ``none``.
     keep: the inside of a regular expression's character class; each run of other characters becomes a space.
     """
-    if normalize != "none":
+    if normalize != "none" and not text.isascii():
         text = unicodedata.normalize(cast(NormalForm, normalize), text)
     if keep is not None:
         text = re.sub(f"[^{keep}]+", " ", text)

@@ -27,7 +27,9 @@ from charlm.errors import CharlmError, Interrupted
 from charlm.evaluate import evaluate
 from charlm.metrics import Score, perplexity
 from charlm.model import CharLM, make_model, num_parameters
+from charlm.native import keep_memory
 from charlm.optim import clip_gradients, make_optimizer, make_schedule, update_average
+from charlm.recurrent import choose_implementation
 from charlm.runs import Run
 from charlm.sample import generate
 
@@ -104,7 +106,9 @@ class Trainer:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         torch.manual_seed(config.train.seed)  # dropout draws from torch's global generators
-        self.model = make_model(len(corpus.vocab), config.model).initialise(config.train.seed).to(self.device)
+        keep_memory()
+        model = make_model(len(corpus.vocab), config.model, self.device)
+        self.model = model.initialise(config.train.seed).to(self.device)
         self.scored = copy.deepcopy(self.model).to(self.device) if config.train.ema else self.model
         self.optimizer = make_optimizer(self.model, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, self.total_steps, self.steps_per_epoch)
@@ -122,12 +126,13 @@ class Trainer:
             source = f"{source} ({len(corpus.files)} files)"
         sizes = f"train {len(corpus.train):,}, val {len(self.val):,}, test {len(corpus.test):,}"
         state = "carried" if self.batches.carries_state else "afresh in each window"
+        implementation, reason = choose_implementation(model, self.device)
         precision = str(self.precision).removeprefix("torch.")
         lines = [
             f"corpus   {source}: {sizes} characters, {len(corpus.vocab)} different",
-            f"model    {model.cell} {model.num_layers} × {model.hidden_size}, {model.implementation}, "
-            f"{_DIRECTIONS[model.direction]}: "
-            f"{num_parameters(self.model):,} parameters",
+            f"model    {model.cell} {model.num_layers} × {model.hidden_size}, "
+            f"{_DIRECTIONS[model.direction]}: {num_parameters(self.model):,} parameters",
+            f"         {implementation} ({reason})",
             f"batches  {batches.sampling}, {batches.batch_size} × {batches.seq_len}, state {state}; "
             f"{self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all",
             f"device   {self.device}, {precision} ({self.precision_reason})",
@@ -161,11 +166,11 @@ class Trainer:
         """
         progress, every = self.progress, self.config.train
         eval_every = every.eval_every or self.steps_per_epoch
-        if progress.step == 0:
-            self._save(run)  # a run that is killed early can be resumed too
         reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
         try:
             with _caught_signals() as caught:
+                if progress.step == 0:
+                    self._save(run)  # a run that is killed early can be resumed too
                 for x, y in self.remaining_batches():
                     reporter.step(*self.step(x, y))
                     stop = caught[0] if caught else None  # once: a signal from here on is the next step's

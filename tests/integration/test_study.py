@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from charlm.vocab import Vocab
-from conftest import settings
+from conftest import process, settings
 
 CORPUS = "corpus.source=corpus.txt"
 
@@ -126,3 +126,15 @@ def test_the_vocabulary_does_not_depend_on_the_direction(charlm, trained, words)
     train(charlm, "back", "model.direction=backward", "train.max_steps=1")
     found = [json.loads(charlm("info", name, "--json").out)["vocab"] for name in ("tiny", "back")]
     assert found[0] == found[1] == Vocab.from_text(words[:1800]).characters
+
+
+def test_bench_prints_a_table_or_json(folder):
+    tiny = ["--cell", "rnn", "--hidden-size", "4", "--batch-size", "2", "--seq-len", "3", "--seconds", "0.01"]
+    both = [process("bench", *tiny, "--device", "cpu", *more, cwd=folder) for more in ([], ["--json"])]
+    (table, _), (found, _) = (each.communicate() for each in both)
+    assert [each.returncode for each in both] == [0, 0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| rnn")]
+    assert [row[1].strip() for row in rows] == [row["implementation"] for row in json.loads(found)["rows"]]
+    assert "torch" in table and json.loads(found)["products"].keys() == {"float32", "bfloat16"}
+    refused = process("bench", *tiny, "--device", "tpu", cwd=folder)
+    assert "tpu" in refused.communicate()[1] and refused.returncode == 2

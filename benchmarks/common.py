@@ -1,0 +1,33 @@
+"""What the benchmarks share: where the machine is named, texts found, figures kept for `targets.py`."""
+
+import json
+import os
+from pathlib import Path
+
+from charlm.bench import machine
+
+RECORD = "BENCH_RECORD"  # in the environment: the JSON file in which `make bench` gathers the figures
+
+
+def heading(title):
+    print(f"{title}\n\n{machine()}\n")
+
+
+def text_or_none(path, script):
+    """The text at `path`, or at $BENCH_TEXT; None, and a line that says so, where there is none.
+
+    No failure: `make bench` runs every script, and the books are not ours to ship.
+    """
+    path = path or os.environ.get("BENCH_TEXT")
+    if path and Path(path).is_file():
+        return Path(path).absolute()
+    print(f"needs a text, such as tiny Shakespeare: python benchmarks/{script} --text PATH; nothing measured")
+    return None
+
+
+def record(**figures):
+    if name := os.environ.get(RECORD):
+        file = Path(name)
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**known, **figures}, indent=2) + "\n")

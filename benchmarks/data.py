@@ -1,0 +1,111 @@
+"""How fast a text is read and encoded, and what share of a training step's time is the loader's.
+
+MB are of UTF-8, on one core. The share is measured on a model so small that a loader shows: 32 hidden
+units, 1,024 × 32 characters a step.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+import unicodedata
+from pathlib import Path
+
+import torch
+from common import heading, record
+
+from charlm import text
+from charlm.bench import rate
+from charlm.compare import markdown
+from charlm.config import BatchesConfig, Config, CorpusConfig, ModelConfig, TrainConfig
+from charlm.corpus import Corpus, fingerprint, smallest_dtype
+from charlm.train import Trainer
+from charlm.vocab import Vocab
+
+
+def stages(path, rounds):
+    """MB/s of each stage by name, medians of `rounds`."""
+    megabytes = path.stat().st_size / 1e6
+    data = path.read_bytes()
+    content = text.decode(data, "")
+    vocab = Vocab.from_text(content)
+    dtype = smallest_dtype(len(vocab))
+
+    def encode():
+        Vocab.from_text(content).encode(content, dtype=dtype)
+
+    work = {
+        "read": path.read_bytes,
+        "decode, line ends": lambda: text.decode(data, ""),
+        "look for Gutenberg's licence": lambda: text.strip_gutenberg(content),
+        "check for NFC": lambda: unicodedata.is_normalized("NFC", content),
+        "count characters": lambda: Vocab.from_text(content),
+        "look up ids": lambda: vocab.encode(content, dtype=dtype),
+        "fingerprint": lambda: fingerprint(content),
+        "encoding: count and look up": encode,
+        "all: Corpus.load": lambda: Corpus.load(CorpusConfig(source=str(path))),
+    }
+    rates = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, function in work.items():
+            began = time.perf_counter()
+            function()
+            rates[name].append(megabytes / (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def loader_share(sampling, seconds):
+    """Milliseconds of a step, and of the loader in it."""
+    batches = BatchesConfig(sampling=sampling, batch_size=1024, seq_len=32, stride=32)
+    train = TrainConfig(device="cpu", schedule="constant", lr=1e-3)
+    config = Config(model=ModelConfig(hidden_size=32), batches=batches, train=train)
+    letters = torch.randint(97, 123, (1_200_000,), dtype=torch.uint8).numpy().tobytes().decode()
+    trainer = Trainer(config, Corpus.from_text(letters))
+    loading, stepping = [], []
+    remaining = trainer.remaining_batches()
+
+    def one_step():
+        began = time.perf_counter()
+        x, y = next(remaining)
+        loaded = time.perf_counter()
+        trainer.step(x, y)
+        loading.append(loaded - began)
+        stepping.append(time.perf_counter() - loaded)
+        return 1
+
+    rate(one_step, seconds)
+    return 1000 * statistics.mean(stepping[1:]), 1000 * statistics.mean(loading[1:])
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument(
+        "--text", type=Path, help="repeated up to --megabytes; default: the bundled corpus"
+    )
+    arguments.add_argument("--megabytes", type=int, default=100)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--seconds", type=float, default=5.0, help="of training, for each sampling")
+    options = arguments.parse_args()
+    heading("Reading, encoding, loading")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    content = (options.text or text.find_files("sancho")[0]).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.txt"
+        path.write_bytes(content * -(-options.megabytes * 10**6 // len(content)))
+        found = stages(path, options.rounds)
+        megabytes = path.stat().st_size / 1e6
+    torch.set_num_threads(threads)
+    rows = [[name, f"{value:,.0f}"] for name, value in found.items()]
+    print(f"{megabytes:,.0f} MB, one core\n\n{markdown(['stage', 'MB/s'], rows)}\n")
+    rows, shares = [], []
+    for sampling in ("sliding", "contiguous"):
+        step, load = loader_share(sampling, options.seconds)
+        shares.append(load / (load + step))
+        rows.append([sampling, f"{step:.2f}", f"{load:.2f}", f"{shares[-1]:.1%}"])
+    print(markdown(["sampling", "step, ms", "loader, ms", "loader's share"], rows))
+    record(encoding=found["encoding: count and look up"], loader=max(shares))
+
+
+if __name__ == "__main__":
+    main()

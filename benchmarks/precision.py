@@ -1,0 +1,64 @@
+"""What bfloat16 costs in quality: the val loss after the same steps, in bfloat16 and in float32.
+
+Where the CPU has no bfloat16 instructions, charlm trains in float32, and bfloat16 is emulated a hundred times
+slower: then the scratch implementation is measured, in a small size, under autocast.
+"""
+
+import argparse
+import math
+
+import torch
+from common import heading, record
+
+from charlm.compare import markdown
+from charlm.config import BatchesConfig, Config, CorpusConfig, ModelConfig, TrainConfig
+from charlm.corpus import Corpus
+from charlm.device import choose_precision
+from charlm.evaluate import evaluate
+from charlm.train import Trainer
+
+
+def val_loss(config, corpus, precision):
+    """Nats a character on val after all steps; `precision` whether or not the device is good at it."""
+    trainer = Trainer(config, corpus)
+    trainer.precision = precision
+    for x, y in trainer.remaining_batches():
+        trainer.step(x, y)
+    return evaluate(trainer.scored, trainer.val).loss
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--text", default="sancho", help="default: the bundled corpus")
+    arguments.add_argument("--cell", choices=["lstm", "gru", "rnn"], default="lstm")
+    arguments.add_argument("--hidden-size", type=int, help="default: 256; 32 without the instructions")
+    arguments.add_argument("--steps", type=int, help="default: 600; 100 without the instructions")
+    arguments.add_argument("--seeds", type=int, default=3)
+    options = arguments.parse_args()
+    native = choose_precision("auto", torch.device("cpu"))[0] == torch.bfloat16
+    hidden = options.hidden_size or (256 if native else 32)
+    steps = options.steps or (600 if native else 100)
+    corpus = Corpus.load(CorpusConfig(source=options.text))
+    rows, differences = [], []
+    for seed in range(1, options.seeds + 1):
+        config = Config(
+            model=ModelConfig(
+                cell=options.cell, hidden_size=hidden, implementation="auto" if native else "scratch"
+            ),
+            batches=BatchesConfig(sampling="contiguous", batch_size=16),
+            train=TrainConfig(device="cpu", precision="float32", max_steps=steps, seed=seed),
+        )
+        wide, narrow = (val_loss(config, corpus, dtype) for dtype in (torch.float32, torch.bfloat16))
+        differences.append(narrow - wide)
+        rows.append([str(seed), f"{wide:.4f}", f"{narrow:.4f}", f"{narrow - wide:+.4f}"])
+    heading(f"Val loss in bfloat16 and float32, {options.cell} {hidden}, {steps} steps, {options.text}")
+    if not native:
+        print("This CPU has no bfloat16 instructions: the scratch implementation under autocast.\n")
+    print(markdown(["seed", "float32", "bfloat16", "difference"], rows))
+    mean = math.fsum(differences) / len(differences)
+    print(f"\nmean difference {mean:+.4f} nats a character")
+    record(bfloat16_nats=abs(mean))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ import torch
 from charlm import fused
 from charlm.config import ModelConfig
 from charlm.errors import ConfigError
-from charlm.model import CharLM
+from charlm.model import CharLM, FillLM
 from charlm.native import kernels
 from charlm.stepper import Stepper, quantised
 
@@ -125,9 +125,11 @@ def test_ids_out_of_range_are_refused(steps):
             Stepper(model).step(torch.tensor([wrong]), model.initial_state(1))
 
 
-def test_quantize_where_it_cannot_be_is_refused():
+def test_what_it_cannot_do_is_refused():
     with pytest.raises(ConfigError, match="gru_reset: before"):
         Stepper(make(cell="gru", gru_reset="before", implementation="scratch"), "int8")
+    with pytest.raises(ConfigError, match="direction: both"):
+        Stepper(FillLM(V, ModelConfig(hidden_size=H, direction="both")))
     with torch.device("meta"):
         elsewhere = CharLM(V, ModelConfig(hidden_size=H))
     with pytest.raises(ConfigError, match="meta"):

@@ -65,6 +65,8 @@ class Stepper:
     """
 
     def __init__(self, model: CharLM, quantize: Quantize | None = None):
+        if model.config.direction == "both":
+            raise ConfigError("a model of direction: both fills in characters, it has none to go on by")
         self.config, self.model = model.config, model
         self.dtype, place = model.head.weight.dtype, model.head.weight.device.type
         before = model.config.cell == "gru" and model.config.gru_reset == "before"

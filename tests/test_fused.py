@@ -12,13 +12,16 @@ T, B, H, V = 5, 3, 19, 7  # all different, and no multiple of a vector's length
 CASES = [("rnn", "tanh"), ("rnn", "relu"), ("lstm", "tanh"), ("gru", "tanh")]
 
 
-@pytest.fixture(params=["kernels", "torch"])
+@pytest.fixture(params=["kernels", "compiled arithmetic", "torch"])
 def steps(request, monkeypatch):
-    """Compiled steps where this machine has a compiler, and torch's."""
+    """Compiled steps where this machine has a compiler, all or without the product; and torch's."""
     if request.param == "torch":
         monkeypatch.setattr(fused, "kernels", lambda dtype: None)
     elif kernels(torch.float64) is None:
         pytest.skip("there is no C compiler here")
+    elif request.param != "kernels":
+        for dtype in (torch.float32, torch.float64):
+            monkeypatch.setattr(kernels(dtype), "multiplies", False)
     return request.param
 
 
@@ -110,6 +113,27 @@ def test_lower_precision_is_near(steps, cell, dtype, tolerance):
     ]
     for mine, yours in itertools.chain(zip(ours, theirs, strict=True), zip(*gradients, strict=True)):
         assert (mine - yours).norm() <= tolerance * yours.norm()
+
+
+@pytest.mark.usefixtures("steps")
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_states_and_ids_of_other_types_are_converted(cell):
+    ids, tensors = example(cell, True, dtype=torch.float32)
+    expected = run_fused(cell, "tanh", ids, **tensors)
+    for dtype in (torch.float64, torch.bfloat16):
+        states = {name: tensors[name].to(dtype) for name in ("h", "c", "b_hn") if name in tensors}
+        found = run_fused(cell, "tanh", ids.int(), **{**tensors, **states})
+        for mine, yours in zip(found, expected, strict=True):
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine, yours, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_ids_beyond_the_table_are_refused(wrong):
+    ids, tensors = example("rnn", True)
+    ids[1, 1] = wrong
+    with pytest.raises(IndexError, match=f"an id is from 0 to {V - 1}"):
+        run_fused("rnn", "tanh", ids, **tensors)
 
 
 @pytest.mark.parametrize("rows", [V, 1500])

@@ -16,6 +16,8 @@ needs_compiler = pytest.mark.skipif(native.kernels(torch.float32) is None, reaso
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, and nothing loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("CHARLM_KERNELS", "CC"):
+        monkeypatch.delenv(name, raising=False)
     native.load.cache_clear()
     yield tmp_path / "charlm"
     native.load.cache_clear()
@@ -43,12 +45,30 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(cache):
     assert not list(cache.iterdir())
 
 
+@needs_compiler
+def test_a_damaged_library_is_made_again(cache):
+    native.load("f32")
+    (kept,) = cache.iterdir()
+    kept.unlink()  # not written over: this process has it loaded
+    kept.write_bytes(b"cut short")
+    native.load.cache_clear()
+    assert native.load("f32")[0] and kept.stat().st_size > 1000
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_made_is_done_without(tmp_path, cache, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert native.load("f32")[0] and not cache.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
         ("CHARLM_KERNELS", "off", "CHARLM_KERNELS is off"),
         ("CC", "no-such-compiler", "there is no C compiler no-such-compiler"),
         ("CC", "false", "false could not compile them"),
+        ("CC", 'gcc "', "CC names no compiler"),
     ],
 )
 def test_without_them_says_why(cache, monkeypatch, name, value, why):
@@ -57,6 +77,7 @@ def test_without_them_says_why(cache, monkeypatch, name, value, why):
     assert library is None and why in reason
 
 
+@needs_compiler
 def test_uses_the_threads_of_torch():
     """One pool of threads: a second OpenMP library would fight torch's for the cores."""
     if not Path("/proc/self/maps").exists():

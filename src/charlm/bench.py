@@ -4,6 +4,7 @@ The contestants take turns, round after round, so that a machine whose speed dri
 is the median of its rounds. Texts are random: how fast a model is does not depend on what it reads.
 """
 
+import math
 import platform
 import statistics
 import time
@@ -17,6 +18,7 @@ import torch
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
 from charlm.corpus import Corpus
 from charlm.device import choose_device, choose_precision
+from charlm.errors import ConfigError
 from charlm.model import CharLM
 from charlm.sample import generate
 from charlm.train import Trainer
@@ -75,8 +77,10 @@ def bench(
     """Measure `cells` in all implementations, on models and batches otherwise as `model` and `batches` say.
 
     seconds: how long each row trains, in all rounds; it writes, and products are taken, a third as long.
-    Raises `ConfigError` for a device that this machine lacks.
+    Raises `ConfigError` for a device that this machine lacks, and for a time without end.
     """
+    if not math.isfinite(seconds):
+        raise ConfigError(f"--seconds {seconds} has no end; give a number, for example 3")
     train = TrainConfig(device=device, lr=1e-4, schedule="constant")
     trainers = {
         (cell, name): make_trainer(

@@ -24,8 +24,8 @@ def dropped(y: Tensor, p: float) -> Tensor:
         return y
     if y.device.type != "cpu":
         return F.dropout(y, p)
-    bits = torch.empty(-(-y.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: y.numel()].view(y.shape) >= round(p * 2**16) - 2**15
+    bits = torch.empty(-(-y.numel() // 4), dtype=torch.int64, device=y.device).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: y.numel()].view(y.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
     return y * kept.to(y.dtype).mul_(1 / (1 - p))
 
 

@@ -36,16 +36,17 @@ def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, nonlinearity: str = "tanh"
 
     Returns y (T, B, H), all h_t, and the last of them.
     """
-    y: Tensor = _RNN.apply(x.contiguous(), _contiguous(ids), W_hh, h, nonlinearity == "relu")  # type: ignore[no-untyped-call]
+    y: Tensor = _RNN.apply(x.contiguous(), _checked(ids, len(x)), W_hh, h, nonlinearity == "relu")  # type: ignore[no-untyped-call]
     return y, y[-1]
 
 
 def lstm(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The long short-term memory over all steps; x, ids and W_hh as `rnn` has them, with G = 4: i, f, g, o.
 
-    Returns y (T, B, H), all h_t, and the state (h, c) after the last step.
+    Returns y (T, B, H), all h_t, and the state (h, c) after the last step, c in float32 or float64.
     """
-    y, c = _LSTM.apply(x.contiguous(), _contiguous(ids), W_hh, h, c)  # type: ignore[no-untyped-call]
+    c = c.to(_wide_type(x.dtype))
+    y, c = _LSTM.apply(x.contiguous(), _checked(ids, len(x)), W_hh, h, c)  # type: ignore[no-untyped-call]
     return y, y[-1], c
 
 
@@ -54,9 +55,10 @@ def gru(x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Tensor, h: Tensor) -> tuple[Ten
 
     b_hn: the bias of W_hn h_{t-1}, (H,), which stands inside r_t ⊙ (·); all other biases are in x.
 
-    Returns y (T, B, H), all h_t, and the last of them.
+    Returns y (T, B, H), all h_t, and the last of them, in float32 or float64.
     """
-    y, last = _GRU.apply(x.contiguous(), _contiguous(ids), W_hh, b_hn, h)  # type: ignore[no-untyped-call]
+    h, b_hn = (tensor.to(_wide_type(x.dtype)).contiguous() for tensor in (h, b_hn))
+    y, last = _GRU.apply(x.contiguous(), _checked(ids, len(x)), W_hh, b_hn, h)  # type: ignore[no-untyped-call]
     return y, last
 
 
@@ -143,7 +145,7 @@ class _GRU(torch.autograd.Function):
         h = h_0.new_empty(T + 1, B, H)
         h[0] = h_0
         y = h if h.dtype == x.dtype else h.to(x.dtype)  # the products' operands
-        multiply, b_hn = steps.product(W_hh.t(), B), b_hn.to(h.dtype)
+        multiply = steps.product(W_hh.t(), B)
         step = steps.bind("gru_forward", B, H)
         for x_t, ids_t, gates_t, n_t, h_before, h_t, y_before, y_t in zip(
             *_inputs(steps, x, ids, T),
@@ -307,9 +309,14 @@ def steps_for(tensor: Tensor) -> "Steps | Kernels":
     return steps
 
 
+def _wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which arithmetic is done and states are kept: float32 for the half types."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
 def _wide(tensor: Tensor) -> Tensor:
-    """`tensor` in the type in which arithmetic is done: float32 for the half types."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    """`tensor` in the type in which arithmetic is done."""
+    return tensor.to(_wide_type(tensor.dtype))
 
 
 def _share(x: Tensor, ids: Ids) -> Tensor:
@@ -317,8 +324,13 @@ def _share(x: Tensor, ids: Ids) -> Tensor:
     return x if ids is None else x[ids]
 
 
-def _contiguous(ids: Ids) -> Ids:
-    return None if ids is None else ids.contiguous()
+def _checked(ids: Ids, rows: int) -> Ids:
+    """ids as the kernels read them, which trust them to be rows of the table."""
+    if ids is None:
+        return None
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
+        raise IndexError(f"an id is from 0 to {rows - 1}")
+    return ids.long().contiguous()
 
 
 def _inputs(steps: "Steps | Kernels", x: Tensor, ids: Ids, T: int) -> tuple[Any, Any]:
@@ -341,7 +353,7 @@ def _gathered(da: Tensor, ids: Ids, rows: int) -> Tensor:
     if ids is None:
         return da
     if da.dtype in _HALF:  # sums in a half type would lose small parts; products sum in float32
-        if rows <= 1024:
+        if rows <= 256:
             return F.one_hot(ids.flatten(), rows).to(da.dtype).t() @ da.flatten(0, 1)
         da = da.float()
     gathered: Tensor = torch.ops.aten.embedding_dense_backward(da, ids, rows, -1, False)

@@ -1,4 +1,4 @@
-/* What `fused` does at every time step, in one pass over memory each: the cells' arithmetic, forward and
+/* What `fused` does at every time step and `stepper` for every character, in one pass over memory each: the cells' arithmetic, forward and
  * backward, and a matrix product with a matrix that is packed once and used at all steps.
  *
  * `native` compiles this file with the machine's own instructions, once for each type of number:

@@ -6,6 +6,7 @@ no compiler, or ``CHARLM_KERNELS=off`` stands in the environment, `kernels` give
 same with torch's operations.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -121,7 +122,7 @@ class Kernels:
     def product(self, W: Tensor, M: int) -> Callable[[Any, Any], None]:
         """A function of a (M, K) and out (M, N) that puts a W into out, for a W (K, N) that stays."""
         (K, N), library = W.shape, self.library
-        packed = torch.empty(library.packed_size(K, N), dtype=self.dtype)
+        packed = W.new_empty(library.packed_size(K, N))
         library.pack(K, N, W.data_ptr(), *W.stride(), packed.data_ptr())
 
         def multiply(a: int, out: int) -> None:
@@ -137,7 +138,7 @@ class Kernels:
         None where a logit is not finite.
         """
         B, V = logits.shape
-        up_to, ids = torch.empty(kept, dtype=torch.float64), torch.empty(B, dtype=torch.int64)
+        up_to, ids = chances.new_empty(kept), logits.new_empty(B, dtype=torch.int64)
         pointers = (tensor.data_ptr() for tensor in (logits, chances, up_to, ids))
         return None if self.library.draw(B, V, kept, temperature, top_p, *pointers) else ids
 
@@ -147,7 +148,7 @@ class Kernels:
         """weights (N, K) in self.dtype, bfloat16 or int8, scale and bias (N,); and what it points to."""
         (N, K), weights = weights.shape, weights.contiguous()
         kind = {torch.bfloat16: 1, torch.int8: 2}.get(weights.dtype, 0)
-        laid = torch.empty(self.library.laid_size(K, N), dtype=weights.dtype)
+        laid = weights.new_empty(self.library.laid_size(K, N))
         self.library.lay(kind, K, N, weights.data_ptr(), laid.data_ptr())
         scale = None if scale is None else scale * 2.0**-24
         kept = [laid, *(tensor.to(self.dtype).contiguous() for tensor in (scale, bias) if tensor is not None)]
@@ -183,26 +184,35 @@ def load(store: str) -> tuple[ctypes.CDLL | None, str]:
         return None, "no kernels for this type of number"
     if os.name != "posix":
         return None, "kernels are compiled on Linux and macOS only"
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        return None, f"CC names no compiler: {error}"
     if not shutil.which(compiler[0]):
         return None, f"there is no C compiler {compiler[0]}"
-    try:
-        return _build(compiler, store), f"compiled by {compiler[0]}"
-    except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        return None, f"{compiler[0]} could not compile them: {output.strip().splitlines()[-1]}"
+    why = ""
+    # Another OpenMP than torch's does not load: then on one thread.
+    for openmp in dict.fromkeys((_torch_openmp(), None)):
+        try:
+            return _build(compiler, store, openmp), f"compiled by {compiler[0]}"
+        except (OSError, subprocess.SubprocessError) as error:
+            output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+            why = (output.strip().splitlines() or ["it did not say why"])[-1]
+    return None, f"{compiler[0]} could not compile them: {why}"
 
 
-def _build(compiler: list[str], store: str) -> ctypes.CDLL:
+def _build(compiler: list[str], store: str, openmp: str | None) -> ctypes.CDLL:
     """Compile `kernels.c` into the cache folder, or find it there."""
-    openmp = _torch_openmp()
     flags = [*_FLAGS, f"-DSTORE={store}", "-fopenmp" if openmp else "-fopenmp-simd"]
     # Everything that the result depends on, so that a home shared by several machines is safe.
     parts = [_SOURCE.read_bytes(), " ".join([*compiler, *flags]).encode(), _machine(compiler)]
     name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if folder and (folder / name).is_file():
-        return _open(folder / name, openmp)
+        with contextlib.suppress(OSError):  # damaged, or where nothing may be executed
+            return _open(folder / name, openmp)
+    if folder and not os.access(folder, os.W_OK):
+        folder = None
     if _macros(compiler):
         flags.append("-march=native")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -210,11 +220,14 @@ def _build(compiler: list[str], store: str) -> ctypes.CDLL:
         # Linked without OpenMP's library: its functions are those that torch has loaded already, so that
         # both share one pool of threads.
         _run([*compiler, *flags, "-c", str(_SOURCE), "-o", f"{made}.o"])
-        unresolved = ["-undefined", "dynamic_lookup"] if os.uname().sysname == "Darwin" else []
+        darwin = os.uname().sysname == "Darwin"
+        unresolved = ["-undefined", "dynamic_lookup"] if darwin else ["-Wl,-Bsymbolic"]
         _run([*compiler, "-shared", *unresolved, f"{made}.o", "-o", str(made), "-lm"])
+        made.chmod(0o700)
+        library = _open(made, openmp)
         if folder:
-            made = made.replace(folder / name)
-        return _open(made, openmp)
+            made.replace(folder / name)
+        return library
 
 
 def _machine(compiler: list[str]) -> bytes:
@@ -245,7 +258,7 @@ def _open(path: Path, openmp: str | None) -> ctypes.CDLL:
 
 
 def _run(command: list[str], check: bool = True) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, check=check, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, check=check, capture_output=True, text=True, errors="replace", timeout=120)
 
 
 def _torch_openmp() -> str | None:
@@ -254,8 +267,8 @@ def _torch_openmp() -> str | None:
         loaded = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    found = re.search(r"/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*", loaded)
-    return found.group() if found else None
+    found = re.search(r" (/.*/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*)$", loaded, re.M)
+    return found.group(1) if found else None
 
 
 def keep_memory() -> None:
@@ -273,13 +286,13 @@ def keep_memory() -> None:
 
 
 def _cache_folder() -> Path | None:
-    """The folder for what was compiled, made if need be; None where none is ours alone to write to."""
-    home = os.environ.get("XDG_CACHE_HOME")
+    """The folder for what was compiled, made if need be; None if others may write to it."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        folder = (Path(home) if home else Path.home() / ".cache") / "charlm"
+        folder = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "charlm"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
     except (OSError, RuntimeError):
         return None
     ours = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if ours and os.access(folder, os.W_OK) else None
+    return folder if ours else None

@@ -72,8 +72,11 @@ class Stepper:
         before = model.config.cell == "gru" and model.config.gru_reset == "before"
         self.own = before or place != "cpu" or self.dtype not in (torch.float32, torch.float64)
         if self.own and quantize:
-            why = "there are none with gru_reset: before" if before else f"this model is on {place}"
-            raise ConfigError(f"quantize {quantize!r} is for charlm's own steps on the CPU, and {why}")
+            what = "with gru_reset: before" if before else f"of {self.dtype} on {place}"
+            raise ConfigError(
+                f"quantize {quantize!r} is for models of float32 on the CPU (--device cpu); "
+                f"one {what} is written with as it is: leave --quantize out"
+            )
         if not self.own:
             with torch.no_grad():
                 self._prepare(quantize)
@@ -103,11 +106,13 @@ class Stepper:
         if self.kernels:
             self._pack(self.kernels, layers, head)
             return
-        self.steps, self.head = fused.Steps(), head.wide(self.dtype)
-        self.layers = [
-            _Layer(Quantised(W_ih.wide(self.dtype)), Quantised(W_hh.wide(self.dtype)), bias, b_hn)
-            for W_ih, W_hh, bias, b_hn in layers
-        ]
+
+        def matrix(W: Quantised) -> Quantised:
+            return Quantised(W.wide(self.dtype).clone())
+
+        self.steps, self.head = fused.Steps(), matrix(head).values
+        self.head_bias = model.head.bias.detach().clone()
+        self.layers = [_Layer(matrix(W_ih), matrix(W_hh), bias, b_hn) for W_ih, W_hh, bias, b_hn in layers]
 
     def _pack(self, kernels: native.Kernels, layers: list[_Layer], head: Quantised) -> None:
         """All of it as a `native.Model`; self.kept is what its pointers point to."""
@@ -131,7 +136,7 @@ class Stepper:
         self.packed = native.Model(
             *sizes, self.table.data_ptr(), packed, matrix(head, self.model.head.bias.detach().clone())
         )
-        self.address, self.work = ctypes.addressof(self.packed), torch.empty(0)
+        self.address, self.work = ctypes.addressof(self.packed), self.table.new_empty(0)
 
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """Ids (B,) and the state before them; logits (B, V) for what follows, and the state after."""
@@ -141,14 +146,17 @@ class Stepper:
             return logits[:, -1], state
         B, L, H, G = len(ids), self.config.num_layers, self.config.hidden_size, GATES[self.config.cell]
         h, c = state[0].to(self.dtype).contiguous(), state[-1].to(self.dtype).contiguous()
-        assert h.shape == c.shape == (L, B, H), "a state is of (L, B, H) tensors"
+        if not h.shape == c.shape == (L, B, H):
+            raise ValueError(f"a state is of tensors {(L, B, H)}, not {tuple(h.shape)}")
         after = tuple(torch.empty_like(h) for _ in state)
         if self.kernels is None:
+            if not 0 <= ids.min() <= ids.max() < len(self.table):
+                raise IndexError(f"an id is from 0 to {len(self.table) - 1}")
             with torch.no_grad():
                 return self._step(ids, h, c, after), after
         if len(self.work) < B * (2 * G + 1) * H:
-            self.work = torch.empty(B * (2 * G + 1) * H, dtype=self.dtype)
-        logits, ids = torch.empty(B, len(self.table), dtype=self.dtype), ids.long().contiguous()
+            self.work = self.table.new_empty(B * (2 * G + 1) * H)
+        logits, ids = self.table.new_empty(B, len(self.table)), ids.long().contiguous()
         arguments = (ids, h, c, self.work, after[0], after[-1], logits)
         if self.kernels.library.step(self.address, B, *(tensor.data_ptr() for tensor in arguments)):
             raise IndexError(f"an id is from 0 to {len(self.table) - 1}")
@@ -168,4 +176,4 @@ class Stepper:
             else:
                 self.steps.rnn_forward(self.config.nonlinearity == "relu", share, rows, products, after[0][k])
             below = after[0][k]
-        return F.linear(below, self.head, self.model.head.bias)
+        return F.linear(below, self.head, self.head_bias)

@@ -88,6 +88,8 @@ class Trainer:
     model: what is trained.
     scored: what is scored, sampled from and saved: `model`, or with ``train.ema`` its average.
 
+    Making one has the process keep the memory that it frees (`native.keep_memory`).
+
     Raises `CharlmError` for a device that is not here and a corpus too short for the batches.
     """
 
@@ -284,7 +286,7 @@ class Trainer:
             reporter.sample(self._sample(self.config.train.sample_chars))
 
     def _sample(self, length: int) -> str:
-        """A text by the model as it is, from a generator of its own: training is the same without it."""
+        """A text by `scored`, from a generator of its own: training is the same without it."""
         generator = torch.Generator().manual_seed(self.config.train.seed + self.progress.step)
         start = self.corpus.vocab.encode("", "skip")
         return "".join(generate(self.scored, self.corpus.vocab, start, length, 0.7, generator=generator))

@@ -136,5 +136,7 @@ def test_bench_prints_a_table_or_json(folder):
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| rnn")]
     assert [row[1].strip() for row in rows] == [row["implementation"] for row in json.loads(found)["rows"]]
     assert "torch" in table and json.loads(found)["products"].keys() == {"float32", "bfloat16"}
+    endless = process("bench", *tiny[:-2], "--seconds", "nan", cwd=folder)
+    assert "has no end" in endless.communicate(timeout=60)[1] and endless.returncode == 2
     refused = process("bench", *tiny, "--device", "tpu", cwd=folder)
     assert "tpu" in refused.communicate()[1] and refused.returncode == 2

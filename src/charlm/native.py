@@ -1,6 +1,6 @@
 """The optional compiled part: `kernels.c`, made by the machine's C compiler for the machine's instructions.
 
-It is compiled at first use, once for each type of number, in about a second, and kept in the user's cache
+It is compiled at first use, once for each type of number, in a second or two, and kept in the user's cache
 folder (``$XDG_CACHE_HOME/charlm`` or ``~/.cache/charlm``), which only its owner may write to. Where there is
 no compiler, or ``CHARLM_KERNELS=off`` stands in the environment, `kernels` gives None, and `fused` does the
 same with torch's operations.

@@ -196,3 +196,13 @@ def test_large_and_undefined_numbers(steps, cell):
         expected = run_cells(cell, "tanh", ids, **tensors)[0]
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-5, equal_nan=True)
     assert y[:, 2].isnan().all()
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_a_second_derivative_is_refused(cell):
+    """It would be wrong: the backward pass is written by hand, and nothing differentiates it."""
+    ids, tensors = example(cell, True)
+    results = run_fused(cell, "tanh", ids, **tensors)
+    (gradient,) = torch.autograd.grad(loss(results) ** 2, tensors["W_hh"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -86,8 +86,12 @@ def gradcheck(config: Config, entries: int = 10, delta: float = 3e-5, seed: int 
         differences = torch.tensor(slopes, dtype=a.dtype)
         nearest = (differences - a[:, None]).abs().argmin(dim=1, keepdim=True)
         n = differences.gather(1, nearest)[:, 0]
-        total = float(n.norm() + a.norm())
-        error = float((n - a).norm()) / total if total else 0.0
-        error = math.inf if math.isnan(error) else error
-        checks.append(Check(name, float(n.norm()), float(a.norm()), error))
+        checks.append(_compare(name, n, a))
     return checks
+
+
+def _compare(name: str, n: Tensor, a: Tensor) -> Check:
+    """The `Check` of numeric against analytic gradients, each of shape (entries,)."""
+    total = float(n.norm() + a.norm())
+    error = float((n - a).norm()) / total if total else 0.0
+    return Check(name, float(n.norm()), float(a.norm()), math.inf if math.isnan(error) else error)

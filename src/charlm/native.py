@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCE = Path(__file__).with_name("kernels.c")  # which includes the other
+_SOURCES = (_SOURCE, Path(__file__).with_name("kernels_writing.c"))
 _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden"]
 _STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 _COUNT, _POINTER, _FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
@@ -205,7 +206,11 @@ def _build(compiler: list[str], store: str, openmp: str | None) -> ctypes.CDLL:
     """Compile `kernels.c` into the cache folder, or find it there."""
     flags = [*_FLAGS, f"-DSTORE={store}", "-fopenmp" if openmp else "-fopenmp-simd"]
     # Everything that the result depends on, so that a home shared by several machines is safe.
-    parts = [_SOURCE.read_bytes(), " ".join([*compiler, *flags]).encode(), _machine(compiler)]
+    parts = [
+        *(source.read_bytes() for source in _SOURCES),
+        " ".join([*compiler, *flags]).encode(),
+        _machine(compiler),
+    ]
     name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     folder = _cache_folder()
     if folder and (folder / name).is_file():

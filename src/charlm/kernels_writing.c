@@ -1,0 +1,191 @@
+/* Included by kernels.c, whose types, steps and panels it uses.
+ *
+ * Writing text: one step of a whole model, for a few rows at a time. What counts then is how fast the weights
+ * come from memory, so that they may stand there in fewer bits: as they are, as bfloat16, or as int8 with a
+ * scale for each column. They are widened in registers; sums are always `real`.
+ *
+ * A sum's order depends on neither B nor the threads: a row comes out the same alone and among others. */
+enum { PLAIN, HALF, BYTE };
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+typedef int32_t integers __attribute__((vector_size(LANES * 4)));
+typedef float floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t loaded __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+#define STRIP 4 /* panels at a time for a single row, so that enough sums are under way */
+
+/* A (K, N), in panels as `pack` lays them out. In fewer bits, a panel's 2 LANES columns of a k stand in LANES
+ * words, so that a word's parts go to different vectors and a shift or a mask brings each into its place:
+ * HALF: the columns j and LANES + j; BYTE: those of k and those of k + 1, K being made even with a zero.
+ * scale (BYTE: times 2^-24, see `widen`) and bias are (N,) or NULL. */
+typedef struct {
+    int64_t kind, K, N;
+    const void *weights;
+    const real *scale, *bias;
+} matrix;
+
+typedef struct {
+    matrix input, recurrent; /* layer 0 has no input matrix, but the table */
+    const real *b_hn;        /* the GRU's; all other biases are in the table or the input matrix */
+} layer;
+
+typedef struct {
+    int64_t cell, layers, H, V; /* cell: 0 rnn with tanh, 1 with relu, 2 lstm, 3 gru */
+    const real *table;          /* (V, G H): layer 0's input share of every character */
+    const layer *layer;
+    matrix head;
+} model;
+
+/* W (N, K), row-major, of the kind's numbers, into room for `laid_size` of them. */
+EXPORT int64_t laid_size(int64_t K, int64_t N) { return (N + NR - 1) / NR * NR * (K + K % 2); }
+
+EXPORT void lay(int64_t kind, int64_t K, int64_t N, const void *w, void *laid) {
+    int64_t panels = (N + NR - 1) / NR, even = K + K % 2;
+#pragma omp parallel for if (K * N > 16 * ENOUGH)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t k = 0; k < even; k++)
+            for (int64_t j = 0; j < NR; j++) {
+                int64_t at = (p * even + k) * NR, n = p * NR + j, from = n * K + k;
+                int some = n < N && k < K;
+                if (kind == PLAIN) ((real *)laid)[at + j] = some ? ((const real *)w)[from] : 0;
+                at += kind == BYTE ? j % LANES * 4 + k % 2 * (2 - NR) : j % LANES * 2;
+                at += j / LANES;
+                if (kind == HALF) ((uint16_t *)laid)[at] = some ? ((const uint16_t *)w)[from] : 0;
+                if (kind == BYTE) ((int8_t *)laid)[at] = some ? ((const int8_t *)w)[from] : 0;
+            }
+}
+
+/* Two rows k of a panel as four vectors of numbers, the int8 ones times 2^24, which saves a shift for each. */
+INLINE void widen(const int kind, const void *weights, int64_t at, vector wide[4]) {
+    if (kind == PLAIN) {
+        for (int i = 0; i < 4; i++) wide[i] = *(const vector *)((const real *)weights + at + i * LANES);
+    } else if (kind == HALF) {
+        for (int i = 0; i < 2; i++) {
+            words word = *(const loaded *)((const uint16_t *)weights + at + i * NR);
+            wide[2 * i] = __builtin_convertvector((floats)(word << 16), vector);
+            wide[2 * i + 1] = __builtin_convertvector((floats)(word & 0xFFFF0000), vector);
+        }
+    } else {
+        words word = *(const loaded *)((const int8_t *)weights + at);
+        for (int i = 0; i < 4; i++)
+            wide[i] = __builtin_convertvector(
+                __builtin_convertvector((integers)(word << (24 - 8 * i) & 0xFF000000), floats), vector);
+    }
+}
+
+/* c from its sums, which stand panel by panel and row by row: the columns from n on, scaled, and the bias. */
+static __attribute__((noinline)) void finish(const matrix *w, int rows, int panels, const real *sum, int64_t n,
+                                             real *c) {
+    for (int q = 0; q < panels; q++, n += NR)
+        for (int i = 0; i < rows; i++, sum += NR)
+            for (int64_t j = 0; j < NR && n + j < w->N; j++) {
+                real scaled = w->scale ? sum[j] * w->scale[n + j] : sum[j];
+                c[i * w->N + n + j] = w->bias ? scaled + w->bias[n + j] : scaled;
+            }
+}
+
+/* `rows` rows of c, from panel `p`, `panels` of them. */
+INLINE void strip(const int kind, const int rows, const int panels, const matrix *w, const real *a, int64_t p,
+                  real *c) {
+    const int64_t K = w->K, size = (K + K % 2) * NR;
+    vector sum[STRIP][2]; /* rows * panels of them */
+#pragma GCC unroll 4
+    for (int i = 0; i < rows * panels; i++) sum[i][0] = sum[i][1] = (vector){0};
+    for (int64_t k = 0; k < K - 1; k += 2)
+#pragma GCC unroll 4
+        for (int q = 0; q < panels; q++) {
+            vector wide[4];
+            widen(kind, w->weights, (p + q) * size + k * NR, wide);
+#pragma GCC unroll 4
+            for (int i = 0; i < rows; i++) {
+                sum[q * rows + i][0] += a[i * K + k] * wide[0];
+                sum[q * rows + i][1] += a[i * K + k] * wide[1];
+                sum[q * rows + i][0] += a[i * K + k + 1] * wide[2];
+                sum[q * rows + i][1] += a[i * K + k + 1] * wide[3];
+            }
+        }
+    if (K % 2)
+        for (int q = 0; q < panels; q++) {
+            vector wide[4];
+            widen(kind, w->weights, (p + q) * size + (K - 1) * NR, wide);
+            for (int i = 0; i < rows; i++) {
+                sum[q * rows + i][0] += a[i * K + K - 1] * wide[0];
+                sum[q * rows + i][1] += a[i * K + K - 1] * wide[1];
+            }
+        }
+    real last[STRIP * NR];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows * panels; i++) {
+        memcpy(last + i * NR, &sum[i][0], BYTES);
+        memcpy(last + i * NR + LANES, &sum[i][1], BYTES);
+    }
+    finish(w, rows, panels, last, p * NR, c);
+}
+
+/* All rows of c, in the columns of STRIP panels from panel `first` on. */
+INLINE void strips(const int kind, const matrix *w, int64_t M, const real *a, int64_t first, real *c) {
+    int64_t K = w->K, N = w->N, panels = (N + NR - 1) / NR;
+    int64_t end = first + STRIP < panels ? first + STRIP : panels;
+    if (M == 1 && end - first == STRIP) {
+        strip(kind, 1, STRIP, w, a, first, c);
+        return;
+    }
+    for (int64_t p = first; p < end; p++) {
+        int64_t m = 0;
+        for (; m + 4 <= M; m += 4) strip(kind, 4, 1, w, a + m * K, p, c + m * N);
+        for (; m < M; m++) strip(kind, 1, 1, w, a + m * K, p, c + m * N);
+    }
+}
+
+/* c (M, N) = a (M, K) W, scaled, and the bias. */
+static void multiply(const matrix *w, int64_t M, const real *a, real *c) {
+#pragma omp parallel for schedule(static) if (M * w->K * w->N > 16 * ENOUGH)
+    for (int64_t first = 0; first < (w->N + NR - 1) / NR; first += STRIP) {
+        if (w->kind == PLAIN) strips(PLAIN, w, M, a, first, c);
+        if (w->kind == HALF) strips(HALF, w, M, a, first, c);
+        if (w->kind == BYTE) strips(BYTE, w, M, a, first, c);
+    }
+}
+
+/* One character further: ids (B,) and the state h, c (layers, B, H) to logits (B, V) and the state after.
+ * work: room for B (2 G + 1) H numbers. Returns 1, having done nothing, for an id that is none. */
+EXPORT int step(const model *m, int64_t B, const int64_t *ids, const real *h, const real *c, real *work,
+                real *h_after, real *c_after, real *logits) {
+    const int64_t H = m->H, BH = B * H, G = m->cell == 2 ? 4 : m->cell == 3 ? 3 : 1;
+    real *gates = work, *share = work + G * BH, *n = work + 2 * G * BH;
+    for (int64_t b = 0; b < B; b++)
+        if (ids[b] < 0 || ids[b] >= m->V) return 1;
+    for (int64_t k = 0; k < m->layers; k++, h += BH, c += BH, h_after += BH, c_after += BH) {
+        const real *x = k ? share : m->table;
+        const int64_t *rows = k ? NULL : ids;
+        if (k) multiply(&m->layer[k].input, B, h_after - BH, share);
+        multiply(&m->layer[k].recurrent, B, h, gates);
+        if (m->cell == 2)
+            lstm_forward(B, H, x, rows, gates, c, c_after, h_after);
+        else if (m->cell == 3)
+            gru_forward(B, H, x, rows, m->layer[k].b_hn, gates, h, n, h_after, h_after);
+        else
+            rnn_forward(B, H, (int)m->cell, x, rows, gates, h_after);
+    }
+    multiply(&m->head, B, h_after - BH, logits);
+    return 0;
+}
+
+/* ids (B,), drawn from the first `kept` of each row of logits (B, V) as chances (B,) in [0, 1) say; where
+ * top_p is below 1 the rows are sorted, the largest first. Returns 1 if a number is not finite. */
+EXPORT int draw(int64_t B, int64_t V, int64_t kept, double temperature, double top_p, const real *logits,
+                const double *chances, double *up_to, int64_t *ids) {
+    for (int64_t b = 0; b < B; b++, logits += V) {
+        double best = logits[0], check = 0, total = 0;
+        for (int64_t j = 0; j < V; j++) {
+            check += logits[j] * 0.0; /* 0, or not a number */
+            best = logits[j] > best ? logits[j] : best;
+        }
+        if (check != 0) return 1;
+        for (int64_t j = 0; j < kept; j++) up_to[j] = total += exp((logits[j] - best) / temperature);
+        int64_t last = kept - 1, j = 0;
+        if (top_p < 1)
+            for (last = 0; last < kept - 1 && up_to[last] / total < top_p;) last++;
+        while (j < last && up_to[j] <= chances[b] * up_to[last]) j++;
+        ids[b] = j;
+    }
+    return 0;
+}

@@ -59,8 +59,9 @@ def _prepare_streams() -> None:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    with contextlib.suppress(OSError):
-        click.echo(f"charlm: {message}", err=True)
+    if message:
+        with contextlib.suppress(OSError):
+            click.echo(f"charlm: {message}", err=True)
     return exit_code
 
 

@@ -375,9 +375,9 @@ class Trainer:
                 tensor[:, own].contiguous().to(self.device) for tensor in carried
             )
             if rank < len(state["rng"]):
-                torch.set_rng_state(state["rng"][rank])
+                torch.set_rng_state(state["rng"][rank].clone())  # torch reads a view of it wrongly
                 if self.device.type == "cuda" and state["cuda_rng"] is not None:
-                    torch.cuda.set_rng_state(state["cuda_rng"][rank], self.device)
+                    torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), self.device)
             else:
                 torch.manual_seed(mix(self.config.train.seed, rank, self.progress.step))
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:

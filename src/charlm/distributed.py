@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -230,4 +231,5 @@ def _first_told(error: BaseException, rank: int, size: int, store: Any) -> BaseE
 
 
 def _line(error: BaseException) -> str:
-    return str(error).split("\n")[0]
+    """What `error` says, without where in torch's source and its advice to look at the logs."""
+    return re.sub(r"^\[\S+\] ", "", str(error).split("\n")[0]).split(". This is")[0]

@@ -43,11 +43,19 @@ def two(tmp_path_factory, words):
     script = Path(__file__).with_name("two_processes.py")
     running = [
         subprocess.Popen(
-            [sys.executable, script, folder], env=environment(rank, port), stderr=subprocess.PIPE, text=True
+            [sys.executable, script, folder],
+            env=environment(rank, port),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in (0, 1)
     ]
-    errors = [each.communicate(timeout=120)[1] for each in running]
+    try:
+        errors = [each.communicate(timeout=120)[1] for each in running]
+    finally:
+        for each in running:
+            each.kill()
     return SimpleNamespace(folder=folder, codes=[each.returncode for each in running], errors=errors)
 
 
@@ -102,6 +110,13 @@ def test_one_process_takes_up_a_run_of_two(two, words, name):
     assert len(steps) == len(expected) - 7, "from the save at step 7"
     assert close([p.detach() for p in resumed.model.parameters()], weights)
     assert [characters for _, characters, _ in steps] == [characters for _, characters, _ in expected[7:]]
+
+
+def test_where_one_process_is_told_to_stop_both_do(two):
+    for rank in (0, 1):
+        said = (two.folder / f"signalled.{rank}").read_text()
+        assert said.startswith("143 stopped at step 6 of ") and "--resume" in said
+    assert Run(two.folder / "signalled").load_state()["progress"]["step"] == 6
 
 
 def test_what_the_processes_tell_each_other(two):

@@ -1,6 +1,8 @@
 """What two processes do together for test_distributed.py: python two_processes.py FOLDER, once for each."""
 
 import contextlib
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from charlm import runs
 from charlm.config import from_data
 from charlm.corpus import Corpus
 from charlm.distributed import ALONE, joined
-from charlm.errors import CharlmError
+from charlm.errors import CharlmError, Interrupted
 from charlm.runs import Run
 from charlm.train import Trainer
 from conftest import TINY
@@ -38,16 +40,21 @@ def configure(overrides, processes=1):
 
 
 class Recorder:
-    """A reporter that keeps each step's loss, characters and gradients; it may stop the run at a step."""
+    """A reporter that keeps each step's loss, characters and gradients.
 
-    def __init__(self, trainer, stop_after=None):
-        self.trainer, self.stop_after, self.steps = trainer, stop_after, []
+    It may break the training off after so many steps, or have the last process signalled at one.
+    """
+
+    def __init__(self, trainer, stop_after=None, signal_at=None):
+        self.trainer, self.stop_after, self.signal_at, self.steps = trainer, stop_after, signal_at, []
 
     def step(self, loss, characters, seconds):
         gradients = [parameter.grad.clone() for parameter in self.trainer.model.parameters()]
         self.steps.append((loss, characters, gradients))
         if len(self.steps) == self.stop_after:
             raise InterruptedError
+        if len(self.steps) == self.signal_at and self.trainer.group.rank == self.trainer.group.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def begin(self, *_):
         pass
@@ -59,7 +66,7 @@ class Recorder:
         pass
 
 
-def train(text, overrides, folder, group=ALONE, stop_after=None, resume=False):
+def train(text, overrides, folder, group=ALONE, stop_after=None, resume=False, signal_at=None):
     """Train on `text` to the end, or until broken off after so many steps; the trainer and the steps."""
     config = configure(overrides, group.size)
     corpus = Corpus.from_text(text[: config.corpus.max_chars or 900])
@@ -68,7 +75,7 @@ def train(text, overrides, folder, group=ALONE, stop_after=None, resume=False):
         trainer.restore(run)
     elif group.first:
         runs.create(run, config)
-    recorder = Recorder(trainer, stop_after)
+    recorder = Recorder(trainer, stop_after, signal_at)
     with contextlib.suppress(InterruptedError):
         trainer.train(run, recorder)
     return trainer, recorder.steps
@@ -90,6 +97,10 @@ def main(folder):
             train(text, noisy, folder / f"{name}, noisy, stopped", group, 8)
             train(text, noisy, folder / f"{name}, noisy, stopped", group, resume=True)
             torch.save(torch.get_rng_state(), folder / f"{name}.rng.{group.rank}")
+        try:
+            train(text, [], folder / "signalled", group, signal_at=6)
+        except Interrupted as error:
+            (folder / f"signalled.{group.rank}").write_text(f"{error.exit_code} {error}")
         (folder / f"agreed.{group.rank}").write_text(
             f"{group.largest(3 + group.rank)} {group.sum(0.25)} {group.told(lambda: ['é', 0.1, None])}"
         )

@@ -35,7 +35,7 @@ def _one_thread():
     torch.set_num_threads(1)  # tiny tensors; the tests' figures must not depend on the machine's cores
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def words():
     """2,000 characters of made-up words, with accents and line ends."""
     draw = random.Random(0)

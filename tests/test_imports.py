@@ -25,6 +25,7 @@ ROWS = {
     "recurrent": 3,
     "batches": 4,
     "model": 4,
+    "distributed": 5,
     "stepper": 5,
     "sample": 6,
     "evaluate": 5,

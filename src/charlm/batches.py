@@ -29,8 +29,14 @@ class Batches(Protocol):
     carries_state: bool  # whether a batch goes on where the one before it stopped
     steps_per_epoch: int
 
+    def sequences(self, step: int) -> int:
+        """How many sequences all processes together read in this step of an epoch."""
+
     def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """The batches of an epoch, from step `start` on: x and y, int64 of shape (B, T)."""
+        """The batches of an epoch, from step `start` on: x and y, int64 of shape (B, T).
+
+        B is this process's share, and may be 0 where `sequences` is less than there are processes.
+        """
 
 
 def val_characters(config: BatchesConfig) -> int | None:
@@ -41,20 +47,33 @@ def val_characters(config: BatchesConfig) -> int | None:
     return (config.max_val_windows - 1) * stride + config.seq_len + 1
 
 
-def make_batches(ids: Tensor, config: BatchesConfig) -> "SlidingWindows | ContiguousStreams":
-    """The batches of `ids` (N,) that `config` asks for."""
+def make_batches(
+    ids: Tensor, config: BatchesConfig, rank: int = 0, size: int = 1
+) -> "SlidingWindows | ContiguousStreams":
+    """The batches of `ids` (N,) that `config` asks for; of `size` processes, the share of number `rank`.
+
+    Each step's batch is that of one process with `size` times the batch size, cut into runs.
+    """
+    batch_size, seq_len = config.batch_size * size, config.seq_len
     if config.sampling == "contiguous":
-        return ContiguousStreams(ids, config.batch_size, config.seq_len, config.truncation == "random")
+        return ContiguousStreams(ids, batch_size, seq_len, config.truncation == "random", rank, size)
     return SlidingWindows(
-        ids, config.batch_size, config.seq_len, config.stride, config.shuffle, config.max_train_windows
+        ids, batch_size, seq_len, config.stride, config.shuffle, config.max_train_windows, rank, size
     )
+
+
+def share(count: int, rank: int, size: int) -> slice:
+    """Which of `count` sequences process `rank` of `size` reads: runs of equal length, give or take one."""
+    return slice(rank * count // size, (rank + 1) * count // size)
 
 
 class SlidingWindows(Dataset[Batch]):
     """Windows of T + 1 characters, `stride` apart, in random order; the state starts afresh in each.
 
     ids: the encoded text, (N,).
+    batch_size: windows a step, of all processes together.
     max_windows: use the first so many only.
+    rank, size: of so many processes, whose share of each batch is read.
     Raises `CharlmError` for a text shorter than one window.
     """
 
@@ -68,15 +87,22 @@ class SlidingWindows(Dataset[Batch]):
         stride: int = 1,
         shuffle: bool = True,
         max_windows: int | None = None,
+        rank: int = 0,
+        size: int = 1,
     ):
         _check_length(ids, seq_len + 1, f"one window of batches.seq_len + 1 = {seq_len + 1}")
         self.windows = ids.unfold(0, seq_len + 1, stride)[:max_windows]  # (W, T+1), a view of ids
         self.batch_size = batch_size
         self.shuffle = shuffle
+        self.rank, self.size = rank, size
         self.steps_per_epoch = -(-len(self) // batch_size)
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    def sequences(self, step: int) -> int:
+        """How many windows all processes together read in this step: fewer in an epoch's last."""
+        return min(self.batch_size, len(self) - step * self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
         """Window `index` as x and y, int64 of shape (T,)."""
@@ -108,10 +134,12 @@ class _WindowOrder(Sampler[Tensor]):
         size, count = self.windows.batch_size, len(self.windows)
         together = max(_SHUFFLED_AT_ONCE // size, 1) * size
         for first in range(self.start * size, count, together):
-            indices = torch.arange(first, min(first + together, count))
+            batches = torch.split(torch.arange(first, min(first + together, count)), size)
+            own = [batch[share(len(batch), self.windows.rank, self.windows.size)] for batch in batches]
+            indices = torch.cat(own)
             if self.windows.shuffle:
                 indices = shuffled(indices, count, self.seed, self.epoch)
-            yield from torch.split(indices, size)
+            yield from torch.split(indices, [len(batch) for batch in own])
 
 
 class ContiguousStreams(Dataset[Batch]):
@@ -121,28 +149,46 @@ class ContiguousStreams(Dataset[Batch]):
     them, anew each epoch, so that the steps do not cut the text at the same places every time.
 
     ids: the encoded text, (N,).
+    batch_size: streams, of all processes together.
     random_length: draw where each step ends, up to T/2 from its place, anew each epoch: the gradient is cut
         after T characters on average and not always at the same distance.
+    rank, size: of so many processes, whose share of the streams is read.
     Raises `CharlmError` for a text too short for one step of every stream.
     """
 
     carries_state = True
 
-    def __init__(self, ids: Tensor, batch_size: int, seq_len: int, random_length: bool = False):
+    def __init__(
+        self,
+        ids: Tensor,
+        batch_size: int,
+        seq_len: int,
+        random_length: bool = False,
+        rank: int = 0,
+        size: int = 1,
+    ):
         needed = batch_size * seq_len + 1
-        _check_length(ids, needed, f"one step: batches.batch_size × batches.seq_len + 1 = {needed}")
+        processes = f"{size} processes × " if size > 1 else ""
+        _check_length(
+            ids, needed, f"one step: {processes}batches.batch_size × batches.seq_len + 1 = {needed}"
+        )
         self.ids, self.batch_size, self.seq_len, self.random_length = ids, batch_size, seq_len, random_length
+        self.streams = torch.arange(batch_size)[share(batch_size, rank, size)]
         # Leave room for an offset of up to T where the text allows.
         self.steps_per_epoch = max((len(ids) - seq_len) // (batch_size * seq_len), 1)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
+    def sequences(self, step: int) -> int:
+        """How many streams all processes together read in this step: all of them in every one."""
+        return self.batch_size
+
     def __getitem__(self, part: tuple[int, int]) -> Batch:
         """The first stream's characters from part[0] to part[1] and the others' beside them: x, y (B, T)."""
         begin, end = part
         stream_length = self.steps_per_epoch * self.seq_len
-        starts = begin + stream_length * torch.arange(self.batch_size)
+        starts = begin + stream_length * self.streams
         windows = self.ids.unfold(0, end - begin + 1, 1)[starts].long()
         return windows[:, :-1], windows[:, 1:]
 

@@ -31,7 +31,9 @@ def main(args: list[str] | None = None) -> int:
     except CharlmError as error:
         return _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        return _fail(error.format_message().replace("\n", " "), error.exit_code)
+        # Every process of torchrun's has the same arguments: the first speaks for them.
+        first = os.environ.get("RANK", "0") == "0"
+        return _fail(error.format_message().replace("\n", " ") if first else "", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except (BrokenPipeError, SystemExit):
@@ -59,8 +61,9 @@ def _prepare_streams() -> None:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    with contextlib.suppress(OSError):
-        click.echo(f"charlm: {message}", err=True)
+    if message:
+        with contextlib.suppress(OSError):
+            click.echo(f"charlm: {message}", err=True)
     return exit_code
 
 

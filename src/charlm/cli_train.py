@@ -29,52 +29,76 @@ def train(
 
     With no --config, an LSTM on the bundled Spanish corpus. The models, the log and the state to resume from
     are in runs/RUN. Ctrl-C finishes the step, saves and says how to go on.
+
+    torchrun --nproc-per-node 2 -m charlm train ... trains with two processes, each on its share of the data.
     """
     from charlm import config as configuration
     from charlm import runs
-
-    if resume:
-        if recipe or name:
-            raise ConfigError(
-                "--resume goes on with a run's own configuration: give no --config and no --name"
-            )
-        run = runs.find_run(resume)
-        before = run.load_config()
-        config = configuration.override(before, overrides)
-        _refuse_changes(before.model_dump(), config.model_dump())
-    else:
-        config = configuration.load(recipe, overrides)
-        run = runs.new_run(name, Path(recipe).stem if recipe else config.model.cell)
-
     from charlm.corpus import Corpus
+    from charlm.distributed import joined
     from charlm.progress import TrainingDisplay
     from charlm.train import Trainer
 
-    display = TrainingDisplay()
-    trainer = Trainer(config, Corpus.load(config.corpus))
-    if dry_run:
-        click.echo(configuration.to_yaml(config))
-        click.echo("\n".join(trainer.describe()))
-        click.echo(
-            f"would write {run.folder}/ with config.yaml, model.safetensors, last.safetensors, state.pt, "
-            "metrics.jsonl"
+    with joined() as group:
+        data, folder = group.told(lambda: _prepare(recipe, overrides, name, resume, group.size))
+        config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
+        display = TrainingDisplay(silent=not group.first)
+        corpus = group.in_turn(lambda: Corpus.load(config.corpus))
+        group.check_same("text", corpus.fingerprint)
+        trainer = Trainer(config, corpus, group)
+        if dry_run:
+            if group.first:
+                click.echo(configuration.to_yaml(config))
+                click.echo("\n".join(trainer.describe()))
+                click.echo(
+                    f"would write {run.folder}/ with config.yaml, model.safetensors, last.safetensors, "
+                    "state.pt, metrics.jsonl"
+                )
+            return
+        for line in trainer.describe():
+            display.say(line)
+        if resume:
+            trainer.restore(run)
+            if trainer.finished:
+                raise ConfigError(
+                    f"the run {run.folder} is finished, at step {trainer.progress.step}, "
+                    f"by {trainer.finished}; to train on, raise that with --set"
+                )
+            group.told(lambda: runs.save_config(run, config))
+            display.say(f"resumed  {run.folder} at step {trainer.progress.step} of {trainer.total_steps}")
+        else:
+            folder = group.told(lambda: str(runs.create(run, config, rename=name is None).folder))
+            run = runs.Run(Path(folder))
+        result = trainer.train(run, display)
+        if group.first:
+            display.finished(result.best, result.test, run.folder, trainer.suggested_prefix)
+
+
+def _prepare(
+    recipe: str | None, overrides: tuple[str, ...], name: str | None, resume: str | None, processes: int
+) -> tuple[dict[str, Any], str]:
+    """The configuration to train with, as data, and the run's folder."""
+    from charlm import config as configuration
+    from charlm import runs
+
+    if not resume:
+        config = configuration.load(recipe, overrides)
+        run = runs.new_run(name, Path(recipe).stem if recipe else config.model.cell)
+        return config.model_dump(mode="json"), str(run.folder)
+    if recipe or name:
+        raise ConfigError("--resume goes on with a run's own configuration: give no --config and no --name")
+    run = runs.find_run(resume)
+    before = run.load_config()
+    sequences = run.load_state().get("sequences", before.batches.batch_size)
+    if sequences % processes:
+        raise ConfigError(
+            f"the run {run.folder} reads {sequences} sequences a step, which {processes} processes cannot "
+            "share evenly; start a number of processes that divides it"
         )
-        return
-    for line in trainer.describe():
-        display.say(line)
-    if resume:
-        trainer.restore(run)
-        if trainer.finished:
-            raise ConfigError(
-                f"the run {run.folder} is finished, at step {trainer.progress.step}, by {trainer.finished}; "
-                "to train on, raise that with --set"
-            )
-        runs.save_config(run, config)
-        display.say(f"resumed  {run.folder} at step {trainer.progress.step} of {trainer.total_steps}")
-    else:
-        run = runs.create(run, config, rename=name is None)
-    result = trainer.train(run, display)
-    display.finished(result.best, result.test, run.folder, trainer.suggested_prefix)
+    before = configuration.override(before, [f"batches.batch_size={sequences // processes}"])
+    config = configuration.override(before, overrides)
+    _refuse_changes(before.model_dump(), config.model_dump())
+    return config.model_dump(mode="json"), str(run.folder)
 
 
 _CHANGEABLE = (

@@ -23,3 +23,11 @@ class Interrupted(CharlmError):  # noqa: N818 - what happened, not a mistake
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class Told(CharlmError):  # noqa: N818 - what happened, not a mistake
+    """What ended this process of several; another one shows it, and this one ends in silence."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("")
+        self.exit_code = exit_code

@@ -15,15 +15,21 @@ _BAR = "{desc} |{bar}| {remaining} left"  # fits 60 columns
 
 
 class TrainingDisplay:
-    """Shows the loop on stderr; there is a bar only where stderr is a terminal."""
+    """Shows the loop on stderr; there is a bar only where stderr is a terminal.
 
-    def __init__(self) -> None:
+    silent: show nothing, as the second and later of several processes do.
+    """
+
+    def __init__(self, silent: bool = False) -> None:
+        self.silent = silent
         self.bar: tqdm[Any] | None = None
         self.steps_per_epoch = 1
         self.chars_per_second = 0.0
 
     def say(self, line: str = "") -> None:
         """Print a line, above the bar if there is one. Training goes on when nobody is left to read it."""
+        if self.silent:
+            return
         with contextlib.suppress(BrokenPipeError):
             tqdm.write(line, file=sys.stderr)
 
@@ -31,7 +37,7 @@ class TrainingDisplay:
         """Show the bar at `step`."""
         self.steps_per_epoch = steps_per_epoch
         self.epochs = -(-total_steps // steps_per_epoch)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.silent:
             self.bar = tqdm(
                 total=total_steps,
                 initial=step,

@@ -8,21 +8,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from charlm import scheduled
-from charlm.batches import make_batches, val_characters
+from charlm.batches import make_batches, mix, share, val_characters
 from charlm.cells import State
 from charlm.checkpoint import load_model, load_weights, save_model
 from charlm.config import Config
 from charlm.corpus import Corpus
-from charlm.device import autocast, choose_device, choose_precision
+from charlm.device import autocast, choose_precision
+from charlm.distributed import ALONE, Group
 from charlm.errors import CharlmError, Interrupted
 from charlm.evaluate import evaluate
 from charlm.metrics import Score, perplexity
@@ -59,7 +60,7 @@ class Reporter(Protocol):
 class Progress:
     """What the loop remembers between steps, apart from tensors.
 
-    train_nats, train_characters, train_seconds: sums since the last evaluation.
+    train_nats, train_characters, train_seconds: sums since the last evaluation, of all processes.
     seconds: time spent in steps, in all.
     """
 
@@ -76,7 +77,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """How a training ended: the best model's figures, and its score on the test split if there is one."""
+    """How a training ended: the best model's figures, and its score on the test split if there is one.
+
+    Only the first of several processes knows.
+    """
 
     best: Row
     test: Score | None
@@ -88,17 +92,20 @@ class Trainer:
     model: what is trained.
     scored: what is scored, sampled from and saved: `model`, or with ``train.ema`` its average.
 
+    Of the processes of a `group` each makes one, and calls what the others call.
+
     Making one has the process keep the memory that it frees (`native.keep_memory`).
 
     Raises `CharlmError` for a device that is not here and a corpus too short for the batches.
     """
 
-    def __init__(self, config: Config, corpus: Corpus):
-        self.config, self.corpus = config, corpus
-        self.device = choose_device(config.train.device)
+    def __init__(self, config: Config, corpus: Corpus, group: Group = ALONE):
+        self.config, self.corpus, self.group = config, corpus, group
+        self.device = group.device(config.train.device)
         self.precision, self.precision_reason = choose_precision(config.train.precision, self.device)
         backward = config.model.direction == "backward"
-        self.batches = make_batches(corpus.train.flip(0) if backward else corpus.train, config.batches)
+        ids = corpus.train.flip(0) if backward else corpus.train
+        self.batches = make_batches(ids, config.batches, group.rank, group.size)
         self.val = corpus.val[: val_characters(config.batches)]
         if len(self.val) < 2:
             raise CharlmError(
@@ -107,10 +114,11 @@ class Trainer:
             )
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
-        torch.manual_seed(config.train.seed)  # dropout draws from torch's global generators
+        torch.manual_seed(group.seed(config.train.seed))  # dropout draws from torch's global generators
         keep_memory()
         model = make_model(len(corpus.vocab), config.model, self.device)
         self.model = model.initialise(config.train.seed).to(self.device)
+        self.prediction = group.parallel(Prediction(self.model))
         self.scored = copy.deepcopy(self.model).to(self.device) if config.train.ema else self.model
         self.optimizer = make_optimizer(self.model, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, self.total_steps, self.steps_per_epoch)
@@ -130,12 +138,14 @@ class Trainer:
         state = "carried" if self.batches.carries_state else "afresh in each window"
         implementation, reason = choose_implementation(model, self.device)
         precision = str(self.precision).removeprefix("torch.")
+        processes = f"{self.group.size} processes × batch " if self.group.size > 1 else ""
+        size = f"{processes}{batches.batch_size} × {batches.seq_len}"
         lines = [
             f"corpus   {source}: {sizes} characters, {len(corpus.vocab)} different",
             f"model    {model.cell} {model.num_layers} × {model.hidden_size}, "
             f"{_DIRECTIONS[model.direction]}: {num_parameters(self.model):,} parameters",
             f"         {implementation} ({reason})",
-            f"batches  {batches.sampling}, {batches.batch_size} × {batches.seq_len}, state {state}; "
+            f"batches  {batches.sampling}, {size}, state {state}; "
             f"{self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all",
             f"device   {self.device}, {precision} ({self.precision_reason})",
         ]
@@ -175,7 +185,8 @@ class Trainer:
                     self._save(run)  # a run that is killed early can be resumed too
                 for x, y in self.remaining_batches():
                     reporter.step(*self.step(x, y))
-                    stop = caught[0] if caught else None  # once: a signal from here on is the next step's
+                    # Once: a signal from here on is the next step's. Where one process stops, all do.
+                    stop = self.group.largest(caught[0] if caught else 0)
                     if progress.step % eval_every == 0 or progress.step == self.total_steps:
                         self._evaluate(run, reporter)
                     elif stop or (every.checkpoint_every and progress.step % every.checkpoint_every == 0):
@@ -183,6 +194,7 @@ class Trainer:
                     if self.finished:
                         break
                     if stop:
+                        self.group.wait()  # for the first process to have saved
                         raise Interrupted(
                             f"stopped at step {progress.step} of {self.total_steps}; "
                             f"go on with: charlm train --resume {shlex.quote(str(run.folder))}",
@@ -190,7 +202,7 @@ class Trainer:
                         )
         finally:
             reporter.end()
-        return self._finish(run)
+        return self._finish(run) if self.group.first else Result({}, None)
 
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from `progress.step` on, epoch after epoch."""
@@ -201,21 +213,32 @@ class Trainer:
             yield from self.batches.loader(self.config.train.seed, epoch, start)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int, float]:
-        """One optimiser step on a batch (B, T): its loss, over how many characters, in how many seconds."""
+        """One optimiser step on a batch (B, T), this process's share of one.
+
+        Returns the loss, over how many characters of all processes, in how many seconds.
+        """
         began = time.perf_counter()
+        progress = self.progress
+        sequences = self._sequences(len(x))
+        part = len(x) / sequences  # of the mean over all processes' characters
+        if not part:  # its gradients are awaited all the same, and count for nothing
+            x = y = x.new_zeros(1, x.shape[1])
         x, y = x.to(self.device), y.to(self.device)
         state = self.carried or self.model.initial_state(len(x))
         self.model.train()
+        true_share = None
+        if self.config.train.teacher_forcing < 1:
+            true_share = scheduled.true_share(progress.step / self.total_steps, self.config.train)
         with autocast(self.device, self.precision):
-            logits, y, state = self._predict(x, y, state)
+            logits, y, state = self.prediction(x, y, state, true_share)
         if self.config.train.loss_on == "last":
             logits, y = logits[:, -1:], y[:, -1:]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        # Of the gradients of this the processes take the mean.
+        (loss * (part * self.group.size)).backward()  # type: ignore[no-untyped-call]
         grad_norm = clip_gradients(self.model, self.config.train)
-        nats = loss.item()
-        progress = self.progress
+        nats, characters = self.group.sum(loss.item() * part), sequences * y.shape[1]
         self.grad_norm, self.lr = grad_norm.item(), self.optimizer.param_groups[0]["lr"]
         if not (math.isfinite(nats) and math.isfinite(self.grad_norm)):
             raise _diverged(
@@ -230,25 +253,23 @@ class Trainer:
             self.carried = tuple(tensor.detach().float() for tensor in state)
         seconds = time.perf_counter() - began
         progress.step += 1
-        progress.train_nats += nats * y.numel()
-        progress.train_characters += y.numel()
+        progress.train_nats += nats * characters
+        progress.train_characters += characters
         progress.train_seconds += seconds
         progress.seconds += seconds
-        return nats, y.numel(), seconds
+        return nats, characters, seconds
 
-    def _predict(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """Logits on a batch, what they predict, and the state after; with scheduled sampling if asked for."""
-        train = self.config.train
-        if train.teacher_forcing == 1:
-            return self.model.predict(x, y, state)
-        share = scheduled.true_share(self.progress.step / self.total_steps, train)
-        logits, state = scheduled.forward(self.model, x, state, share)
-        return logits, y, state
+    def _sequences(self, own: int) -> int:
+        """How many sequences all processes together read in this step, `own` of them this process."""
+        if self.group.size == 1:
+            return own
+        return self.batches.sequences(self.progress.step % self.steps_per_epoch)
 
     def _evaluate(self, run: Run, reporter: Reporter) -> None:
         """Score the val split, log a row, keep the model if it is the best, save."""
         progress = self.progress
-        val = evaluate(self.scored, self.val)
+        # By the first process: the state goes through all of val, which in pieces would have other figures.
+        val = Score(*self.group.told(lambda: astuple(evaluate(self.scored, self.val))))
         if not math.isfinite(val.loss):
             raise _diverged(progress.step, f"the val loss is {val.loss}")
         if isinstance(self.schedule, ReduceLROnPlateau):
@@ -277,12 +298,13 @@ class Trainer:
         else:
             progress.evaluations_since_best += 1
         progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
-        progress.log_size = run.log(row)
-        if best:
+        if self.group.first:
+            progress.log_size = run.log(row)
+        if best and self.group.first:
             save_model(run.best, self.scored, self.corpus.vocab, self.config, _timeless(row))
         self._save(run, row)
         reporter.evaluated(row, best)
-        if self.config.train.sample_chars and not self.kind:
+        if self.config.train.sample_chars and not self.kind and self.group.first:
             reporter.sample(self._sample(self.config.train.sample_chars))
 
     def _sample(self, length: int) -> str:
@@ -293,6 +315,9 @@ class Trainer:
 
     def _save(self, run: Run, row: Row | None = None) -> None:
         """Write ``last.safetensors`` and ``state.pt``; the latter alone is enough to go on from."""
+        processes = self._processes()
+        if not self.group.first:
+            return
         figures = _timeless(row or {"step": self.progress.step})
         save_model(run.last, self.scored, self.corpus.vocab, self.config, figures)
         run.save_state(
@@ -303,18 +328,33 @@ class Trainer:
                 "average": _weights(self.scored) if self.config.train.ema else None,
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
-                "carried": self.carried,
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                **processes,
             }
         )
+
+    def _processes(self) -> dict[str, Any]:
+        """What differs between the processes, of all of them: to be called by all.
+
+        sequences: a step's, of all processes. carried: their states, side by side (L, sequences, H).
+        rng, cuda_rng: the states of their generators, a row each.
+        """
+        cuda = self.device.type == "cuda"
+        return {
+            "sequences": self.config.batches.batch_size * self.group.size,
+            "carried": self.carried and tuple(map(self.group.side_by_side, self.carried)),
+            "rng": self.group.gathered(torch.get_rng_state()),
+            "cuda_rng": self.group.gathered(torch.cuda.get_rng_state(self.device)) if cuda else None,
+        }
 
     def restore(self, run: Run) -> None:
         """Take up the state that `run` saved last, and cut its log back to it.
 
+        Another number of processes may take it up: each step reads the same sequences, and a process that
+        was not there before begins with dropout of its own.
+
         Raises `CharlmError` for a state that is missing, damaged, or of another corpus.
         """
-        state = run.load_state()
+        state = self.group.state(run.load_state)
         try:
             if state["corpus"] != self.corpus.fingerprint:
                 raise CharlmError(
@@ -327,14 +367,23 @@ class Trainer:
                 load_weights(self.scored, state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            carried = state["carried"]
-            self.carried = carried and tuple(tensor.to(self.device) for tensor in carried)
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["cuda_rng"]:
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            rank, carried, sequences = self.group.rank, state["carried"], state["sequences"]
+            if carried and sequences != self.config.batches.batch_size * self.group.size:
+                raise ValueError(f"it has the states of {sequences} streams")
+            own = share(sequences, rank, self.group.size)
+            self.carried = carried and tuple(
+                tensor[:, own].contiguous().to(self.device) for tensor in carried
+            )
+            if rank < len(state["rng"]):
+                torch.set_rng_state(state["rng"][rank].clone())  # torch reads a view of it wrongly
+                if self.device.type == "cuda" and state["cuda_rng"] is not None:
+                    torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), self.device)
+            else:
+                torch.manual_seed(mix(self.config.train.seed, rank, self.progress.step))
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise CharlmError(f"{run.state} does not fit the run's configuration: {error}") from None
-        run.cut_log(self.progress.log_size)
+        if self.group.first:
+            run.cut_log(self.progress.log_size)
 
     def _finish(self, run: Run) -> Result:
         """Score the test split with the best model and log that."""
@@ -345,6 +394,26 @@ class Trainer:
             figures[f"test_{self.kind}bits_per_character"] = test.bits_per_character
             run.log({"step": self.progress.step, "best_step": self.progress.best_step, **figures})
         return Result(best.figures, test)
+
+
+class Prediction(nn.Module):
+    """A model's forward pass in training, as a module, for several processes to run together."""
+
+    def __init__(self, model: CharLM):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, x: Tensor, y: Tensor, state: State, true_share: float | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Logits (B, T, V) on a batch x, y (B, T), the ids that they predict, and the state after.
+
+        true_share: of scheduled sampling; None where every character fed is a true one.
+        """
+        if true_share is None:
+            return self.model.predict(x, y, state)
+        logits, state = scheduled.forward(self.model, x, state, true_share)
+        return logits, y, state
 
 
 def _weights(model: CharLM) -> dict[str, Tensor]:

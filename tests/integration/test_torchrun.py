@@ -1,0 +1,53 @@
+"""Training with several processes, as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from charlm.cli_train import _prepare
+from charlm.errors import ConfigError
+from charlm.runs import Run
+from conftest import settings
+
+
+def test_a_run_of_two_processes_goes_on_as_one(folder, charlm):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    begin = settings("corpus.source=corpus.txt", "train.max_steps=1000000", "train.checkpoint_every=5")
+    run = Run(folder / "runs/two")
+    with subprocess.Popen(
+        [*launch, "-m", "charlm", "train", "--name", "two", *begin],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as running:
+        while running.poll() is None and not run.metrics.exists():
+            time.sleep(0.1)
+        workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True).stdout.split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode != 0 and out == ""
+    lines = err.splitlines()
+    assert sum("2 processes × batch 4 × 8" in line for line in lines) == 1
+    assert sum(line.startswith("epoch 1 ") for line in lines) == 1
+    (end,) = [line for line in lines if line.startswith("charlm: ")]
+    assert "lost the others" in end and "--resume" in end
+
+    step = run.load_state()["progress"]["step"]
+    done = charlm("train", "--resume", "two", "--set", f"train.max_steps={step + 3}")
+    assert done.code == 0 and "sliding, 8 × 8" in done.err and f"at step {step} of {step + 3}" in done.err
+    steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == step + 3
+
+
+def test_a_resumed_run_keeps_the_sequences_of_its_steps(trained):
+    data, _ = _prepare(None, (), None, "tiny", 2)
+    assert data["batches"]["batch_size"] == 2
+    with pytest.raises(ConfigError, match="reads 4 sequences a step, which 3 processes cannot share"):
+        _prepare(None, (), None, "tiny", 3)

@@ -1,0 +1,120 @@
+"""What two processes do together for test_distributed.py: python two_processes.py FOLDER, once for each."""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from charlm import runs
+from charlm.config import from_data
+from charlm.corpus import Corpus
+from charlm.distributed import ALONE, joined
+from charlm.errors import CharlmError, Interrupted
+from charlm.runs import Run
+from charlm.train import Trainer
+from conftest import TINY
+
+# Of 67 windows the last batch has 1 for one process and 2 for the other; of 65, none and 1.
+CASES = {
+    "windows": ["corpus.max_chars=597"],
+    "a last batch of one window": ["corpus.max_chars=579"],
+    "streams": ["batches.sampling=contiguous", "batches.truncation=random"],
+    "builtin": ["model.implementation=builtin", "model.num_layers=2", "model.cell=gru"],
+    "filling": ["model.direction=both", "train.clip_value=0.01"],
+    "backward": ["model.direction=backward", "model.input=one_hot", "train.loss_on=last"],
+    "averaged": [
+        "train.ema=0.9", "train.schedule=plateau", "model.tie_weights=true", "model.embedding_size=12",
+    ],
+}  # fmt: skip
+ALWAYS = ["train.epochs=2", "train.optimizer=sgd", "train.lr=0.3", "train.eval_every=7", "model.dropout=0.0"]
+
+
+def configure(overrides, processes=1):
+    """The configuration of a case whose steps take as many sequences whatever the number of processes."""
+    config = from_data({}, "", [*TINY, "batches.batch_size=8", *ALWAYS, *overrides])
+    batches = config.batches.model_copy(update={"batch_size": config.batches.batch_size // processes})
+    return config.model_copy(update={"batches": batches})
+
+
+class Recorder:
+    """A reporter that keeps each step's loss, characters and gradients.
+
+    It may break the training off after so many steps, or have the last process signalled at one.
+    """
+
+    def __init__(self, trainer, stop_after=None, signal_at=None):
+        self.trainer, self.stop_after, self.signal_at, self.steps = trainer, stop_after, signal_at, []
+
+    def step(self, loss, characters, seconds):
+        gradients = [parameter.grad.clone() for parameter in self.trainer.model.parameters()]
+        self.steps.append((loss, characters, gradients))
+        if len(self.steps) == self.stop_after:
+            raise InterruptedError
+        if len(self.steps) == self.signal_at and self.trainer.group.rank == self.trainer.group.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def begin(self, *_):
+        pass
+
+    def evaluated(self, *_):
+        pass
+
+    def end(self):
+        pass
+
+
+def train(text, overrides, folder, group=ALONE, stop_after=None, resume=False, signal_at=None):
+    """Train on `text` to the end, or until broken off after so many steps; the trainer and the steps."""
+    config = configure(overrides, group.size)
+    corpus = Corpus.from_text(text[: config.corpus.max_chars or 900])
+    trainer, run = Trainer(config, corpus, group), Run(folder)
+    if resume:
+        trainer.restore(run)
+    elif group.first:
+        runs.create(run, config)
+    recorder = Recorder(trainer, stop_after, signal_at)
+    with contextlib.suppress(InterruptedError):
+        trainer.train(run, recorder)
+    return trainer, recorder.steps
+
+
+def main(folder):
+    """All that the tests look at, left in `folder`."""
+    text = (folder / "text").read_text(encoding="utf-8")
+    with joined() as group:
+        torch.set_num_threads(1)
+        for name, overrides in CASES.items():
+            trainer, steps = train(text, overrides, folder / name, group)
+            weights = [[p.detach() for p in model.parameters()] for model in (trainer.model, trainer.scored)]
+            torch.save((steps, weights), folder / f"{name}.{group.rank}")
+        for name in ("windows", "streams"):
+            train(text, [*CASES[name], "train.checkpoint_every=5"], folder / f"{name}, stopped", group, 8)
+            noisy = [*CASES[name], "train.checkpoint_every=5", "model.dropout=0.4"]
+            train(text, noisy, folder / f"{name}, noisy", group)
+            train(text, noisy, folder / f"{name}, noisy, stopped", group, 8)
+            train(text, noisy, folder / f"{name}, noisy, stopped", group, resume=True)
+            torch.save(torch.get_rng_state(), folder / f"{name}.rng.{group.rank}")
+        try:
+            train(text, [], folder / "signalled", group, signal_at=6)
+        except Interrupted as error:
+            (folder / f"signalled.{group.rank}").write_text(f"{error.exit_code} {error}")
+        (folder / f"agreed.{group.rank}").write_text(
+            f"{group.largest(3 + group.rank)} {group.sum(0.25)} {group.told(lambda: ['é', 0.1, None])}"
+        )
+        try:
+            group.check_same("text", str(group.rank))
+        except CharlmError as error:
+            (folder / f"different.{group.rank}").write_text(str(error))
+        if group.rank == 1:
+            raise CharlmError("the disk is full")
+        group.wait()
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except CharlmError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

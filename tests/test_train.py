@@ -24,7 +24,7 @@ class Silent:
     """A reporter that shows nothing; `on_step` is called after each step."""
 
     def __init__(self, on_step=lambda: None):
-        self.on_step, self.rows, self.samples = on_step, [], []
+        self.on_step, self.rows, self.samples, self.said = on_step, [], [], []
 
     def begin(self, step, total_steps, steps_per_epoch):
         pass
@@ -37,6 +37,9 @@ class Silent:
 
     def sample(self, text):
         self.samples.append(text)
+
+    def say(self, line):
+        self.said.append(line)
 
     def end(self):
         pass

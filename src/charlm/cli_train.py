@@ -1,7 +1,6 @@
 """The command that trains."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -21,17 +20,26 @@ from charlm.errors import ConfigError
 )
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: RECIPE-DATE-TIME]")
 @click.option("--resume", metavar="RUN", help="Go on with a run that stopped.")
+@click.option("--at", type=click.IntRange(min=0), metavar="STEP", help="Resume at an earlier, kept save.")
+@click.option("--allow-changes", is_flag=True, help="Resume with other settings, as far as they fit.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained and written; do nothing.")
 def train(
-    recipe: str | None, overrides: tuple[str, ...], name: str | None, resume: str | None, dry_run: bool
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    name: str | None,
+    resume: str | None,
+    at: int | None,
+    allow_changes: bool,
+    dry_run: bool,
 ) -> None:
     """Train a model on a text.
 
     With no --config, an LSTM on the bundled Spanish corpus. The models, the log and the state to resume from
-    are in runs/RUN. Ctrl-C finishes the step, saves and says how to go on.
+    are in runs/RUN. Ctrl-C finishes the step, saves and says how to go on; a second one stops at once.
     """
     from charlm import config as configuration
     from charlm import runs
+    from charlm.resume import refuse_changes
 
     if resume:
         if recipe or name:
@@ -41,7 +49,9 @@ def train(
         run = runs.find_run(resume)
         before = run.load_config()
         config = configuration.override(before, overrides)
-        _refuse_changes(before.model_dump(), config.model_dump())
+        refuse_changes(before, config, allow_changes)
+    elif at is not None or allow_changes:
+        raise ConfigError("--at and --allow-changes go with --resume RUN")
     else:
         config = configuration.load(recipe, overrides)
         run = runs.new_run(name, Path(recipe).stem if recipe else config.model.cell)
@@ -62,36 +72,17 @@ def train(
         return
     for line in trainer.describe():
         display.say(line)
-    if resume:
-        trainer.restore(run)
-        if trainer.finished:
-            raise ConfigError(
-                f"the run {run.folder} is finished, at step {trainer.progress.step}, by {trainer.finished}; "
-                "to train on, raise that with --set"
-            )
-        runs.save_config(run, config)
-        display.say(f"resumed  {run.folder} at step {trainer.progress.step} of {trainer.total_steps}")
-    else:
+    if not resume:
         run = runs.create(run, config, rename=name is None)
-    result = trainer.train(run, display)
+    with runs.lock(run):
+        if resume:
+            trainer.restore(run, at)
+            if trainer.progress.concluded and trainer.finished:
+                raise ConfigError(
+                    f"the run {run.folder} is finished, at step {trainer.progress.step}, by "
+                    f"{trainer.finished}; to train on, raise that with --set"
+                )
+            runs.save_config(run, config)
+            display.say(f"resumed  {run.folder} at step {trainer.progress.step} of {trainer.total_steps}")
+        result = trainer.train(run, display)
     display.finished(result.best, result.test, run.folder, trainer.suggested_prefix)
-
-
-_CHANGEABLE = (
-    "train.epochs", "train.max_steps", "train.early_stopping", "train.device", "corpus.source",
-)  # fmt: skip
-
-
-def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A run goes on as it began, but for its budget, its device, and where its text now is."""
-    changed = [
-        f"{section}.{key}"
-        for section, values in after.items()
-        for key, value in values.items()
-        if value != before[section][key] and f"{section}.{key}" not in _CHANGEABLE
-    ]
-    if changed:
-        raise ConfigError(
-            f"--resume cannot change {', '.join(changed)}, only {', '.join(_CHANGEABLE)}; "
-            "begin a new run for the rest"
-        )

@@ -180,7 +180,7 @@ class Trainer:
             for batch in self.batches.loader(self.config.train.seed, epoch, start):
                 yield batch
                 expected += 1
-                if self.progress.step != expected:
+                if self.progress.step < expected:
                     break
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int, float]:
@@ -266,7 +266,7 @@ class Trainer:
         progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
         progress.log_size = run.log(row)
         self.figures = _without(row, "seconds", "chars_per_second", "sample")
-        self._save(good=True)
+        self._save(good=self._is_sound(val))
         reporter.evaluated(row, best)
         if "sample" in row:
             reporter.sample(row["sample"])
@@ -331,14 +331,14 @@ class Trainer:
     def _save_if_due(self, stop: bool) -> None:
         """Save where `stop` or ``train.checkpoint_every`` asks for it."""
         every, step = self.config.train.checkpoint_steps, self.progress.step
-        if every and step % every == 0 and self._is_sound():
-            self._save(good=True)
+        if every and step % every == 0:
+            self._save(good=self._is_sound(evaluate(self.scored, self.val[:1000])))
         elif stop or self.saves.due():
             self._save(keep=not stop)
 
-    def _is_sound(self) -> bool:
-        """Whether the model gives a finite loss, on a little of the val split."""
-        return math.isfinite(evaluate(self.scored, self.val[:1000]).loss)
+    def _is_sound(self, val: Score) -> bool:
+        """Whether a model with this score is worth going back to: it is not far worse than guessing."""
+        return val.loss < 2 * math.log(len(self.corpus.vocab)) + 1
 
     def _save(self, good: bool = False, keep: bool = True) -> None:
         """Write state and models; `good` and `keep` as in `Saves.write`."""

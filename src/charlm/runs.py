@@ -8,6 +8,7 @@ on from), ``metrics.jsonl``, ``checkpoints/step-N/`` (earlier saves).
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -72,7 +73,9 @@ class Run:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write `state` to ``state.pt``, atomically."""
-        write_atomically(self.state, lambda path: torch.save(state, path))
+        data = io.BytesIO()  # torch.save, writing to a full disk, would not say that it is full
+        torch.save(state, data)
+        write_atomically(self.state, lambda path: path.write_bytes(data.getbuffer()))
 
     def load_state(self) -> dict[str, Any]:
         """Read ``state.pt``; only tensors and plain values are, never code."""

@@ -12,7 +12,7 @@ BENCH_RECORD := build/bench.json
 BENCHMARKS   := $(filter-out %/common.py %/targets.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train generate test lint fix bench clean
+.PHONY: help setup demo train generate test kill lint fix bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ generate: $(STAMP)  ## write with the newest model: make generate PREFIX='Sancho
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+kill: $(STAMP)  ## kill trainings at random moments and resume them: an hour; make kill ARGS='--kills 5'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/integration/kills.py $(or $(ARGS),--kills 100 --signals 20 --faults)
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -149,3 +149,18 @@ def test_the_six_recipes_differ_in_what_they_say_only():
         assert (fastest.model.cell, fastest.model.implementation) == (cell, "auto")
         assert override(fastest, ["model.implementation=scratch"]) == scratch
     assert len({load(f"{cell}.yaml").train.epochs for cell in ("rnn", "lstm", "gru")}) == 1, "they compare"
+
+
+def test_saves_come_after_steps_or_after_a_time():
+    for text, steps, seconds in (
+        ("500", 500, None),
+        ("30s", None, 30),
+        ("1.5min", None, 90),
+        ("2h", None, 7200),
+    ):
+        train = from_data({}, "", [f"train.checkpoint_every={text}"]).train
+        assert (train.checkpoint_steps, train.checkpoint_seconds) == (steps, seconds)
+    with pytest.raises(
+        ConfigError, match="'10 days'; it must be steps, as 500, or a time, as 30s, 10min or 2h"
+    ):
+        from_data({}, "", ["train.checkpoint_every=10 days"])

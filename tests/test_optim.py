@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from charlm.config import TrainConfig
-from charlm.optim import clip_gradients, lr_factor, make_optimizer, make_schedule, update_average
+from charlm.optim import clip_gradients, lr_factor, make_optimizer, make_plateau, update_average
 
 
 def factors(total=100, per_epoch=10, **options):
@@ -46,7 +46,7 @@ def test_plateau_lowers_the_rate_when_val_stays():
     model = nn.Linear(2, 2)
     config = TrainConfig(schedule="plateau", lr=1.0, decay=0.5, plateau_patience=2)
     optimizer = make_optimizer(model, config)
-    schedule = make_schedule(optimizer, config, 10, 10)
+    schedule = make_plateau(optimizer, config)
     rates = []
     for loss in (3.0, 2.0, 2.0, 2.0, 1.9999999, 2.0):
         schedule.step(loss)

@@ -73,6 +73,49 @@ def test_the_log_is_json_whatever_happens(run):
     assert run.metrics.read_text() == '{"val_loss": 800.0}\n'
 
 
+def test_a_row_that_does_not_fit_is_not_left_in_part(run, monkeypatch):
+    size, real = run.log({"step": 1}), os.fsync
+
+    def full(descriptor):
+        real(descriptor)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CharlmError, match="metrics.jsonl: No space left"):
+        run.log({"step": 2})
+    assert run.metrics.stat().st_size == size
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(run):
+    with runs.lock(run), pytest.raises(CharlmError, match="being trained by another"), runs.lock(run):
+        pass
+    with runs.lock(run):
+        pass
+    assert [path.name for path in run.folder.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_that_cannot_be_made_leaves_nothing(folder, monkeypatch):
+    def fail(run, config):
+        raise CharlmError("full")
+
+    monkeypatch.setattr(runs, "save_config", fail)
+    with pytest.raises(CharlmError, match="full"):
+        runs.create(Run(Path("runs/b")), Config())
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_checkpoints_are_kept_and_pruned(run):
+    for step in (5, 10, 15):
+        run.state.unlink(missing_ok=True)
+        run.state.write_text(str(step))
+        run.keep(step)
+    assert run.checkpoints() == [5, 10, 15]
+    run.prune([10])
+    assert run.checkpoints() == [10] and run.checkpoint(10).state.read_text() == "10"
+    run.prune([])
+    assert not (run.folder / "checkpoints").exists()
+
+
 def test_state_round_trip_and_damage(run):
     with pytest.raises(CharlmError, match="no state.pt"):
         run.load_state()

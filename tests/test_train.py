@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from charlm import runs
+from charlm import runs, saves
 from charlm import train as module
 from charlm.checkpoint import load_model
 from charlm.config import from_data
@@ -24,7 +25,7 @@ class Silent:
     """A reporter that shows nothing; `on_step` is called after each step."""
 
     def __init__(self, on_step=lambda: None):
-        self.on_step, self.rows, self.samples = on_step, [], []
+        self.on_step, self.rows, self.samples, self.said = on_step, [], [], []
 
     def begin(self, step, total_steps, steps_per_epoch):
         pass
@@ -37,6 +38,9 @@ class Silent:
 
     def sample(self, text):
         self.samples.append(text)
+
+    def say(self, line):
+        self.said.append(line)
 
     def end(self):
         pass
@@ -138,6 +142,7 @@ SETTINGS = {
     ],
     "filling": ["model.direction=both"],
     "averaged": ["train.ema=0.98", "batches.sampling=contiguous", "model.num_layers=2"],
+    "samples": ["train.sample_chars=9", "train.eval_every=9"],
     "adadelta": ["train.optimizer=adadelta", "train.lr=1.0", "train.schedule=constant"],
 }
 
@@ -200,12 +205,139 @@ def test_a_loss_that_is_not_finite_stops_with_advice(train):
         train("train.optimizer=sgd", "train.lr=1e30", "train.clip=none", "train.schedule=constant")
 
 
-def test_a_val_loss_that_is_not_finite_stops_before_anything_is_saved(train, tmp_path, monkeypatch):
+def poison(monkeypatch, steps):
+    """Make the loss NaN at `steps` of all that are tried; returns the learning rates of all."""
+    rates, real = [], Trainer._predict
+
+    def predict(self, x, y, state):
+        logits, y, state = real(self, x, y, state)
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return (logits * math.nan if len(rates) in steps else logits), y, state
+
+    monkeypatch.setattr(Trainer, "_predict", predict)
+    return rates
+
+
+def test_a_step_that_is_not_finite_is_not_taken(words, monkeypatch):
+    trainer = Trainer(configure("batches.sampling=contiguous", "train.ema=0.9"), Corpus.from_text(words))
+    poison(monkeypatch, {3})
+    batches = trainer.remaining_batches()
+    for _ in range(2):
+        trainer.step(*next(batches))
+    before = copy.deepcopy(trainer._snapshot())
+    trainer.step(*next(batches))
+    after = trainer._snapshot()
+    assert "loss is nan" in trainer.problem and trainer.carried is None
+    for key in ("weights", "average"):
+        assert all(torch.equal(after[key][name], before[key][name]) for name in before[key])
+    for mine, theirs in zip(
+        after["optimizer"]["state"].values(), before["optimizer"]["state"].values(), strict=True
+    ):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    same = {"train_nats", "train_characters", "grad_norm"}
+    assert {k for k, v in after["progress"].items() if v == before["progress"][k]} >= same
+    assert after["progress"]["step"] == 3 and after["progress"]["bad_steps"] == 1
+    trainer.step(*next(batches))
+    assert trainer.problem is None and trainer.progress.bad_steps_in_a_row == 0
+
+
+def test_too_many_bad_steps_send_the_run_back_with_half_the_learning_rate(train, monkeypatch):
+    rates = poison(monkeypatch, {3, 8, 9, 10})
+    overrides = ["train.eval_every=5", "train.max_bad_steps=3", "train.schedule=constant", "train.lr=0.01"]
+    trainer, run, reporter = train(*overrides, "train.max_steps=12", "model.dropout=0.3")
+    assert [row["event"] for row in rows(run) if "event" in row] == ["bad_step"] * 4 + ["rollback"]
+    (back,) = (row for row in rows(run) if row.get("event") == "rollback")
+    assert (back["from_step"], back["step"], back["bad_steps"], back["rollbacks"]) == (10, 5, 4, 1)
+    assert rates == [0.01] * 10 + [0.005] * 7
+    evaluations = [row for row in rows(run) if "val_loss" in row]
+    assert [row.get("bad_steps") for row in evaluations] == [1, 4, 4]
+    assert [row.get("rollbacks") for row in evaluations] == [None, 1, 1]
+    assert any("back from step 10 to 5" in line for line in reporter.said) and len(reporter.said) == 5
+    assert trainer.progress.step == 12
+
+
+@pytest.mark.parametrize("stop_at", [7, 9, 13])
+def test_where_a_run_goes_back_to_does_not_depend_on_a_stop(train, monkeypatch, stop_at):
+    bad, overrides = {8, 9, 10}, ["train.eval_every=5", "train.max_bad_steps=3", "train.max_steps=14"]
+    with monkeypatch.context() as patch:
+        poison(patch, bad)
+        whole, run, _ = train(*overrides, name="whole")
+    steps = poison(monkeypatch, bad)
+    stop = lambda: os.kill(os.getpid(), signal.SIGINT) if len(steps) == stop_at else None
+    with pytest.raises(Interrupted):
+        train(*overrides, name="stopped", on_step=stop)
+    resumed, second, _ = train(*overrides, name="stopped", resume=True)
+    assert same_weights(whole, resumed) and rows(second) == rows(run)
+    assert not (second.folder / "checkpoints").exists()
+
+
+def test_a_time_between_saves_changes_nothing(train):
+    plain, timed = (
+        train("train.max_steps=9", *more, name=f"n{len(more)}")
+        for more in ([], ["train.checkpoint_every=0.001s"])
+    )
+    assert same_weights(plain[0], timed[0])
+
+
+def test_a_val_loss_that_is_not_finite_sends_the_run_back(train, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "evaluate", lambda *args: Score(math.nan, 1))
-    with pytest.raises(CharlmError, match="diverged after step 5: the val loss is nan"):
-        train("train.max_steps=9", "train.eval_every=5")
+    with pytest.raises(
+        CharlmError, match="diverged after step 5: the val loss is nan, after going back 2 times"
+    ):
+        train("train.max_steps=9", "train.eval_every=5", "train.max_rollbacks=2")
     assert Run(tmp_path / "run").load_state()["progress"]["step"] == 0
-    assert not Run(tmp_path / "run").metrics.exists()
+    assert [row["event"] for row in rows(Run(tmp_path / "run"))] == ["rollback"] * 2
+
+
+def test_a_run_killed_between_its_writes_is_mended(train, monkeypatch):
+    overrides = ["train.max_steps=12", "train.eval_every=4", "train.lr=0.02", "train.schedule=constant"]
+    _, run, _ = train(*overrides, name="whole")
+    with monkeypatch.context() as patch:  # after state.pt, before the models
+        patch.setattr(saves.Saves, "_write_models", lambda *args: 1 / 0 if args[1].step == 12 else None)
+        with pytest.raises(ZeroDivisionError):
+            train(*overrides, name="killed")
+    left = Run(run.folder.with_name("killed"))
+    (left.folder / ".state.pt.x1y2z3").write_text("half")
+    _, mended, _ = train(*overrides, name="killed", resume=True)
+    assert (mended.best.read_bytes(), mended.last.read_bytes()) == (
+        run.best.read_bytes(),
+        run.last.read_bytes(),
+    )
+    assert rows(mended) == rows(run)
+    assert not list(left.folder.glob(".*"))
+
+
+def test_a_run_killed_before_its_first_save_begins(train, tmp_path):
+    runs.create(Run(tmp_path / "run"), configure())
+    assert train("train.max_steps=2", resume=True)[0].progress.step == 2
+
+
+def test_other_batches_begin_the_epoch_again(train, words):
+    trainer, run, _ = train("train.max_steps=80", "train.lr=0.01")
+    config = configure(
+        "train.max_steps=80", "train.lr=0.02", "batches.batch_size=8", "train.betas=[0.5, 0.9]"
+    )
+    other = Trainer(config, Corpus.from_text(words))
+    other.restore(run)
+    assert 80 // trainer.steps_per_epoch == 1 and other.progress.step == other.steps_per_epoch == 28
+    assert other.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+    other.train(run, Silent())
+    assert other.progress.step == 80 and other.progress.rollbacks == 0
+
+
+def test_a_run_can_go_back_to_the_saves_that_it_kept(train, words):
+    overrides = ["train.max_steps=12", "train.eval_every=3", "train.keep_last=2"]
+    whole, run, _ = train(*overrides)
+    assert run.checkpoints() == [9, 12]
+    assert load_model(run.checkpoint(9).last).figures["step"] == 9
+    end = run.last.read_bytes()
+    again = Trainer(configure(*overrides), Corpus.from_text(words))
+    with pytest.raises(CharlmError, match="no save of step 3; it has 9, 12"):
+        again.restore(run, 3)
+    again.restore(run, 9)
+    again.train(run, Silent())
+    assert run.last.read_bytes() == end and same_weights(whole, again)
+    assert [row["step"] for row in rows(run) if "val_loss" in row] == [3, 6, 9, 12]
 
 
 def test_a_run_killed_before_its_first_evaluation_can_be_resumed(train):

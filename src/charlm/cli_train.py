@@ -1,5 +1,6 @@
 """The command that trains."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,28 @@ from charlm.errors import ConfigError
 )
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: RECIPE-DATE-TIME]")
 @click.option("--resume", metavar="RUN", help="Go on with a run that stopped.")
+@click.option("--at", type=click.IntRange(min=0), metavar="STEP", help="Resume at an earlier, kept save.")
+@click.option("--allow-changes", is_flag=True, help="Resume with other settings, as far as they fit.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained and written; do nothing.")
 def train(
-    recipe: str | None, overrides: tuple[str, ...], name: str | None, resume: str | None, dry_run: bool
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    name: str | None,
+    resume: str | None,
+    at: int | None,
+    allow_changes: bool,
+    dry_run: bool,
 ) -> None:
     """Train a model on a text.
 
     With no --config, an LSTM on the bundled Spanish corpus. The models, the log and the state to resume from
-    are in runs/RUN. Ctrl-C finishes the step, saves and says how to go on.
+    are in runs/RUN. Ctrl-C finishes the step, saves and says how to go on; a second one stops at once.
 
     torchrun --nproc-per-node 2 -m charlm train ... trains with two processes, each on its share of the data.
     """
+    if not resume and (at is not None or allow_changes):
+        raise ConfigError("--at and --allow-changes go with --resume RUN")
+
     from charlm import config as configuration
     from charlm import runs
     from charlm.corpus import Corpus
@@ -39,8 +51,10 @@ def train(
     from charlm.progress import TrainingDisplay
     from charlm.train import Trainer
 
-    with joined() as group:
-        data, folder = group.told(lambda: _prepare(recipe, overrides, name, resume, group.size))
+    with joined() as group, contextlib.ExitStack() as held:
+        data, folder = group.told(
+            lambda: _prepare(recipe, overrides, name, resume, allow_changes, group.size)
+        )
         config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
         display = TrainingDisplay(silent=not group.first)
         corpus = group.in_turn(lambda: Corpus.load(config.corpus))
@@ -57,29 +71,37 @@ def train(
             return
         for line in trainer.describe():
             display.say(line)
+        if not resume:
+            folder = group.told(lambda: str(runs.create(run, config, rename=name is None).folder))
+            run = runs.Run(Path(folder))
+        if group.first:
+            held.enter_context(runs.lock(run))
         if resume:
-            trainer.restore(run)
-            if trainer.finished:
+            trainer.restore(run, at)
+            if trainer.progress.concluded and trainer.finished:
                 raise ConfigError(
                     f"the run {run.folder} is finished, at step {trainer.progress.step}, "
                     f"by {trainer.finished}; to train on, raise that with --set"
                 )
             group.told(lambda: runs.save_config(run, config))
             display.say(f"resumed  {run.folder} at step {trainer.progress.step} of {trainer.total_steps}")
-        else:
-            folder = group.told(lambda: str(runs.create(run, config, rename=name is None).folder))
-            run = runs.Run(Path(folder))
         result = trainer.train(run, display)
         if group.first:
             display.finished(result.best, result.test, run.folder, trainer.suggested_prefix)
 
 
 def _prepare(
-    recipe: str | None, overrides: tuple[str, ...], name: str | None, resume: str | None, processes: int
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    name: str | None,
+    resume: str | None,
+    allow_changes: bool,
+    processes: int,
 ) -> tuple[dict[str, Any], str]:
     """The configuration to train with, as data, and the run's folder."""
     from charlm import config as configuration
     from charlm import runs
+    from charlm.resume import refuse_changes
 
     if not resume:
         config = configuration.load(recipe, overrides)
@@ -89,33 +111,14 @@ def _prepare(
         raise ConfigError("--resume goes on with a run's own configuration: give no --config and no --name")
     run = runs.find_run(resume)
     before = run.load_config()
-    sequences = run.load_state().get("sequences", before.batches.batch_size)
-    if sequences % processes:
-        raise ConfigError(
-            f"the run {run.folder} reads {sequences} sequences a step, which {processes} processes cannot "
-            "share evenly; start a number of processes that divides it"
-        )
-    before = configuration.override(before, [f"batches.batch_size={sequences // processes}"])
+    if run.begun:
+        sequences = run.load_state()["sequences"]
+        if sequences % processes:
+            raise ConfigError(
+                f"the run {run.folder} reads {sequences} sequences a step, which {processes} processes cannot "
+                "share evenly; start a number of processes that divides it"
+            )
+        before = configuration.override(before, [f"batches.batch_size={sequences // processes}"])
     config = configuration.override(before, overrides)
-    _refuse_changes(before.model_dump(), config.model_dump())
+    refuse_changes(before, config, allow_changes)
     return config.model_dump(mode="json"), str(run.folder)
-
-
-_CHANGEABLE = (
-    "train.epochs", "train.max_steps", "train.early_stopping", "train.device", "corpus.source",
-)  # fmt: skip
-
-
-def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A run goes on as it began, but for its budget, its device, and where its text now is."""
-    changed = [
-        f"{section}.{key}"
-        for section, values in after.items()
-        for key, value in values.items()
-        if value != before[section][key] and f"{section}.{key}" not in _CHANGEABLE
-    ]
-    if changed:
-        raise ConfigError(
-            f"--resume cannot change {', '.join(changed)}, only {', '.join(_CHANGEABLE)}; "
-            "begin a new run for the rest"
-        )

@@ -10,17 +10,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, fields
 from math import prod
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from charlm import runs as run_folders
-from charlm import train
 from charlm.checkpoint import read_header
 from charlm.config import Config, CorpusConfig
 from charlm.corpus import Corpus
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
+from charlm.progress import Reporter, Row
 from charlm.runs import Run
-from charlm.train import Row, Trainer
+from charlm.train import Trainer
 
 Format = Literal["markdown", "csv", "json"]
 Curves = dict[str, list[tuple[int, float, float]]]
@@ -30,13 +30,6 @@ _COMMON = [
     *(("corpus", key) for key in CorpusConfig.model_fields),
     *(("train", key) for key in ("seed", "epochs", "max_steps")),
 ]
-
-
-class Reporter(train.Reporter, Protocol):
-    """What shows the trainings to a person, and says which one begins."""
-
-    def say(self, line: str) -> None:
-        """Show a line."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,8 @@ def compare(configs: dict[str, Config], runs: dict[str, Run], reporter: Reporter
         for line in trainer.describe():
             reporter.say(line)
         run_folders.create(runs[name], config)
-        trainer.train(runs[name], reporter)
+        with run_folders.lock(runs[name]):
+            trainer.train(runs[name], reporter)
         rows.append(_comparison(name, runs[name]))
     return rows
 
@@ -225,4 +219,4 @@ def _evaluations(run: Run) -> list[Row]:
         raise CharlmError(f"cannot read {run.metrics}: {error.strerror}") from None
     except ValueError as error:
         raise CharlmError(f"{run.metrics} is damaged: {error}") from None
-    return [row for row in rows if "val_loss" in row]
+    return [row for row in rows if "train_loss" in row]

@@ -27,6 +27,7 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+_TIME = r"^(\d+(?:\.\d+)?) ?(s|min|h)$"
 
 
 class CorpusConfig(Section):
@@ -151,11 +152,27 @@ class TrainConfig(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     early_stopping: Positive | None = None
     eval_every: Positive | None = None
-    checkpoint_every: Positive | None = None
+    checkpoint_every: Positive | Annotated[str, Field(pattern=_TIME)] | None = None
+    keep_last: Positive = 1
+    max_bad_steps: Positive = 10
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3
     sample_chars: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @property
+    def checkpoint_steps(self) -> int | None:
+        """`checkpoint_every` where it is in steps."""
+        return None if isinstance(self.checkpoint_every, str) else self.checkpoint_every
+
+    @property
+    def checkpoint_seconds(self) -> float | None:
+        """`checkpoint_every` where it is a time."""
+        if not isinstance(self.checkpoint_every, str):
+            return None
+        number, unit = re.fullmatch(_TIME, self.checkpoint_every).groups()  # type: ignore[union-attr]
+        return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
 class Config(Section):
@@ -320,8 +337,9 @@ def _nearest(name: str, candidates: list[str], listed: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(listed)}"
 
 
-_TUPLES = {
+_FORMS = {
     "corpus.split": "three numbers: the shares of train, val and test, for example [0.9, 0.05, 0.05]",
+    "train.checkpoint_every": "steps, as 500, or a time, as 30s, 10min or 2h",
     "train.betas": "two numbers from 0 to below 1, for example [0.9, 0.99]",
 }
 
@@ -334,9 +352,9 @@ def _explain(errors: ValidationError, data: dict[str, Any]) -> list[str]:
         allowed = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
         if error["type"] == "value_error":
             explained[name] = f"{name}.{error['msg'].removeprefix('Value error, ')}".removeprefix(".")
-        elif name in _TUPLES:
+        elif name in _FORMS:
             section, key = name.split(".")
-            explained[name] = f"{name} is {data[section][key]!r}; it must be {_TUPLES[name]}"
+            explained[name] = f"{name} is {data[section][key]!r}; it must be {_FORMS[name]}"
         elif name in explained:
             explained[name] += f" or {allowed}"
         else:

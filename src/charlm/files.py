@@ -1,12 +1,20 @@
 """Writing files whole or not at all."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from charlm.errors import CharlmError
+
+_FIXES = {
+    errno.ENOENT: "its folder is gone, restore it or begin again",
+    errno.EACCES: "make its folder writable or take another",
+    errno.EPERM: "make its folder writable or take another",
+    errno.EROFS: "make its folder writable or take another",
+}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -35,7 +43,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
                 os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise CharlmError(f"cannot write {path}: {reason}; free some space or take another folder") from None
+        fix = _FIXES.get(getattr(error, "errno", 0), "free some space or take another folder")
+        raise CharlmError(f"cannot write {path}: {reason}; {fix}") from None
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer, RMSprop
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from charlm.config import TrainConfig
-
-Schedule = LambdaLR | ReduceLROnPlateau
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -34,20 +33,44 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     return makers[config.optimizer]()
 
 
-def make_schedule(
-    optimizer: Optimizer, config: TrainConfig, total_steps: int, steps_per_epoch: int
-) -> Schedule:
-    """The learning rate's course, stepped after every step; ``plateau`` is after every val loss."""
-    if config.schedule == "plateau":
-        # torch's patience is how many evaluations are borne; ours, as early_stopping, when it ends.
-        return ReduceLROnPlateau(
-            optimizer,
-            factor=config.decay,
-            patience=config.plateau_patience - 1,
-            threshold=0,
-            min_lr=config.lr * config.min_lr,
-        )
-    return LambdaLR(optimizer, lambda step: lr_factor(step, config, total_steps, steps_per_epoch))
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Give `optimizer` what another one had gathered, and its learning rate; its settings stay its own."""
+    settings = [
+        {key: value for key, value in group.items() if key not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """The learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def make_plateau(optimizer: Optimizer, config: TrainConfig) -> ReduceLROnPlateau | None:
+    """What lowers the learning rate after val losses that are no better, where ``train.schedule: plateau``.
+
+    The other schedules are `lr_factor`'s: a function of the step alone, with nothing to remember.
+    """
+    if config.schedule != "plateau":
+        return None
+    # torch's patience is how many evaluations are borne; ours, as early_stopping, when it ends.
+    return ReduceLROnPlateau(
+        optimizer,
+        factor=config.decay,
+        patience=config.plateau_patience - 1,
+        threshold=0,
+        min_lr=config.lr * config.min_lr,
+    )
+
+
+def load_plateau(plateau: ReduceLROnPlateau, state: dict[str, Any]) -> None:
+    """Give `plateau` the losses that another one had seen; its settings stay its own."""
+    settings = {key: getattr(plateau, key) for key in ("factor", "patience", "min_lrs")}
+    plateau.load_state_dict({**state, **settings})
 
 
 def lr_factor(step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int) -> float:

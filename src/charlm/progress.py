@@ -5,13 +5,37 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from charlm.metrics import Score, perplexity
 
+Row = dict[str, Any]
+
 _BAR = "{desc} |{bar}| {remaining} left"  # fits 60 columns
+
+
+class Reporter(Protocol):
+    """What shows the training to a person."""
+
+    def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        """The loop begins at `step`."""
+
+    def step(self, loss: float, characters: int, seconds: float) -> None:
+        """A step was taken, over so many characters, in so many seconds."""
+
+    def evaluated(self, row: Row, best: bool) -> None:
+        """The log has a new row; `best` if its val loss is the lowest so far."""
+
+    def sample(self, text: str) -> None:
+        """The model wrote a text."""
+
+    def say(self, line: str) -> None:
+        """Something happened that a person should know of."""
+
+    def end(self) -> None:
+        """The loop is over, whatever ended it."""
 
 
 class TrainingDisplay:
@@ -63,10 +87,13 @@ class TrainingDisplay:
     def evaluated(self, row: dict[str, Any], best: bool) -> None:
         """Print the row's figures; a star marks the best val loss so far."""
         val = row["val_loss"]
+        # Absent where no step since the last evaluation was fit to be taken.
+        train = f"{row['train_loss']:.3f}" if "train_loss" in row else "-"
+        grad = f"{row['grad_norm']:.2f}" if "grad_norm" in row else "-"
         self.say(
-            f"epoch {row['epoch']:<4g} train {row['train_loss']:.3f}  val {val:.3f}  "
+            f"epoch {row['epoch']:<4g} train {train}  val {val:.3f}  "
             f"{_kind(row)}ppl {perplexity(val):.2f}  {_kind(row)}bpc {val / math.log(2):.3f}  "
-            f"lr {row['lr']:.1e}  grad {row['grad_norm']:.2f}  {row['seconds']:.0f} s{' *' if best else ''}"
+            f"lr {row['lr']:.1e}  grad {grad}  {row['seconds']:.0f} s{' *' if best else ''}"
         )
 
     def sample(self, text: str) -> None:

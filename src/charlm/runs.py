@@ -1,14 +1,23 @@
 """A run is a folder: its configuration, its models, the state to resume from, and its log.
 
 ``config.yaml`` (resolved), ``model.safetensors`` (best on val), ``last.safetensors`` and ``state.pt`` (to go
-on from), ``metrics.jsonl``.
+on from), ``metrics.jsonl``, ``checkpoints/step-N/`` (earlier saves).
+
+``state.pt`` is what decides: all else is written so that a kill between two writes can be mended from it.
 """
 
+import contextlib
+import errno
+import io
 import json
 import math
 import os
 import re
+import shutil
+import sys
+import tempfile
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +73,9 @@ class Run:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write `state` to ``state.pt``, atomically."""
-        write_atomically(self.state, lambda path: torch.save(state, path))
+        data = io.BytesIO()  # torch.save, writing to a full disk, would not say that it is full
+        torch.save(state, data)
+        write_atomically(self.state, lambda path: path.write_bytes(data.getbuffer()))
 
     def load_state(self) -> dict[str, Any]:
         """Read ``state.pt``; only tensors and plain values are, never code."""
@@ -72,7 +83,7 @@ class Run:
             state = torch.load(self.state, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise CharlmError(
-                f"the run {self.folder} has no state.pt: it stopped before its first save"
+                f"the run {self.folder} has no state.pt to go on from; restore it, or begin a new run"
             ) from None
         except Exception as error:  # a damaged file makes torch and zipfile raise many kinds
             raise CharlmError(
@@ -82,12 +93,28 @@ class Run:
             raise CharlmError(f"{self.state} is not a state that charlm wrote")
         return state
 
+    @property
+    def begun(self) -> bool:
+        """Whether the run was ever saved: before that there is the configuration alone."""
+        return any(path.exists() for path in (self.state, self.last, self.best, self.metrics))
+
     def log(self, row: dict[str, Any]) -> int:
-        """Append a row to the log, without what is infinite, as JSON lacks it; returns the size after it."""
+        """Append a row to the log, without what is infinite, as JSON lacks it; returns the size after it.
+
+        A row that cannot be written whole is not left in part.
+        """
+        finite = {key: value for key, value in row.items() if value not in (math.inf, -math.inf)}
+        line = json.dumps(finite, allow_nan=False) + "\n"
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                finite = {key: value for key, value in row.items() if abs(value) != math.inf}
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+            with self.metrics.open("ab", buffering=0) as file:
+                begin = file.tell()
+                try:
+                    if file.write(line.encode()) < len(line.encode()):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())  # the state to come counts on it
+                except OSError:
+                    file.truncate(begin)
+                    raise
                 return file.tell()
         except OSError as error:
             raise CharlmError(f"cannot write {self.metrics}: {error.strerror}") from None
@@ -96,6 +123,79 @@ class Run:
         """Take what was logged behind byte `size` back: the steps since will be done again."""
         if self.metrics.exists() and self.metrics.stat().st_size > size:
             os.truncate(self.metrics, size)
+
+    def remove_temporaries(self) -> None:
+        """Remove what `write_atomically` was writing when the process was killed."""
+        with contextlib.suppress(OSError):
+            for path in (self.config, self.best, self.last, self.state):
+                for left in self.folder.glob(f".{path.name}.*"):
+                    left.unlink()
+
+    def checkpoint(self, step: int) -> "Run":
+        """An earlier save: a folder with a ``last.safetensors`` and a ``state.pt`` of its own."""
+        return Run(self.folder / "checkpoints" / f"step-{step:08d}")
+
+    def checkpoints(self) -> list[int]:
+        """The steps of the saves that are kept, in order."""
+        found = (self.folder / "checkpoints").glob("step-*/state.pt")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+    def keep(self, step: int) -> None:
+        """Keep the last save, which is of `step`, as a checkpoint: as links, so that it takes no room yet."""
+        kept = self.checkpoint(step)
+        try:
+            kept.folder.mkdir(parents=True, exist_ok=True)
+            for source, target in ((self.last, kept.last), (self.state, kept.state)):
+                if source.exists():  # it may have been deleted
+                    _link(source, target)
+        except OSError as error:
+            raise CharlmError(f"cannot write {kept.folder}: {error.strerror}") from None
+
+    def replace_best(self, model: Path) -> None:
+        """Make the model file `model` the best."""
+        try:
+            _link(model, self.best)
+        except OSError as error:
+            raise CharlmError(f"cannot write {self.best}: {error.strerror}") from None
+
+    def prune(self, kept: Collection[int]) -> None:
+        """Remove all checkpoints but those of the steps `kept`."""
+        folder = self.folder / "checkpoints"
+        wanted = {self.checkpoint(step).folder.name for step in kept}
+        for path in folder.glob("step-*"):
+            if path.name not in wanted:
+                shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # there is none, or something is in it
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def lock(run: Run) -> Iterator[None]:
+    """Hold `run` for this process alone; the system lets go of it when the process ends, however that is.
+
+    Raises `CharlmError` where another process holds it. Where files cannot be locked, nobody is kept out.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    try:
+        folder = os.open(run.folder, os.O_RDONLY)
+    except OSError as error:
+        raise CharlmError(f"cannot open the run {run.folder}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CharlmError(
+                f"the run {run.folder} is being trained by another process; wait for its end, or stop it"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def new_run(name: str | None, recipe: str) -> Run:
@@ -115,29 +215,45 @@ def new_run(name: str | None, recipe: str) -> Run:
 
 
 def create(run: Run, config: Config, rename: bool = False) -> Run:
-    """Make the run's folder with ``config.yaml`` in it.
+    """Make the run's folder with ``config.yaml`` in it: both are there, or neither.
 
     rename: where the folder is taken, as by a run begun in the same second, number another.
     Raises `CharlmError` where that cannot be done.
     """
-    wanted, number = run.folder, 1
+    wanted, number, made = run.folder, 1, None
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                run.folder.mkdir()
-                break
-            except FileExistsError:
-                if not rename:
-                    raise
-                number += 1
-                run = Run(wanted.with_name(f"{wanted.name}-{number}"))
+        made = Path(tempfile.mkdtemp(dir=wanted.parent, prefix=".run."))
+        umask = os.umask(0)
+        os.umask(umask)
+        made.chmod(0o777 & ~umask)  # mkdtemp makes folders that only their owner reads
+        save_config(Run(made), config)
+        while not _moved(made, run.folder):
+            if not rename:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            number += 1
+            run = Run(wanted.with_name(f"{wanted.name}-{number}"))
     except OSError as error:
         raise CharlmError(
             f"cannot make the run's folder {run.folder}: {error.strerror}; take another --name or folder"
         ) from None
-    save_config(run, config)
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
     return run
+
+
+def _moved(source: Path, target: Path) -> bool:
+    """Whether the folder `source` could be given the name `target`, which nothing had."""
+    if target.exists():
+        return False
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster
+            return False
+        raise
+    return True
 
 
 def save_config(run: Run, config: Config) -> None:
@@ -151,7 +267,7 @@ def find_run(name: str) -> Run:
     for folder in (Path(name), RUNS / name):
         if (folder / "config.yaml").is_file():
             return Run(folder)
-    known = sorted(path.parent.name for path in RUNS.glob("*/config.yaml"))
+    known = sorted(path.parent.name for path in RUNS.glob("[!.]*/config.yaml"))
     raise ConfigError(
         f"{name!r} is no run: " + (f"runs/ has {', '.join(known)}" if known else "there are none in runs/")
     )
@@ -178,9 +294,16 @@ def find_model(name: str | None) -> Path:
     )
 
 
-def _last_saved(model: Path) -> float:
-    return max(path.stat().st_mtime for path in model.parent.glob("*.safetensors"))
-
-
 def _model_of(run: Run) -> Path | None:
     return next((path for path in (run.best, run.last) if path.is_file()), None)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Have `target` be the file `source`, atomically."""
+    temporary = target.with_name(f".{target.name}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)

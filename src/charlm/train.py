@@ -3,23 +3,20 @@
 import copy
 import math
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from charlm import config as configuration
 from charlm import scheduled
 from charlm.batches import make_batches, mix, share, val_characters
 from charlm.cells import State
-from charlm.checkpoint import load_model, load_weights, save_model
+from charlm.checkpoint import load_model, load_weights
 from charlm.config import Config
 from charlm.corpus import Corpus
 from charlm.device import autocast, choose_precision
@@ -29,50 +26,23 @@ from charlm.evaluate import evaluate
 from charlm.metrics import Score, perplexity
 from charlm.model import CharLM, make_model, num_parameters
 from charlm.native import keep_memory
-from charlm.optim import clip_gradients, make_optimizer, make_schedule, update_average
+from charlm.optim import (
+    clip_gradients,
+    load_optimizer,
+    load_plateau,
+    lr_factor,
+    make_optimizer,
+    make_plateau,
+    set_lr,
+    update_average,
+)
+from charlm.progress import Reporter, Row
 from charlm.recurrent import choose_implementation
+from charlm.resume import REORDERING, differences
 from charlm.runs import Run
 from charlm.sample import generate
-
-Row = dict[str, Any]
-
-
-class Reporter(Protocol):
-    """What shows the training to a person."""
-
-    def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
-        """The loop begins at `step`."""
-
-    def step(self, loss: float, characters: int, seconds: float) -> None:
-        """A step was taken, over so many characters, in so many seconds."""
-
-    def evaluated(self, row: Row, best: bool) -> None:
-        """The log has a new row; `best` if its val loss is the lowest so far."""
-
-    def sample(self, text: str) -> None:
-        """The model wrote a text."""
-
-    def end(self) -> None:
-        """The loop is over, whatever ended it."""
-
-
-@dataclass
-class Progress:
-    """What the loop remembers between steps, apart from tensors.
-
-    train_nats, train_characters, train_seconds: sums since the last evaluation, of all processes.
-    seconds: time spent in steps, in all.
-    """
-
-    step: int = 0
-    best_loss: float = math.inf
-    best_step: int = 0
-    evaluations_since_best: int = 0
-    train_nats: float = 0.0
-    train_characters: int = 0
-    train_seconds: float = 0.0
-    seconds: float = 0.0
-    log_size: int = 0
+from charlm.saves import Progress, Saves
+from charlm.signals import caught_signals
 
 
 @dataclass(frozen=True)
@@ -121,12 +91,14 @@ class Trainer:
         self.prediction = group.parallel(Prediction(self.model))
         self.scored = copy.deepcopy(self.model).to(self.device) if config.train.ema else self.model
         self.optimizer = make_optimizer(self.model, config.train)
-        self.schedule = make_schedule(self.optimizer, config.train, self.total_steps, self.steps_per_epoch)
+        self.plateau = make_plateau(self.optimizer, config.train)
         # What fills in characters has a pseudo-likelihood; its figures are not to be taken for the others'.
         self.kind = "pseudo_" if config.model.direction == "both" else ""
         self.progress = Progress()
         self.carried: State | None = None
-        self.grad_norm, self.lr = 0.0, config.train.lr
+        self.problem: str | None = None  # what was not finite in the last step
+        self.figures: Row = {"step": 0}  # of the last save
+        self.resumed = self.branched = False  # from a save; otherwise than that save would have gone on
 
     def describe(self) -> list[str]:
         """What is trained on what, in short lines."""
@@ -173,52 +145,67 @@ class Trainer:
     def train(self, run: Run, reporter: Reporter) -> Result:
         """Train to the end, leaving models, state and log in `run`'s folder.
 
+        A step whose loss or gradient is not finite is passed over: the weights, their average, what the
+        optimiser has gathered and the sums of the log are as before it, a carried state begins afresh, and
+        the place in the data, the schedule and the generators go on. After ``train.max_bad_steps`` in a row,
+        or a val loss that is not finite, the run goes back to its last good save with half the learning rate.
+
         Raises `Interrupted` after Ctrl-C or SIGTERM, once the step is finished and the state is saved, and
-        `CharlmError` for a loss that is not finite and files that cannot be written.
+        `CharlmError` for a run that went back ``train.max_rollbacks`` times and files that cannot be written.
         """
-        progress, every = self.progress, self.config.train
-        eval_every = every.eval_every or self.steps_per_epoch
-        reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
+        eval_every = self.config.train.eval_every or self.steps_per_epoch
+        reporter.begin(self.progress.step, self.total_steps, self.steps_per_epoch)
         try:
-            with _caught_signals() as caught:
-                if progress.step == 0:
-                    self._save(run)  # a run that is killed early can be resumed too
+            with caught_signals() as caught:
+                self._begin(run)
                 for x, y in self.remaining_batches():
                     reporter.step(*self.step(x, y))
                     # Once: a signal from here on is the next step's. Where one process stops, all do.
                     stop = self.group.largest(caught[0] if caught else 0)
-                    if progress.step % eval_every == 0 or progress.step == self.total_steps:
+                    step = self.progress.step
+                    if self.problem and self._pass_over(run, reporter):
+                        pass  # back at a save
+                    elif step % eval_every == 0 or step == self.total_steps:
                         self._evaluate(run, reporter)
-                    elif stop or (every.checkpoint_every and progress.step % every.checkpoint_every == 0):
-                        self._save(run)
+                    else:
+                        self._save_if_due(stop is not None)
                     if self.finished:
                         break
                     if stop:
                         self.group.wait()  # for the first process to have saved
                         raise Interrupted(
-                            f"stopped at step {progress.step} of {self.total_steps}; "
+                            f"stopped at step {self.progress.step} of {self.total_steps}; "
                             f"go on with: charlm train --resume {shlex.quote(str(run.folder))}",
                             stop,
                         )
         finally:
             reporter.end()
-        return self._finish(run) if self.group.first else Result({}, None)
+        return self._finish(run)
 
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from `progress.step` on, epoch after epoch."""
-        while self.progress.step < self.total_steps:
+        """The batches from `progress.step` on, epoch after epoch; where that was set back, from there."""
+        while not self.finished:
             epoch, start = divmod(self.progress.step, self.steps_per_epoch)
             if start == 0:
                 self.carried = None
-            yield from self.batches.loader(self.config.train.seed, epoch, start)
+            expected = self.progress.step
+            for batch in self.batches.loader(self.config.train.seed, epoch, start):
+                yield batch
+                expected += 1
+                if self.progress.step < expected:
+                    break
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int, float]:
         """One optimiser step on a batch (B, T), this process's share of one.
 
+        Where the loss or the gradient is not finite, `problem` says so and nothing is learned from the batch.
+
         Returns the loss, over how many characters of all processes, in how many seconds.
         """
-        began = time.perf_counter()
-        progress = self.progress
+        began, progress, train = time.perf_counter(), self.progress, self.config.train
+        if self.plateau is None:
+            factor = lr_factor(progress.step, train, self.total_steps, self.steps_per_epoch)
+            set_lr(self.optimizer, train.lr * factor * 0.5**progress.rollbacks)
         sequences = self._sequences(len(x))
         part = len(x) / sequences  # of the mean over all processes' characters
         if not part:  # its gradients are awaited all the same, and count for nothing
@@ -227,34 +214,34 @@ class Trainer:
         state = self.carried or self.model.initial_state(len(x))
         self.model.train()
         true_share = None
-        if self.config.train.teacher_forcing < 1:
-            true_share = scheduled.true_share(progress.step / self.total_steps, self.config.train)
+        if train.teacher_forcing < 1:
+            true_share = scheduled.true_share(progress.step / self.total_steps, train)
         with autocast(self.device, self.precision):
             logits, y, state = self.prediction(x, y, state, true_share)
-        if self.config.train.loss_on == "last":
+        if train.loss_on == "last":
             logits, y = logits[:, -1:], y[:, -1:]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         self.optimizer.zero_grad()
         # Of the gradients of this the processes take the mean.
         (loss * (part * self.group.size)).backward()  # type: ignore[no-untyped-call]
-        grad_norm = clip_gradients(self.model, self.config.train)
+        norm = clip_gradients(self.model, train).item()
         nats, characters = self.group.sum(loss.item() * part), sequences * y.shape[1]
-        self.grad_norm, self.lr = grad_norm.item(), self.optimizer.param_groups[0]["lr"]
-        if not (math.isfinite(nats) and math.isfinite(self.grad_norm)):
-            raise _diverged(
-                progress.step, f"the loss is {nats:.4g}, the gradient's norm {self.grad_norm:.4g}"
-            )
-        self.optimizer.step()
-        if self.config.train.ema:
-            update_average(self.scored, self.model, self.config.train.ema, self.progress.step)
-        if not isinstance(self.schedule, ReduceLROnPlateau):
-            self.schedule.step()
+        finite = math.isfinite(nats) and math.isfinite(norm)
+        self.problem = None if finite else f"the loss is {nats:.4g}, the gradient's norm {norm:.4g}"
+        if finite:
+            self.optimizer.step()
+            if train.ema:
+                update_average(self.scored, self.model, train.ema, progress.step)
+            progress.train_nats += nats * characters
+            progress.train_characters += characters
+            progress.grad_norm = norm
         if self.batches.carries_state:
-            self.carried = tuple(tensor.detach().float() for tensor in state)
+            self.carried = tuple(tensor.detach().float() for tensor in state) if finite else None
         seconds = time.perf_counter() - began
         progress.step += 1
-        progress.train_nats += nats * characters
-        progress.train_characters += characters
+        progress.lr = self.optimizer.param_groups[0]["lr"]
+        progress.bad_steps += not finite
+        progress.bad_steps_in_a_row = 0 if finite else progress.bad_steps_in_a_row + 1
         progress.train_seconds += seconds
         progress.seconds += seconds
         return nats, characters, seconds
@@ -267,45 +254,41 @@ class Trainer:
 
     def _evaluate(self, run: Run, reporter: Reporter) -> None:
         """Score the val split, log a row, keep the model if it is the best, save."""
-        progress = self.progress
-        # By the first process: the state goes through all of val, which in pieces would have other figures.
-        val = Score(*self.group.told(lambda: astuple(evaluate(self.scored, self.val))))
+        progress, train = self.progress, self.config.train
+        val = self._scored(self.val)
         if not math.isfinite(val.loss):
-            raise _diverged(progress.step, f"the val loss is {val.loss}")
-        if isinstance(self.schedule, ReduceLROnPlateau):
-            self.schedule.step(val.loss)
-        train_loss = progress.train_nats / progress.train_characters
-        row: Row = {
-            "step": progress.step,
-            "epoch": round(progress.step / self.steps_per_epoch, 4),
-            "train_loss": train_loss,
-            f"train_{self.kind}perplexity": perplexity(train_loss),
+            self._go_back(run, reporter, f"the val loss is {val.loss}")
+            return
+        if self.plateau:
+            self.plateau.step(val.loss)
+        row: Row = {"step": progress.step, "epoch": round(progress.step / self.steps_per_epoch, 4)}
+        if progress.train_characters:  # none where all steps were passed over
+            loss = progress.train_nats / progress.train_characters
+            row |= {"train_loss": loss, f"train_{self.kind}perplexity": perplexity(loss)}
+        row |= {
             "val_loss": val.loss,
             f"val_{self.kind}perplexity": val.perplexity,
             f"val_{self.kind}bits_per_character": val.bits_per_character,
-            "lr": self.lr,
-            "grad_norm": self.grad_norm,
-            "chars_per_second": progress.train_characters / progress.train_seconds,
-            "seconds": progress.seconds,
+            "lr": progress.lr,
         }
+        if progress.train_characters:
+            rate = progress.train_characters / progress.train_seconds
+            row |= {"grad_norm": progress.grad_norm, "chars_per_second": rate}
+        row["seconds"] = progress.seconds
+        row |= {key: count for key in ("bad_steps", "rollbacks") if (count := getattr(progress, key))}
+        if train.sample_chars and not self.kind and self.group.first:
+            row["sample"] = self._sample(train.sample_chars)
         best = val.loss < progress.best_loss
         if best:
-            progress.best_loss, progress.best_step, progress.evaluations_since_best = (
-                val.loss,
-                progress.step,
-                0,
-            )
-        else:
-            progress.evaluations_since_best += 1
+            progress.best_loss, progress.best_step = val.loss, progress.step
+        progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
         progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
-        if self.group.first:
-            progress.log_size = run.log(row)
-        if best and self.group.first:
-            save_model(run.best, self.scored, self.corpus.vocab, self.config, _timeless(row))
-        self._save(run, row)
+        self._log(run, row)
+        self.figures = _without(row, "seconds", "chars_per_second", "sample")
+        self._save(good=self._is_sound(val))
         reporter.evaluated(row, best)
-        if self.config.train.sample_chars and not self.kind and self.group.first:
-            reporter.sample(self._sample(self.config.train.sample_chars))
+        if "sample" in row:
+            reporter.sample(row["sample"])
 
     def _sample(self, length: int) -> str:
         """A text by `scored`, from a generator of its own: training is the same without it."""
@@ -313,80 +296,197 @@ class Trainer:
         start = self.corpus.vocab.encode("", "skip")
         return "".join(generate(self.scored, self.corpus.vocab, start, length, 0.7, generator=generator))
 
-    def _save(self, run: Run, row: Row | None = None) -> None:
-        """Write ``last.safetensors`` and ``state.pt``; the latter alone is enough to go on from."""
-        processes = self._processes()
-        if not self.group.first:
-            return
-        figures = _timeless(row or {"step": self.progress.step})
-        save_model(run.last, self.scored, self.corpus.vocab, self.config, figures)
-        run.save_state(
-            {
-                "corpus": self.corpus.fingerprint,
-                "progress": asdict(self.progress),
-                "weights": _weights(self.model),
-                "average": _weights(self.scored) if self.config.train.ema else None,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                **processes,
-            }
+    def _pass_over(self, run: Run, reporter: Reporter) -> bool:
+        """Log that the last step was not taken; whether there were too many and the run has gone back."""
+        progress, most = self.progress, self.config.train.max_bad_steps
+        what = {"event": "bad_step", "why": self.problem, "bad_steps": progress.bad_steps}
+        self._log(run, {"step": progress.step, **what})
+        reporter.say(
+            f"step {progress.step} was not taken: {self.problem} "
+            f"({progress.bad_steps_in_a_row} of {most} in a row)"
         )
+        if progress.bad_steps_in_a_row < most:
+            return False
+        self._go_back(run, reporter, str(self.problem))
+        return True
 
-    def _processes(self) -> dict[str, Any]:
-        """What differs between the processes, of all of them: to be called by all.
+    def _go_back(self, run: Run, reporter: Reporter, why: str) -> None:
+        """Take up the last good save, with half the learning rate, and save that."""
+        left, train = self.progress, self.config.train
+        if left.rollbacks == train.max_rollbacks:
+            tried = f", after going back {left.rollbacks} times with half the learning rate" * (
+                left.rollbacks > 0
+            )
+            raise CharlmError(
+                f"training diverged after step {left.step}: {why}{tried}; "
+                "take a smaller train.lr or train.clip: norm"
+            )
+        source = self.saves.good(left)
+        self._load(self.group.state(source.load_state), source)
+        progress = self.progress
+        progress.rollbacks, progress.bad_steps = left.rollbacks + 1, left.bad_steps
+        progress.bad_steps_in_a_row, progress.seconds = 0, left.seconds
+        if self.plateau:
+            set_lr(self.optimizer, self.optimizer.param_groups[0]["lr"] / 2)
+        what = {"event": "rollback", "from_step": left.step, "why": why, "rollbacks": progress.rollbacks}
+        self._log(run, {"step": progress.step, **what, "bad_steps": progress.bad_steps})
+        self._save(good=True)
+        reporter.say(
+            f"back from step {left.step} to {progress.step}: {why}; the learning rate is now half of what it "
+            f"was ({progress.rollbacks} of {train.max_rollbacks} times)"
+        )
+        reporter.end()
+        reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
 
-        sequences: a step's, of all processes. carried: their states, side by side (L, sequences, H).
-        rng, cuda_rng: the states of their generators, a row each.
+    def _begin(self, run: Run) -> None:
+        """Save a new run for the first time, so that it can be resumed if it is killed; mend another."""
+        self.saves = Saves(run, self.scored, self.corpus.vocab, self.config)
+        self.progress.concluded = False
+        if not self.resumed:
+            self._save(good=True)
+            return
+        state = self._snapshot()
+        if self.group.first:
+            self.saves.resume(self.progress, state, self.branched)
+        self._agree()
+
+    def _save_if_due(self, stop: bool) -> None:
+        """Save where `stop` or ``train.checkpoint_every`` asks for it."""
+        every, step = self.config.train.checkpoint_steps, self.progress.step
+        if every and step % every == 0:
+            self._save(good=self._is_sound(self._scored(self.val[:1000])))
+        elif stop or (self.config.train.checkpoint_seconds and self.group.told(self.saves.due)):
+            self._save(keep=not stop)
+
+    def _is_sound(self, val: Score) -> bool:
+        """Whether a model with this score is worth going back to: it is not far worse than guessing."""
+        return val.loss < 2 * math.log(len(self.corpus.vocab)) + 1
+
+    def _save(self, good: bool = False, keep: bool = True) -> None:
+        """Write state and models; `good` and `keep` as in `Saves.write`."""
+        if good:
+            self.progress.good_step = self.progress.step
+        state = self._snapshot()
+        if self.group.first:
+            self.saves.write(self.progress, state, good, keep)
+        self._agree()
+
+    def _agree(self) -> None:
+        """Have all processes know what the first has saved and logged."""
+        self.saves.step = self.group.told(lambda: self.saves.step)
+        self.progress = Progress(**self.group.told(lambda: asdict(self.progress)))
+
+    def _log(self, run: Run, row: Row) -> None:
+        """Add a row to the log, which the first process writes."""
+        if self.group.first:
+            self.progress.log_size = run.log(row)
+
+    def _scored(self, ids: Tensor) -> Score:
+        """The score of `ids` (N,), by the first process: in pieces, it would have other figures."""
+        return Score(*self.group.told(lambda: astuple(evaluate(self.scored, ids))))
+
+    def _snapshot(self) -> dict[str, Any]:
+        """All that the training depends on from here, of all processes: to be called by all.
+
+        sequences: a step's. carried: their states, side by side (L, sequences, H).
+        rng, cuda_rng: the states of the processes' generators, a row each.
         """
         cuda = self.device.type == "cuda"
+        if self.figures["step"] != self.progress.step:
+            self.figures = {"step": self.progress.step}
         return {
+            "corpus": self.corpus.fingerprint,
+            "config": self.config.model_dump(mode="json"),
+            "steps_per_epoch": self.steps_per_epoch,
+            "figures": self.figures,
+            "progress": asdict(self.progress),
+            "weights": _weights(self.model),
+            "average": _weights(self.scored) if self.config.train.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": self.plateau and self.plateau.state_dict(),
             "sequences": self.config.batches.batch_size * self.group.size,
             "carried": self.carried and tuple(map(self.group.side_by_side, self.carried)),
             "rng": self.group.gathered(torch.get_rng_state()),
             "cuda_rng": self.group.gathered(torch.cuda.get_rng_state(self.device)) if cuda else None,
         }
 
-    def restore(self, run: Run) -> None:
-        """Take up the state that `run` saved last, and cut its log back to it.
+    def restore(self, run: Run, step: int | None = None) -> None:
+        """Take up the state that `run` saved last, or the one that it kept of `step`; nothing is written.
 
-        Another number of processes may take it up: each step reads the same sequences, and a process that
-        was not there before begins with dropout of its own.
+        A run that was never saved begins at step 0. Where this trainer's configuration is not the state's,
+        its own holds; where its batches are others, the epoch is begun again. Another number of processes may
+        take the run up: each step reads the same sequences, and a process that was not there before begins
+        with dropout of its own.
 
         Raises `CharlmError` for a state that is missing, damaged, or of another corpus.
         """
-        state = self.group.state(run.load_state)
+        source = run if step is None else run.checkpoint(step)
+        if step is None and not self.group.told(lambda: run.begun):
+            return
+        if step is not None and self.group.first and not source.state.exists():
+            has = ", ".join(map(str, run.checkpoints())) or "none; train.keep_last says how many to keep"
+            raise CharlmError(f"the run {run.folder} kept no save of step {step}; it has {has}")
+        self._load(self.group.state(source.load_state), source)
+        self.resumed = True
+        self.branched = self.branched or step is not None
+
+    def _load(self, state: dict[str, Any], source: Run) -> None:
         try:
             if state["corpus"] != self.corpus.fingerprint:
                 raise CharlmError(
-                    f"the corpus has changed since the run {run.folder} was begun; "
+                    f"the corpus has changed since the run {source.folder} was begun; "
                     "restore the text, or begin a new run"
                 )
-            self.progress = Progress(**state["progress"])
+            before = configuration.from_data(state["config"], str(source.state))
+            changed = differences(before, self.config).keys()
+            if state["sequences"] == self.config.batches.batch_size * self.group.size:
+                changed -= {"batches.batch_size"}  # the same steps, shared by other processes
+            self.progress, self.figures = Progress(**state["progress"]), state["figures"]
+            self.branched = bool(changed)
             load_weights(self.model, state["weights"])
             if self.config.train.ema:
-                load_weights(self.scored, state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            rank, carried, sequences = self.group.rank, state["carried"], state["sequences"]
-            if carried and sequences != self.config.batches.batch_size * self.group.size:
-                raise ValueError(f"it has the states of {sequences} streams")
-            own = share(sequences, rank, self.group.size)
-            self.carried = carried and tuple(
-                tensor[:, own].contiguous().to(self.device) for tensor in carried
-            )
-            if rank < len(state["rng"]):
-                torch.set_rng_state(state["rng"][rank].clone())  # torch reads a view of it wrongly
-                if self.device.type == "cuda" and state["cuda_rng"] is not None:
-                    torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), self.device)
-            else:
-                torch.manual_seed(mix(self.config.train.seed, rank, self.progress.step))
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise CharlmError(f"{run.state} does not fit the run's configuration: {error}") from None
-        if self.group.first:
-            run.cut_log(self.progress.log_size)
+                load_weights(self.scored, state["average"] or state["weights"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            if self.plateau and state["plateau"]:
+                load_plateau(self.plateau, state["plateau"])
+            if changed & {"train.lr", "train.schedule"}:  # asked for now: not to be halved for what was
+                self.progress.rollbacks = 0
+                set_lr(self.optimizer, self.config.train.lr)
+            self._load_processes(state)
+            if changed & REORDERING or state["steps_per_epoch"] != self.steps_per_epoch:
+                self._begin_epoch_again(state["steps_per_epoch"])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CharlmError(f"{source.state} does not fit the run's configuration: {error}") from None
+
+    def _load_processes(self, state: dict[str, Any]) -> None:
+        """Take up what differs between the processes."""
+        rank, carried = self.group.rank, state["carried"]
+        own = share(state["sequences"], rank, self.group.size)
+        self.carried = carried and tuple(tensor[:, own].contiguous().to(self.device) for tensor in carried)
+        if rank < len(state["rng"]):
+            torch.set_rng_state(state["rng"][rank].clone())  # torch reads a view of it wrongly
+            if self.device.type == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"][rank].clone(), self.device)
+        else:
+            torch.manual_seed(mix(self.config.train.seed, rank, self.progress.step))
+
+    def _begin_epoch_again(self, steps_per_epoch: int) -> None:
+        """Go from a step counted in other batches to the beginning of its epoch, counted in these."""
+        progress = self.progress
+        progress.step = progress.step // steps_per_epoch * self.steps_per_epoch
+        progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
+        self.carried = None
 
     def _finish(self, run: Run) -> Result:
-        """Score the test split with the best model and log that."""
+        """Score the test split with the best model, log that, and note in the state that the end was reached."""
+        result = self._test(run) if self.group.first else Result({}, None)
+        self.progress.concluded = True
+        state = self._snapshot()
+        if self.group.first:
+            run.save_state(state)
+        return result
+
+    def _test(self, run: Run) -> Result:
         best = load_model(run.best, device=self.device)
         test = evaluate(best.model, self.corpus.test) if len(self.corpus.test) > 1 else None
         if test:
@@ -420,12 +520,6 @@ def _weights(model: CharLM) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 
-def _diverged(step: int, what: str) -> CharlmError:
-    return CharlmError(
-        f"training diverged after step {step}: {what}; take a smaller train.lr or train.clip: norm"
-    )
-
-
 _DIRECTIONS = {
     "forward": "left to right",
     "backward": "right to left",
@@ -433,27 +527,5 @@ _DIRECTIONS = {
 }
 
 
-def _timeless(row: Row) -> Row:
-    """`row` without what differs from one run of the same command to the next."""
-    return {key: value for key, value in row.items() if key not in ("seconds", "chars_per_second")}
-
-
-@contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM in a list for the loop to look at; a second one acts at once."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught  # Python hands signals to the main thread only
-        return
-
-    def catch(number: int, frame: object) -> None:
-        caught.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    before = {each: signal.signal(each, catch) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+def _without(row: Row, *keys: str) -> Row:
+    return {key: value for key, value in row.items() if key not in keys}

@@ -1,0 +1,20 @@
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_killed_trainings_end_as_if_they_had_been_left_alone():
+    command = [
+        sys.executable,
+        ROOT / "tests/integration/kills.py",
+        "--kills",
+        "2",
+        "--seed",
+        "3",
+        "diverging",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"diverging +[2-9] kills.*all as if left alone", done.stdout), done.stdout

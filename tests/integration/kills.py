@@ -272,7 +272,7 @@ def full_disk(parent, expected):
     folder, run = _begun(parent)
     disk = folder / "disk"
     disk.mkdir()
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) + 50_000
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) + 500_000
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True)
     if done.returncode:
         return "not tried: " + done.stderr.decode().strip()

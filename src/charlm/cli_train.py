@@ -115,8 +115,8 @@ def _prepare(
         sequences = run.load_state()["sequences"]
         if sequences % processes:
             raise ConfigError(
-                f"the run {run.folder} reads {sequences} sequences a step, which {processes} processes cannot "
-                "share evenly; start a number of processes that divides it"
+                f"the run {run.folder} reads {sequences} sequences a step, which {processes} processes "
+                "cannot share evenly; start a number of processes that divides it"
             )
         before = configuration.override(before, [f"batches.batch_size={sequences // processes}"])
     config = configuration.override(before, overrides)

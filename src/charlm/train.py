@@ -438,7 +438,7 @@ class Trainer:
                     "restore the text, or begin a new run"
                 )
             before = configuration.from_data(state["config"], str(source.state))
-            changed = differences(before, self.config).keys()
+            changed = set(differences(before, self.config))
             if state["sequences"] == self.config.batches.batch_size * self.group.size:
                 changed -= {"batches.batch_size"}  # the same steps, shared by other processes
             self.progress, self.figures = Progress(**state["progress"]), state["figures"]
@@ -478,7 +478,7 @@ class Trainer:
         self.carried = None
 
     def _finish(self, run: Run) -> Result:
-        """Score the test split with the best model, log that, and note in the state that the end was reached."""
+        """Score the test split with the best model, log that, and note in the state that this is the end."""
         result = self._test(run) if self.group.first else Result({}, None)
         self.progress.concluded = True
         state = self._snapshot()

@@ -23,3 +23,10 @@ class Interrupted(CharlmError):  # noqa: N818 - what happened, not a mistake
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def one_line(text: str, longest: int = 200) -> str:
+    """What a file or a library said, as a part of a message: on one line, not too long, and printable."""
+    line = " ".join(text.split())
+    line = line if len(line) <= longest else f"{line[:longest]}…"
+    return line if line.isprintable() else ascii(line)

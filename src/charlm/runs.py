@@ -4,6 +4,7 @@
 on from), ``metrics.jsonl``.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -11,11 +12,10 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, BinaryIO
 
 from charlm import config as configuration
+from charlm import statefile
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
@@ -56,46 +56,51 @@ class Run:
 
     def load_config(self) -> Config:
         """The configuration the run was made from."""
-        try:
-            text = self.config.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CharlmError(f"cannot read {self.config}: {error}") from None
-        return configuration.from_data(configuration.parse_yaml(text, str(self.config)), str(self.config))
+        return configuration.from_data(configuration.read_yaml(self.config), str(self.config))
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write `state` to ``state.pt``, atomically."""
-        write_atomically(self.state, lambda path: torch.save(state, path))
+        statefile.save_state(self.state, state)
 
     def load_state(self) -> dict[str, Any]:
         """Read ``state.pt``; only tensors and plain values are, never code."""
         try:
-            state = torch.load(self.state, map_location="cpu", weights_only=True)
+            return statefile.load_state(self.state)
         except FileNotFoundError:
             raise CharlmError(
                 f"the run {self.folder} has no state.pt: it stopped before its first save"
             ) from None
-        except Exception as error:  # a damaged file makes torch and zipfile raise many kinds
-            raise CharlmError(
-                f"{self.state} is damaged and cannot be resumed from: {str(error).splitlines()[0]}"
-            ) from None
-        if not isinstance(state, dict):
-            raise CharlmError(f"{self.state} is not a state that charlm wrote")
-        return state
 
     def log(self, row: dict[str, Any]) -> int:
         """Append a row to the log, without what is infinite, as JSON lacks it; returns the size after it."""
+        finite = {key: value for key, value in row.items() if abs(value) != math.inf}
+        line = json.dumps(finite, allow_nan=False) + "\n"
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                finite = {key: value for key, value in row.items() if abs(value) != math.inf}
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+            with self._open_log(os.O_CREAT) as file:
+                file.write(line.encode())
                 return file.tell()
         except OSError as error:
             raise CharlmError(f"cannot write {self.metrics}: {error.strerror}") from None
 
     def cut_log(self, size: int) -> None:
         """Take what was logged behind byte `size` back: the steps since will be done again."""
-        if self.metrics.exists() and self.metrics.stat().st_size > size:
-            os.truncate(self.metrics, size)
+        with contextlib.suppress(FileNotFoundError), self._open_log() as file:
+            if file.seek(0, os.SEEK_END) > size:
+                file.truncate(size)
+
+    def _open_log(self, flags: int = 0) -> BinaryIO:
+        """The log, to be appended to; refused where it is a link, which may lead out of the run's folder."""
+        # Elsewhere than on POSIX these flags are not there. A pipe must not be waited for.
+        safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            return os.fdopen(os.open(self.metrics, os.O_WRONLY | os.O_APPEND | safe | flags, 0o666), "ab")
+        except OSError:
+            if self.metrics.is_symlink():
+                raise CharlmError(
+                    f"{self.metrics} is a link to {self.metrics.readlink()}, and charlm writes only inside "
+                    "the run's folder: put a file in its place"
+                ) from None
+            raise
 
 
 def new_run(name: str | None, recipe: str) -> Run:

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 
@@ -6,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from charlm import checkpoint
 from charlm.checkpoint import FORMAT, load_model, read_header, save_model
 from charlm.config import Config, ModelConfig
 from charlm.errors import CharlmError
@@ -13,6 +13,7 @@ from charlm.evaluate import evaluate
 from charlm.model import CharLM
 from charlm.sample import generate
 from charlm.vocab import Vocab
+from corruption import join_model, seal_model, split_model
 
 VOCAB = Vocab('ab \nñ😀"\\')
 
@@ -72,23 +73,41 @@ def test_a_gru_that_torch_lacks_does_not_load_in_torch(path):
     assert load_model(path, "auto").model.config.implementation == "scratch"
 
 
-def header(path):
-    data = path.read_bytes()
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-
-
 def rewrite(path, change):
-    """Save the file again with its `charlm` entry changed by `change`."""
-    text = json.loads(header(path)["__metadata__"]["charlm"])
+    """Save the file again with its `charlm` entry changed by `change`, under the right checksums."""
+    entries, text, body = split_model(path.read_bytes())
     change(text)
-    save_file(load_file(path), path, {"charlm": json.dumps(text)})
+    path.write_bytes(seal_model(entries, text, body))
+
+
+def rewrite_tensors(path, change):
+    """The same for the entries of the tensors."""
+    entries, text, body = split_model(path.read_bytes())
+    change(entries)
+    path.write_bytes(seal_model(entries, text, body))
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def long_header(path, size):
+    """A file of one hole whose header has so many bytes."""
+    with path.open("wb") as file:
+        file.write(size.to_bytes(8, "little") + b"{")
+        file.truncate(8 + size)
 
 
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "damaged or cut short"),
-        (lambda path: path.write_bytes(path.read_bytes()[:40]), "damaged or cut short"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "cut short: it has 3,"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "cut short: it has 40 bytes"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "damaged: it has 3,"),
+        (lambda path: flip(path, -7), "checksum of its weights"),
+        (lambda path: flip(path, 300), "checksum of its header"),
         (lambda path: path.write_bytes(b""), "is no model file"),
         (lambda path: path.write_text("Hola, Sancho amigo"), "is no model file"),
         (lambda path: torch.save({"a": 1}, path), "pickle"),
@@ -105,6 +124,40 @@ def rewrite(path, change):
         ),
         (lambda path: rewrite(path, lambda text: text["config"]["model"].update(cell="rnn")), "do not fit"),
         (lambda path: rewrite(path, lambda text: text["config"]["model"].update(num_layers=2)), "do not fit"),
+        (
+            lambda path: rewrite(path, lambda text: text["config"]["model"].update(num_layers=10**9)),
+            "num_layers is 1000000000",
+        ),
+        (
+            lambda path: rewrite(path, lambda text: text["config"]["model"].update(hidden_size=2**20)),
+            "do not fit",
+        ),
+        (
+            lambda path: rewrite(path, lambda text: text["config"].update(train={"lr": "x"}, corpus=3)),
+            "2 problems",
+        ),
+        (lambda path: rewrite(path, lambda text: text.update(format=1)), "has format 1,.* no checksums"),
+        (lambda path: rewrite(path, lambda text: text.update(format=True)), "its format is no number"),
+        (lambda path: long_header(path, 2**34), "header would take 17,179,869,184 bytes"),
+        (lambda path: long_header(path, 2**16), "does not make sense"),
+        (
+            lambda path: rewrite_tensors(path, lambda each: each["head.bias"].update(shape=[2**62, 4])),
+            "bytes of head.bias are not as many",
+        ),
+        (
+            lambda path: rewrite_tensors(path, lambda each: each["head.bias"].update(dtype="F16")),
+            "head.bias is no matrix",
+        ),
+        (
+            lambda path: rewrite_tensors(path, lambda each: each.update({"a": {**each["head.bias"]}})),
+            "bytes of (head.bias|a) are not as many",
+        ),
+        (
+            lambda path: path.write_bytes(
+                path.read_bytes().replace(b'{"__meta', b'{"a":{},"a":{},"__meta', 1)
+            ),
+            "does not make sense",
+        ),
     ],
 )
 def test_what_is_no_whole_model_file_is_refused(path, damage, part):
@@ -120,6 +173,33 @@ def test_the_header_alone_tells(path):
     found = read_header(path)
     assert (found.config, found.vocab) == (config, VOCAB.characters)
     assert found.tensors == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_a_newer_format_says_so_whatever_else_is_new(path):
+    make(path)
+    entries, text, _ = split_model(path.read_bytes())
+    path.write_bytes(join_model(entries, {"format": FORMAT + 1, "news": text}, b"elsewhere"))
+    with pytest.raises(CharlmError, match="newer than this charlm reads.*upgrade"):
+        read_header(path)
+
+
+def test_others_read_it_too(path):
+    model, _ = make(path)
+    tensors = load_file(path)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.named_parameters())
+
+
+def test_a_newer_file_may_take_its_place_while_it_is_read(path, monkeypatch):
+    first, config = make(path)
+    read = checkpoint._read_header
+
+    def read_and_replace(file, path):
+        header = read(file, path)
+        save_model(path, CharLM(len(VOCAB), config.model).initialise(3), VOCAB, config, {})
+        return header
+
+    monkeypatch.setattr(checkpoint, "_read_header", read_and_replace)
+    assert torch.equal(load_model(path).model.head.weight, first.head.weight)
 
 
 def test_a_model_is_read_without_torch_s_compiler():

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,6 +94,40 @@ def test_yaml_merge_keys(tmp_path):
     )
     assert load(str(recipe)).model.hidden_size == 5
     assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}", "x")["b"] == {"x": 1, "y": 3}
+
+
+LAUGHS = "a: &a {x: ha}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join(['*' + before] * 9)}]}}\n"
+    for before, name in itertools.pairwise("abcdefghijkl")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (LAUGHS, "with its aliases written out"),
+        (LAUGHS.replace("{<<: ", "").replace("]}", "]"), "with its aliases written out"),
+        ("a: &a [*a]", "with its aliases written out"),
+        ("#" * 2**20 + "\n", "1,048,577 characters or more"),
+        ("[" * 10**5, "not valid YAML"),
+        ("a: " + "9" * 10**5, "not valid YAML"),
+        ("? [a]\n: 1", "is no key"),
+        ("".join(f"k{i}: 1\n" for i in range(4000)), "20 problems"),
+        (f"model: {'x' * 10**5}", "model is 'x{199}…; it must"),
+        ("corpus: {keep: 'a]|(x+x+)+y['}", "keep"),
+    ],
+    ids=["laughs", "laughs in lists", "endless", "long", "deep", "number", "key", "keys", "value", "keep"],
+)
+def test_hostile_recipes_are_refused_at_once(tmp_path, text, part):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=part) as caught:
+        load(str(tmp_path / "a.yaml"))
+    assert len(str(caught.value)) < 4000
+
+
+def test_sizes_that_no_arithmetic_holds_are_refused():
+    message = problem("model.hidden_size=10000000000", "model.num_layers=1001", "batches.stride=1e13")
+    assert message.count("must be less than or equal to") == 2 and "3 problems" in message
 
 
 def test_a_key_twice_is_refused(tmp_path):

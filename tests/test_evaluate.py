@@ -47,3 +47,10 @@ def test_a_filling_model_scores_every_character_given_all_others(monkeypatch, ch
     score = evaluate(model, ids)
     assert score.characters == 50
     assert score.nats == pytest.approx(naive, rel=1e-5)
+
+
+def test_a_filling_model_is_left_as_it_was_whatever_happens():
+    model = make_model(9, ModelConfig(direction="both", hidden_size=6)).initialise(0).train()
+    with pytest.raises(IndexError):
+        evaluate(model, torch.tensor([1, 9]))
+    assert model.training

@@ -1,5 +1,7 @@
 """The compiled part: kept where only its owner writes, and never needed."""
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,23 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(cache):
     cache.chmod(0o777)
     assert native.load("f32")[0]
     assert not list(cache.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such modes here")
+@pytest.mark.parametrize(("mode", "safe"), [(0o700, True), (0o777, False), (0o1777, True)])
+def test_a_folder_that_others_could_move_away_is_not_trusted(cache, mode, safe):
+    cache.parent.chmod(mode)
+    assert native._cache_folder() == (cache if safe else None)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such modes here")
+def test_only_a_library_of_one_s_own_is_loaded(tmp_path):
+    library, link = tmp_path / "a.so", tmp_path / "b.so"
+    library.touch(mode=0o700)
+    link.symlink_to(library)
+    assert native._is_ours(library, stat.S_ISREG) and not native._is_ours(link, stat.S_ISREG)
+    library.chmod(0o722)
+    assert not native._is_ours(library, stat.S_ISREG)
 
 
 @needs_compiler

@@ -1,5 +1,4 @@
 import os
-import pickle
 from pathlib import Path
 
 import pytest
@@ -126,14 +125,21 @@ def test_state_round_trip_and_damage(run):
         run.load_state()
 
 
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("harmed",)
+def test_the_log_is_written_nowhere_else(run):
+    """A run's folder may come from others, with a link in it that leads to a file of the user's."""
+    Path("mine").write_text("mine")
+    run.metrics.symlink_to(Path("mine").absolute())
+    for write in (lambda: run.log({"step": 1}), lambda: run.cut_log(0)):
+        with pytest.raises(CharlmError, match="is a link to .*mine, and charlm writes only inside"):
+            write()
+    assert Path("mine").read_text() == "mine"
+    run.state.symlink_to(Path("mine").absolute())
+    run.save_state({})
+    assert Path("mine").read_text() == "mine" and not run.state.is_symlink()
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
-def test_a_state_cannot_run_code(run, write):
-    write({"a": Hostile()}, run.state)
-    with pytest.raises(CharlmError, match="damaged"):
-        run.load_state()
+def test_a_configuration_cannot_run_code(run):
+    run.config.write_text("model: !!python/object/apply:os.mkdir [harmed]\n")
+    with pytest.raises(CharlmError, match="not valid YAML at line 1.*python/object"):
+        run.load_config()
     assert not Path("harmed").exists()

@@ -5,9 +5,10 @@ Every problem in it is reported at once. Only this module knows YAML.
 """
 
 import difflib
+import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-Positive = Annotated[int, Field(gt=0)]
+# Bounds that nobody meets, so that what is computed from them fits into 64 bits.
+Positive = Annotated[int, Field(gt=0, le=10**12)]
+Width = Annotated[int, Field(gt=0, le=2**20)]
+Depth = Annotated[int, Field(gt=0, le=1000)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 _TIME = r"^(\d+(?:\.\d+)?) ?(s|min|h)$"
@@ -52,6 +56,9 @@ class CorpusConfig(Section):
         if self.keep is not None:
             try:
                 re.compile(f"[^{self.keep}]+")
+                # Behind it any expression could stand, one that takes for ever among them.
+                if "]" in re.sub(r"\\.", "..", self.keep, flags=re.S)[1:]:
+                    raise re.error("a ] that is not first ends it; write \\]")
             except re.error as error:
                 raise ValueError(
                     f"keep {self.keep!r} is not the inside of a character class ({error}); "
@@ -99,9 +106,9 @@ class ModelConfig(Section):
     direction: Literal["forward", "backward", "both"] = "forward"
     implementation: Literal["auto", "scratch", "builtin", "fused"] = "auto"
     input: Literal["embedding", "one_hot"] = "embedding"
-    embedding_size: Positive = 64
-    hidden_size: Positive = 192
-    num_layers: Positive = 1
+    embedding_size: Width = 64
+    hidden_size: Width = 192
+    num_layers: Depth = 1
     dropout: Share = 0.1
     locked_dropout: bool = False
     weight_dropout: Share = 0.0
@@ -197,17 +204,50 @@ class Config(Section):
         return self
 
 
+_LISTED = 20  # problems of a configuration that are named
+_QUOTES = "'\""
 _MERGE = "tag:yaml.org,2002:merge"
+_MAX_YAML = 2**20  # characters, with what aliases stand for written out
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 2e-3 as a number (YAML 1.2 does, PyYAML's 1.1 does not) and refuses double keys."""
+    """YAML that reads 2e-3 as a number (YAML 1.2 does, PyYAML's 1.1 does not) and refuses double keys.
+
+    A few aliases of aliases can stand for gigabytes (the "billion laughs"), which merging and showing them
+    would write out: such a text is refused before anything is made of it.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.size = 0
+        self.sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node; counts its characters, an alias as what it stands for."""
+        before, is_alias = self.size, self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if node is None:
+            return None
+        if is_alias:
+            self.size += self.sizes.get(node, _MAX_YAML)  # none yet where an alias stands in what it names
+        else:
+            self.size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+            self.sizes[node] = self.size - before
+        if self.size > _MAX_YAML:
+            problem = f"with its aliases written out it has more than {_MAX_YAML:,} characters"
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
-        for key in keys:
-            if keys.count(key) > 1:
+        """A dictionary, no key of which may stand twice."""
+        seen = set()
+        for key_node in [key for key, _ in node.value if key.tag != _MERGE]:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", node.start_mark)
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -220,6 +260,8 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value that `text` holds; `where` names it in the `ConfigError` for text that is no YAML."""
+    if len(text) > _MAX_YAML:
+        raise ConfigError(f"{where} has {len(text):,} characters or more; at most {_MAX_YAML:,} are read")
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -227,6 +269,16 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
         raise ConfigError(f"{where} is not valid YAML{line}: {problem}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in the YAML file at `path`; raises `ConfigError` for what cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_MAX_YAML + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    return parse_yaml(text, str(path))
 
 
 def to_yaml(config: Config) -> str:
@@ -242,9 +294,11 @@ def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
     Raises `ConfigError` that lists every problem; `where` names the origin.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: {data!r} must be a mapping with the sections {', '.join(_SECTIONS)}")
+        raise ConfigError(
+            f"{where}: {_shown(data)} must be a mapping with the sections {', '.join(_SECTIONS)}"
+        )
     data = _overlay(data, overrides)
-    problems = list(_misplaced(data))
+    problems = list(itertools.islice(_misplaced(data), _LISTED))
     known = {
         section: {key: value for key, value in values.items() if key in _SECTIONS[section].model_fields}
         for section, values in data.items()
@@ -268,11 +322,7 @@ def load(recipe: str | None, overrides: Iterable[str] = ()) -> Config:
     if recipe is None:
         return from_data({}, "", overrides)
     path = find_recipe(recipe)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
-    data = parse_yaml(text, str(path))
+    data = read_yaml(path)
     return from_data({} if data is None else data, str(path), overrides)
 
 
@@ -321,13 +371,23 @@ def _misplaced(data: dict[Any, Any]) -> Iterator[str]:
     """Sections and keys that do not exist, each with the nearest that does."""
     for section, values in data.items():
         if section not in _SECTIONS:
-            yield f"unknown section {section!r}" + _nearest(str(section), [*_SECTIONS, *_KEYS], _SECTIONS)
+            yield f"unknown section {_shown(section)}" + _nearest(
+                str(section), [*_SECTIONS, *_KEYS], _SECTIONS
+            )
         elif isinstance(values, dict):
             known = list(_SECTIONS[section].model_fields)
             for key in [key for key in values if key not in known]:
-                yield f"unknown key {section}.{key}" + _nearest(str(key), [*known, *_KEYS], known)
+                yield f"unknown key {section}.{_shown(key).strip(_QUOTES)}" + _nearest(
+                    str(key), [*known, *_KEYS], known
+                )
         else:
-            yield f"{section} is {values!r}; it must be a mapping of keys to values"
+            yield f"{section} is {_shown(values)}; it must be a mapping of keys to values"
+
+
+def _shown(value: Any) -> str:
+    """`value` in as many characters as a line bears."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _nearest(name: str, candidates: list[str], listed: Iterable[str]) -> str:
@@ -354,9 +414,9 @@ def _explain(errors: ValidationError, data: dict[str, Any]) -> list[str]:
             explained[name] = f"{name}.{error['msg'].removeprefix('Value error, ')}".removeprefix(".")
         elif name in _FORMS:
             section, key = name.split(".")
-            explained[name] = f"{name} is {data[section][key]!r}; it must be {_FORMS[name]}"
+            explained[name] = f"{name} is {_shown(data[section][key])}; it must be {_FORMS[name]}"
         elif name in explained:
-            explained[name] += f" or {allowed}"
+            explained[name] += f" or {allowed}" if allowed not in explained[name] else ""
         else:
-            explained[name] = f"{name} is {error['input']!r}; it must be {allowed}"
+            explained[name] = f"{name} is {_shown(error['input'])}; it must be {allowed}"
     return list(explained.values())

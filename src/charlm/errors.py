@@ -31,3 +31,10 @@ class Told(CharlmError):  # noqa: N818 - what happened, not a mistake
     def __init__(self, exit_code: int):
         super().__init__("")
         self.exit_code = exit_code
+
+
+def one_line(text: str, longest: int = 200) -> str:
+    """What a file or a library said, as a part of a message: on one line, not too long, and printable."""
+    line = " ".join(text.split())
+    line = line if len(line) <= longest else f"{line[:longest]}…"
+    return line if line.isprintable() else ascii(line)

@@ -22,30 +22,31 @@ def evaluate(model: CharLM, ids: Tensor) -> Score:
 
     Returns a `Score` over N - 1 characters, or N for ``direction: both``; over none where N < 2.
     """
-    if isinstance(model, FillLM):
-        return _evaluate_filling(model, ids)
-    if model.config.direction == "backward":
-        ids = ids.flip(0)
-    device = model.head.weight.device
     was_training = model.training
     model.eval()
     try:
-        state, nats = model.initial_state(1), 0.0
-        for start in range(0, len(ids) - 1, CHUNK):
-            window = ids[start : start + CHUNK + 1].long().to(device)
-            logits, state = model(window[None, :-1], state)
-            surprisals = F.cross_entropy(logits[0], window[1:], reduction="none")
-            nats += float(surprisals.cpu().double().sum())
+        return _evaluate_filling(model, ids) if isinstance(model, FillLM) else _evaluate(model, ids)
     finally:
         model.train(was_training)
+
+
+def _evaluate(model: CharLM, ids: Tensor) -> Score:
+    """Score every character but the first that the model reads, given those before it."""
+    if model.config.direction == "backward":
+        ids = ids.flip(0)
+    device = model.head.weight.device
+    state, nats = model.initial_state(1), 0.0
+    for start in range(0, len(ids) - 1, CHUNK):
+        window = ids[start : start + CHUNK + 1].long().to(device)
+        logits, state = model(window[None, :-1], state)
+        surprisals = F.cross_entropy(logits[0], window[1:], reduction="none")
+        nats += float(surprisals.cpu().double().sum())
     return Score(nats, max(len(ids) - 1, 0))
 
 
 def _evaluate_filling(model: FillLM, ids: Tensor) -> Score:
     """Score every character given the text left and right of it, both states carried over the whole text."""
     device = model.head.weight.device
-    was_training = model.training
-    model.eval()
     chunks = torch.split(ids.long().to(device)[None], CHUNK, dim=1)
     zeros = model.initial_state(1)
     half = len(zeros) // 2
@@ -57,5 +58,4 @@ def _evaluate_filling(model: FillLM, ids: Tensor) -> Score:
         logits, state = model(chunk, left + right)
         left = state[:half]
         nats += float(F.cross_entropy(logits[0], chunk[0], reduction="none").cpu().double().sum())
-    model.train(was_training)
     return Score(nats, len(ids)) if len(ids) > 1 else Score()

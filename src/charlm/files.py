@@ -1,7 +1,9 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and their checksums."""
 
 import contextlib
 import errno
+import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -49,3 +51,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def sha256(file: io.BufferedIOBase, size: int) -> str:
+    """The SHA-256, in hexadecimal, of the next `size` bytes of `file`, or of all if there are fewer."""
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(min(size, 2**20)))
+    while size > 0 and (read := file.readinto(chunk[: min(size, len(chunk))])):
+        digest.update(chunk[:read])
+        size -= read
+    return digest.hexdigest()

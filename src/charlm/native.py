@@ -1,9 +1,9 @@
 """The optional compiled part: `kernels.c`, made by the machine's C compiler for the machine's instructions.
 
 It is compiled at first use, once for each type of number, in a second or two, and kept in the user's cache
-folder (``$XDG_CACHE_HOME/charlm`` or ``~/.cache/charlm``), which only its owner may write to. Where there is
-no compiler, or ``CHARLM_KERNELS=off`` stands in the environment, `kernels` gives None, and `fused` does the
-same with torch's operations.
+folder (``$XDG_CACHE_HOME/charlm`` or ``~/.cache/charlm``), if only its owner can put anything there; else
+it is compiled anew each time, in a folder of its own. Where there is no compiler, or ``CHARLM_KERNELS=off``
+stands in the environment, `kernels` gives None, and `fused` does the same with torch's operations.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ _SOURCES = (_SOURCE, Path(__file__).with_name("kernels_writing.c"))
 _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden"]
 _STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 _COUNT, _POINTER, _FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 STEPS: dict[str, list[Any]] = {  # the arguments after B and H
     "rnn_forward": [_FLAG] + [_POINTER] * 4,
@@ -213,7 +214,7 @@ def _build(compiler: list[str], store: str, openmp: str | None) -> ctypes.CDLL:
     ]
     name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     folder = _cache_folder()
-    if folder and (folder / name).is_file():
+    if folder and _is_ours(folder / name, stat.S_ISREG):
         with contextlib.suppress(OSError):  # damaged, or where nothing may be executed
             return _open(folder / name, openmp)
     if folder and not os.access(folder, os.W_OK):
@@ -291,13 +292,33 @@ def keep_memory() -> None:
 
 
 def _cache_folder() -> Path | None:
-    """The folder for what was compiled, made if need be; None if others may write to it."""
+    """The folder for what was compiled, made if need be; None if others could put something into its place.
+
+    That is, where anyone else may write to it, or to a folder above it in which they could move it away.
+    """
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "charlm"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        for each in (folder.parent, folder):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = folder.resolve(strict=True)  # so that no link is followed from here on
+        safe = _is_ours(folder, stat.S_ISDIR) and all(map(_is_safe, folder.parents))
     except (OSError, RuntimeError):
         return None
-    ours = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if ours else None
+    return folder if safe else None
+
+
+def _is_ours(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Whether `path` itself, not what it links to, is of that kind, this user's, and written by no other."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE
+
+
+def _is_safe(folder: Path) -> bool:
+    """Whether none but this user and root can rename what stands in `folder`."""
+    found = folder.stat()
+    sticky = bool(found.st_mode & stat.S_ISVTX)
+    return found.st_uid in (0, os.getuid()) and (sticky or not found.st_mode & _OTHERS_WRITE)

@@ -8,7 +8,6 @@ on from), ``metrics.jsonl``, ``checkpoints/step-N/`` (earlier saves).
 
 import contextlib
 import errno
-import io
 import json
 import math
 import os
@@ -19,12 +18,12 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from charlm import config as configuration
+from charlm import statefile
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
@@ -65,33 +64,20 @@ class Run:
 
     def load_config(self) -> Config:
         """The configuration the run was made from."""
-        try:
-            text = self.config.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CharlmError(f"cannot read {self.config}: {error}") from None
-        return configuration.from_data(configuration.parse_yaml(text, str(self.config)), str(self.config))
+        return configuration.from_data(configuration.read_yaml(self.config), str(self.config))
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write `state` to ``state.pt``, atomically."""
-        data = io.BytesIO()  # torch.save, writing to a full disk, would not say that it is full
-        torch.save(state, data)
-        write_atomically(self.state, lambda path: path.write_bytes(data.getbuffer()))
+        statefile.save_state(self.state, state)
 
     def load_state(self) -> dict[str, Any]:
         """Read ``state.pt``; only tensors and plain values are, never code."""
         try:
-            state = torch.load(self.state, map_location="cpu", weights_only=True)
+            return statefile.load_state(self.state)
         except FileNotFoundError:
             raise CharlmError(
                 f"the run {self.folder} has no state.pt to go on from; restore it, or begin a new run"
             ) from None
-        except Exception as error:  # a damaged file makes torch and zipfile raise many kinds
-            raise CharlmError(
-                f"{self.state} is damaged and cannot be resumed from: {str(error).splitlines()[0]}"
-            ) from None
-        if not isinstance(state, dict):
-            raise CharlmError(f"{self.state} is not a state that charlm wrote")
-        return state
 
     @property
     def begun(self) -> bool:
@@ -106,7 +92,7 @@ class Run:
         finite = {key: value for key, value in row.items() if value not in (math.inf, -math.inf)}
         line = json.dumps(finite, allow_nan=False) + "\n"
         try:
-            with self.metrics.open("ab", buffering=0) as file:
+            with self._open_log(os.O_CREAT) as file:
                 begin = file.tell()
                 try:
                     if file.write(line.encode()) < len(line.encode()):
@@ -121,8 +107,24 @@ class Run:
 
     def cut_log(self, size: int) -> None:
         """Take what was logged behind byte `size` back: the steps since will be done again."""
-        if self.metrics.exists() and self.metrics.stat().st_size > size:
-            os.truncate(self.metrics, size)
+        with contextlib.suppress(FileNotFoundError), self._open_log() as file:
+            if file.seek(0, os.SEEK_END) > size:
+                file.truncate(size)
+
+    def _open_log(self, flags: int = 0) -> FileIO:
+        """The log, to be appended to; refused where it is a link, which may lead out of the run's folder."""
+        # Elsewhere than on POSIX these flags are not there. A pipe must not be waited for.
+        safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            descriptor = os.open(self.metrics, os.O_WRONLY | os.O_APPEND | safe | flags, 0o666)
+            return os.fdopen(descriptor, "ab", buffering=0)
+        except OSError:
+            if self.metrics.is_symlink():
+                raise CharlmError(
+                    f"{self.metrics} is a link to {self.metrics.readlink()}, and charlm writes only inside "
+                    "the run's folder: put a file in its place"
+                ) from None
+            raise
 
     def remove_temporaries(self) -> None:
         """Remove what `write_atomically` was writing when the process was killed."""

@@ -1,0 +1,354 @@
+"""Damage done to model and state files by chance: does charlm refuse it, or load something else, or crash?
+
+    python tests/corruption.py --count 1000 --seed 1
+
+prints how many files of each kind of damage came to which end, and the process's peak memory. The damage is
+to what charlm wrote, by chance; "crafted" files have a value changed and then the right checksums, as only a
+person would make them: they may hold something else, but must not crash. `test_corruption` tries a few.
+"""
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import random
+import re
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from charlm.checkpoint import load_model, read_header, save_model
+from charlm.config import Config, ModelConfig
+from charlm.errors import CharlmError
+from charlm.model import make_model
+from charlm.runs import Run
+from charlm.vocab import Vocab
+
+ZEROS = "0" * 64
+
+
+def split_model(data):
+    """A model file's header but for the `charlm` entry, that entry, and the tensors' bytes."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:begin])
+    return entries, json.loads(entries.pop("__metadata__")["charlm"]), data[begin:]
+
+
+def join_model(entries, text, body):
+    """What `split_model` took apart, with whatever checksums `text` has."""
+    header = json.dumps({"__metadata__": {"charlm": json.dumps(text)}, **entries}).encode()
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def seal_model(entries, text, body):
+    """The same, with the right checksums, made as README and `checkpoint` say."""
+    text = {**text, "header_sha256": ZEROS, "data_sha256": hashlib.sha256(body).hexdigest()}
+    text["header_sha256"] = hashlib.sha256(join_model(entries, text, b"")[8:]).hexdigest()
+    return join_model(entries, text, body)
+
+
+SEAL = re.compile(rb"charlm state \d+, (\d+) bytes, sha256 \w{64}\n\Z")
+
+
+def unseal_state(data):
+    """The archive in a state file, as torch.save wrote it, and the seal."""
+    found = SEAL.search(data)
+    return data[: int(found[1])] + b"\0\0", found[0]
+
+
+def seal_state(archive):
+    """The state file that holds an archive."""
+    seal = f"charlm state 1, {len(archive) - 2} bytes, sha256 {hashlib.sha256(archive[:-2]).hexdigest()}\n"
+    return archive[:-2] + len(seal).to_bytes(2, "little") + seal.encode()
+
+
+def repack(archive, change):
+    """The archive with the bytes of its entries changed by `change`, a function of {name: bytes}."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    change(parts)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        for name, part in parts.items():
+            file.writestr(name, part)
+    return out.getvalue()
+
+
+def place(draw, data):
+    """A place in `data`: half of the time near its beginning or its end, where what describes it stands."""
+    return draw.choice([draw.randrange(len(data)), draw.randrange(2000), -draw.randrange(1, 800)]) % len(data)
+
+
+def truncated(draw, data, other):
+    return data[: place(draw, data)]
+
+
+def one_bit_flipped(draw, data, other, count=1):
+    data = bytearray(data)
+    for _ in range(count):
+        data[place(draw, data)] ^= 1 << draw.randrange(8)
+    return bytes(data)
+
+
+def bits_flipped(draw, data, other):
+    return one_bit_flipped(draw, data, other, draw.randint(2, 64))
+
+
+def bytes_inserted(draw, data, other):
+    at = place(draw, data)
+    return data[:at] + draw.randbytes(draw.randint(1, 64)) + data[at:]
+
+
+def bytes_removed(draw, data, other):
+    at = place(draw, data)
+    return data[:at] + data[at + draw.randint(1, 64) :]
+
+
+def bytes_zeroed(draw, data, other):
+    at = place(draw, data)
+    return data[:at] + bytes(len(data[at : at + 512])) + data[at + 512 :]
+
+
+def stretches_exchanged(draw, data, other):
+    size = draw.randint(1, 200)
+    first, second = sorted(draw.sample(range(len(data) - 2 * size), 2))
+    second += size
+    a, b = data[first : first + size], data[second : second + size]
+    return data[:first] + b + data[first + size : second] + a + data[second + size :]
+
+
+def end_of_another(draw, data, other):
+    at = place(draw, data)
+    return data[:at] + other[at:]
+
+
+def bytes_appended(draw, data, other):
+    return data + draw.choice([draw.randbytes(draw.randint(1, 64)), b"\0" * 512, data])
+
+
+def model_fields_exchanged(draw, data, other):
+    """Two values of a section, two characters of the vocabulary, or two tensors' places."""
+    entries, text, body = split_model(data)
+    what = draw.choice(["config", "figures", "vocab", "offsets", "checksums"])
+    if what == "vocab":
+        vocab = list(text["vocab"])
+        i, j = draw.sample(range(len(vocab)), 2)
+        vocab[i], vocab[j] = vocab[j], vocab[i]
+        text["vocab"] = "".join(vocab)
+        return join_model(entries, text, body)
+    section, i, j = text, "header_sha256", "data_sha256"
+    if what == "offsets":
+        i, j = draw.sample(sorted(entries), 2)
+        section = entries
+    elif what != "checksums":
+        section = text["figures"] if what == "figures" else draw.choice(list(text["config"].values()))
+        i, j = draw.sample(sorted(section), 2)
+    section[i], section[j] = section[j], section[i]
+    return join_model(entries, text, body)
+
+
+def model_tensors_exchanged(draw, data, other):
+    """Two tensors of one size, the header left as it is."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    places = [tuple(entry["data_offsets"]) for entry in split_model(data)[0].values()]
+    pairs = [(a, b) for a in places for b in places if a < b and a[1] - a[0] == b[1] - b[0]]
+    (a, a_end), (b, b_end) = draw.choice(pairs)
+    body = data[begin:]
+    return data[:begin] + body[:a] + body[b:b_end] + body[a_end:b] + body[a:a_end] + body[b_end:]
+
+
+def state_fields_exchanged(draw, data, other):
+    """Two values of the state, saved anew under the seal that was."""
+    archive, seal = unseal_state(data)
+    state = torch.load(io.BytesIO(archive), weights_only=True)
+    section = draw.choice([state, state["weights"], state["progress"]])
+    i, j = draw.sample(sorted(section), 2)
+    section[i], section[j] = section[j], section[i]
+    out = io.BytesIO()
+    torch.save(state, out)
+    return out.getvalue()[:-2] + len(seal).to_bytes(2, "little") + seal
+
+
+def state_tensors_exchanged(draw, data, other):
+    """Two tensors of one size inside the archive, everything else left as it is."""
+    archive, _ = unseal_state(data)
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        tensors = [file.read(entry) for entry in file.infolist() if "/data/" in entry.filename]
+    pairs = [(a, b) for a in tensors for b in tensors if a != b and len(a) == len(b) > 16]
+    a, b = draw.choice(pairs)
+    mark = b"\0" * len(a)
+    return data.replace(a, mark[:-1] + b"\1", 1).replace(b, a, 1).replace(mark[:-1] + b"\1", b, 1)
+
+
+ANYWHERE = [
+    truncated,
+    one_bit_flipped,
+    bits_flipped,
+    bytes_inserted,
+    bytes_removed,
+    bytes_zeroed,
+    stretches_exchanged,
+    end_of_another,
+    bytes_appended,
+]
+MODEL_DAMAGE = [*ANYWHERE, model_fields_exchanged, model_tensors_exchanged]
+STATE_DAMAGE = [*ANYWHERE, state_fields_exchanged, state_tensors_exchanged]
+
+NASTY = [None, True, -1, 0, 2, 10**9, 10**30, 1e308, float("nan"), "", "cpu", "\0" * 9, "x" * 3000]
+NASTY += [[], {}, [[]], {"a": 1}, [10**18, 10**18], [0, 2**63], "a]|(x+x+)+y[", "../../x"]
+
+
+def crafted_model(draw, data, other):
+    """A value in the header made another, under a right checksum: what a person may do, not an accident."""
+    entries, text, body = split_model(data)
+    section = draw.choice([entries, text])
+    while True:
+        key = draw.choice(sorted(section) if isinstance(section, dict) else range(len(section)))
+        if not (isinstance(section[key], dict | list) and section[key] and draw.random() < 0.8):
+            break
+        section = section[key]
+    if isinstance(section, dict) and draw.random() < 0.3:
+        value = section.pop(key)
+        section.update({draw.choice(["weights", "x" * 500, "\x1b[2J"]): value})
+    else:
+        section[key] = copy.deepcopy(draw.choice(NASTY))
+    return seal_model(entries, text, body)
+
+
+def crafted_state(draw, data, other):
+    """Bits flipped in the archive's pickle, under a right seal."""
+
+    def change(parts):
+        name = next(name for name in parts if name.endswith("data.pkl"))
+        parts[name] = one_bit_flipped(draw, parts[name], other, draw.randint(1, 3))
+
+    return seal_state(repack(unseal_state(data)[0], change))
+
+
+def make_files(folder):
+    """Two model files and two states, of one shape and different content."""
+    vocab = Vocab("ab \nñ😀")
+    for k in (0, 1):
+        run = Run(folder / f"run{k}")
+        run.folder.mkdir()
+        config = Config(model=ModelConfig(hidden_size=8, embedding_size=5, num_layers=2))
+        model = make_model(len(vocab), config.model).initialise(k)
+        save_model(run.best, model, vocab, config, {"step": k, "epoch": 1.5, "val_loss": 1.25 + k})
+        optimizer = torch.optim.AdamW(model.parameters())
+        sum(parameter.square().sum() for parameter in model.parameters()).backward()
+        optimizer.step()
+        run.save_state(
+            {
+                "progress": {"step": k, "best_loss": 1.5, "log_size": 7},
+                "weights": {name: tensor.detach() for name, tensor in model.named_parameters()},
+                "optimizer": optimizer.state_dict(),
+                "carried": (torch.ones(2, 4, 8), torch.zeros(2, 4, 8)),
+                "rng": torch.get_rng_state(),
+            }
+        )
+    return [folder / "run0" / name for name in ("model.safetensors", "state.pt")]
+
+
+def model_content(path):
+    loaded = load_model(path)
+    header = read_header(path)
+    assert (header.config, header.vocab, header.figures) == (
+        loaded.config,
+        loaded.vocab.characters,
+        loaded.figures,
+    )
+    tensors = {name: tensor.detach() for name, tensor in loaded.model.named_parameters()}
+    return [loaded.config.model_dump(), loaded.vocab.characters, loaded.figures, tensors]
+
+
+def state_content(path):
+    return Run(path.parent).load_state()
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def try_file(path, good, damage, seed):
+    """Put a damaged file at `path` and read it: refused, identical, other or crashed; and what was said.
+
+    good: the file's bytes, and what it holds.
+    """
+    read = state_content if path.name == "state.pt" else model_content
+    draw = random.Random(f"{damage.__name__} {seed}")
+    data, content = good
+    other = (path.parents[1] / "run1" / path.name).read_bytes()
+    bad = data
+    while bad in (data, other):
+        bad = damage(draw, data, other)
+    path.write_bytes(bad)
+    try:
+        found = read(path)
+    except CharlmError as error:
+        message = str(error)
+        one_line = "\n" not in message and message.isprintable() and len(message) < 1000
+        return ("refused" if one_line and str(path) in message else "crashed"), message
+    except Exception as error:
+        return "crashed", f"{type(error).__name__}: {error}"
+    return ("identical" if same(found, content) else "other"), ""
+
+
+def read_good(path):
+    """What `try_file` takes as `good`."""
+    read = state_content if path.name == "state.pt" else model_content
+    return path.read_bytes(), read(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--count", type=int, default=1000, help="of model files, of states and of crafted ones"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--show", type=int, default=0, help="so many messages of each kind")
+    options = parser.parse_args()
+    failed = 0
+    print(f"{'file':<18} {'damage':<24} {'refused':>8} {'identical':>10} {'other':>6} {'crashed':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        model, state = make_files(Path(folder))
+        crafted = [(model, [crafted_model]), (state, [crafted_state])]
+        for path, kinds in [(model, MODEL_DAMAGE), (state, STATE_DAMAGE), *crafted]:
+            good = read_good(path)
+            for kind in kinds:
+                ends = Counter()
+                for seed in range(kinds.index(kind), options.count, len(kinds)):
+                    end, message = try_file(path, good, kind, f"{options.seed} {seed}")
+                    ends[end] += 1
+                    # A file that a person made, with right checksums, may well hold something else.
+                    if end == "crashed" or (end == "other" and kind not in (crafted_model, crafted_state)):
+                        failed += 1
+                        print(f"  {end}: seed {options.seed} {seed}: {message!r}")
+                    elif sum(ends.values()) <= options.show:
+                        print(f"  {message}")
+                columns = zip(("refused", "identical", "other", "crashed"), (8, 10, 6, 8), strict=True)
+                row = " ".join(f"{ends[end]:>{width}}" for end, width in columns)
+                print(f"{path.name:<18} {kind.__name__:<24} {row}", flush=True)
+            path.write_bytes(good[0])
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"peak memory {peak / 1024:,.0f} MB")
+    except ImportError:
+        pass
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -48,7 +48,7 @@ def test_windows_share_the_text_s_memory():
     ids = torch.zeros(1000, dtype=torch.uint8)
     windows = SlidingWindows(ids, 4, 99, 1)
     assert len(windows) == 901
-    assert windows.windows.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
+    assert windows.ids.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
 
 
 def test_a_batch_is_gathered_at_once(monkeypatch):

@@ -4,8 +4,12 @@ import hashlib
 import lzma
 
 import pytest
+import torch
 
 from charlm import text
+from charlm.clean import clean
+from charlm.config import CorpusConfig
+from charlm.corpus import Corpus
 from charlm.errors import CharlmError
 from conftest import ROOT
 
@@ -62,11 +66,11 @@ def test_gutenberg_frame_is_stripped_only_whole():
 
 
 def test_cleaning():
-    assert text.clean("e\u0301") == "é"
-    assert text.clean("é", normalize="NFD") == "e\u0301"
-    assert text.clean("e\u0301", normalize="none") == "e\u0301"
+    assert clean("e\u0301") == "é"
+    assert clean("é", normalize="NFD") == "e\u0301"
+    assert clean("e\u0301", normalize="none") == "e\u0301"
     seeds = "A-Za-záéíóúÁÉÍÓÚñÑüÜ"
-    assert text.clean("¡Ea, señor!\n\nÁnimo: 12 ", keep=seeds, lowercase=True) == " ea señor ánimo "
+    assert clean("¡Ea, señor!\n\nÁnimo: 12 ", keep=seeds, lowercase=True) == " ea señor ánimo "
 
 
 def test_sources(folder):
@@ -101,15 +105,15 @@ def test_sources_that_name_nothing(folder, source):
 def test_files_are_joined_line_by_line(folder):
     for name, content in (("1.txt", "uno"), ("2.txt", ""), ("3.txt", "tres\n")):
         (folder / name).write_text(content)
-    files = text.find_files("?.txt")
-    assert text.read(files) == "uno\ntres\n"
+    corpus = Corpus.load(CorpusConfig(source="?.txt", split=(0.9, 0.1, 0)))
+    assert corpus.vocab.decode(torch.cat([corpus.train, corpus.val])) == "uno\ntres\n"
 
 
 def test_the_bundled_corpus_is_what_its_readme_says():
     data = (ROOT / "data/sancho.txt").read_bytes()
     readme = (ROOT / "data/README.md").read_text()
     content = data.decode()
-    assert text.clean(content) == content, "NFC, and nothing to clean"
+    assert clean(content) == content, "NFC, and nothing to clean"
     assert f"| {len(content):,} |" in readme and f"| {len(data):,} |" in readme
     assert hashlib.sha256(data).hexdigest() in readme
     ratio = len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)

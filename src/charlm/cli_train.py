@@ -51,7 +51,7 @@ def train(
     from charlm.train import Trainer
 
     display = TrainingDisplay()
-    trainer = Trainer(config, Corpus.load(config.corpus))
+    trainer = Trainer(config, Corpus.load(config.corpus, display.reading))
     if dry_run:
         click.echo(configuration.to_yaml(config))
         click.echo("\n".join(trainer.describe()))

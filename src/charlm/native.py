@@ -207,7 +207,7 @@ def _build(compiler: list[str], store: str, openmp: str | None) -> ctypes.CDLL:
     # Everything that the result depends on, so that a home shared by several machines is safe.
     parts = [_SOURCE.read_bytes(), " ".join([*compiler, *flags]).encode(), _machine(compiler)]
     name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    folder = _cache_folder()
+    folder = cache_folder()
     if folder and (folder / name).is_file():
         with contextlib.suppress(OSError):  # damaged, or where nothing may be executed
             return _open(folder / name, openmp)
@@ -285,14 +285,21 @@ def keep_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _cache_folder() -> Path | None:
-    """The folder for what was compiled, made if need be; None if others may write to it."""
+def cache_folder(name: str = "") -> Path | None:
+    """charlm's folder in the user's cache folder, or `name` in it, made if need be.
+
+    None where it cannot be made, and where others may write to it.
+    """
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "charlm"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        for each in dict.fromkeys((folder, folder / name)):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = each.stat()
+            if os.name == "posix" and (
+                found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            ):
+                return None
     except (OSError, RuntimeError):
         return None
-    ours = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if ours else None
+    return folder / name

@@ -98,7 +98,7 @@ class Trainer:
         self.device = choose_device(config.train.device)
         self.precision, self.precision_reason = choose_precision(config.train.precision, self.device)
         backward = config.model.direction == "backward"
-        self.batches = make_batches(corpus.train.flip(0) if backward else corpus.train, config.batches)
+        self.batches = make_batches(corpus.train, config.batches, backward, corpus.release)
         self.val = corpus.val[: val_characters(config.batches)]
         if len(self.val) < 2:
             raise CharlmError(

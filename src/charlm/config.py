@@ -7,6 +7,7 @@ Every problem in it is reported at once. Only this module knows YAML.
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,7 +51,11 @@ class CorpusConfig(Section):
             )
         if self.keep is not None:
             try:
-                re.compile(f"[^{self.keep}]+")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # of [ in a class, which one may keep
+                    re.compile(f"[^{self.keep}]+")
+                if not re.fullmatch(r"\]?(\\.|[^]\\])*", self.keep, re.S):
+                    raise re.error("a ] that is not the first must be written \\]")
             except re.error as error:
                 raise ValueError(
                     f"keep {self.keep!r} is not the inside of a character class ({error}); "

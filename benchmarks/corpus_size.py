@@ -1,4 +1,4 @@
-"""What a long text costs: how fast it is encoded, the memory that takes, and what training on it takes.
+"""What a long text costs: how fast it is encoded, and the memory that this takes and training on it.
 
 A text of --megabytes is made of the bundled one's paragraphs in random order, encoded, found again, and trained
 on for a few steps, in a process of its own. Memory is what is above the process's before; "anonymous" leaves
@@ -22,7 +22,7 @@ from charlm.text import find_files
 
 
 def make(path, megabytes):
-    """A text of so many MB; every paragraph in it is another, by a number."""
+    """A text of so many MB."""
     paragraphs = find_files("sancho")[0].read_text(encoding="utf-8").split("\n\n")
     draw, written = random.Random(0), 0
     with path.open("w", encoding="utf-8") as file:

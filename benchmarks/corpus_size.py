@@ -1,8 +1,8 @@
 """What a long text costs: how fast it is encoded, and the memory that this takes and training on it.
 
-A text of --megabytes is made of the bundled one's paragraphs in random order, encoded, found again, and trained
-on for a few steps, in a process of its own. Memory is what is above the process's before; "anonymous" leaves
-out pages of files, which the kernel takes back when it needs them. Linux only: it reads /proc.
+A text of --megabytes is made of the bundled one's paragraphs in random order, encoded, found again, and
+trained on for a few steps, in a process of its own. Memory is what is above the process's before; "anonymous"
+leaves out pages of files, which the kernel takes back when it needs them. Linux only: it reads /proc.
 """
 
 import argparse

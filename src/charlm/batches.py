@@ -22,6 +22,9 @@ _SHUFFLED_AT_ONCE = (
 )  # windows: a few hundred small operations a batch take longer than a small model's step
 
 
+_READ_AT_ONCE = 2**12  # windows whose memory is kept: of each the kernel maps 64 KiB
+
+
 class Batches(Protocol):
     """What the training loop walks over."""
 
@@ -141,8 +144,10 @@ class _WindowOrder(Sampler[Tensor]):
             indices = torch.arange(first, min(first + together, count))
             if self.windows.shuffle:
                 indices = shuffled(indices, count, self.seed, self.epoch)
-            self.windows.how.release()
-            yield from torch.split(indices, size)
+            for number, batch in enumerate(torch.split(indices, size)):
+                if number * size % _READ_AT_ONCE < size:
+                    self.windows.how.release()
+                yield batch
 
 
 class ContiguousStreams(Dataset[Batch]):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from charlm.cli import main
 
@@ -23,6 +24,24 @@ TINY = [
     "train.precision=float32",
     "train.device=cpu",
 ]
+
+
+# Texts in pieces, of characters that do something to their neighbours or to the line.
+PIECES = st.lists(
+    st.text(
+        st.sampled_from(
+            "aAbΣé \n\n\r\r'.\u0301\u0327\u0344\u1100\u1161\u11a8가각中か\u3099ﬁßİ\u00ad\u0f73\u0f71"
+            "\u09c7\u09be\ufeff\u200d\U0001f469\U0010ffff"
+        ),
+        max_size=6,
+    ),
+    max_size=8,
+)
+
+
+def cut(whole, size):
+    """`whole` in pieces of `size`."""
+    return iter([whole[start : start + size] for start in range(0, len(whole), size)])
 
 
 def settings(*overrides):

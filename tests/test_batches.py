@@ -48,7 +48,7 @@ def test_windows_share_the_text_s_memory():
     ids = torch.zeros(1000, dtype=torch.uint8)
     windows = SlidingWindows(ids, 4, 99, 1)
     assert len(windows) == 901
-    assert windows.windows.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
+    assert windows.ids.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
 
 
 def test_a_batch_is_gathered_at_once(monkeypatch):
@@ -135,6 +135,25 @@ def test_loaders_leave_torch_s_generator_alone(kind):
     before = torch.get_rng_state()
     walk(kind(torch.arange(500), 4, 10))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
+def test_backward_is_the_text_turned_round(sampling):
+    ids, config = torch.arange(500), BatchesConfig(batch_size=3, seq_len=7, stride=4, sampling=sampling)
+    backward, turned = make_batches(ids, config, backward=True), make_batches(ids.flip(0), config)
+    assert backward.ids.data_ptr() == ids.data_ptr(), "without a copy"
+    for (x, y), (turned_x, turned_y) in zip(walk(backward), walk(turned), strict=True):
+        assert torch.equal(x, turned_x) and torch.equal(y, turned_y)
+
+
+@pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
+def test_memory_is_released_on_the_way(monkeypatch, sampling):
+    monkeypatch.setattr("charlm.batches._READ_AT_ONCE", 10)
+    monkeypatch.setattr("charlm.batches._SHUFFLED_AT_ONCE", 40)
+    released = []
+    config = BatchesConfig(batch_size=4, seq_len=5, stride=5, sampling=sampling)
+    steps = len(walk(make_batches(torch.arange(999), config, release=lambda: released.append(1))))
+    assert steps / 10 <= len(released) <= steps
 
 
 def test_carrying_is_said():

@@ -61,6 +61,7 @@ def test_yaml_round_trip():
         ("corpus.source=['']", ["source is empty"]),
         ("corpus.split=[0.5, 0.2, 0.2]", ["[0.5, 0.2, 0.2]", "adding up to 1"]),
         ("corpus.keep='z-a'", ["'z-a'", "character class"]),
+        ("corpus.keep='a]b'", ["'a]b'", "character class", "must be written"]),
         ("model.weight_dropout=1.0", ["model.weight_dropout is 1.0", "less than 1"]),
         ("train.ema=1.0", ["train.ema is 1.0", "less than 1"]),
         ("train.ema=0", ["train.ema is 0", "greater than 0"]),

@@ -1,12 +1,19 @@
 import hashlib
 import tracemalloc
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from charlm import text
+from charlm.clean import clean
 from charlm.config import CorpusConfig
 from charlm.corpus import Corpus
 from charlm.errors import CharlmError
+from conftest import PIECES
 
 
 def test_splits_are_contiguous_and_whole(words):
@@ -57,6 +64,54 @@ def test_an_empty_text_is_refused(folder, content):
     (folder / "void.txt").write_text(content)
     with pytest.raises(CharlmError, match=r"empty.*void\.txt"):
         Corpus.load(CorpusConfig(source="void.txt"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(PIECES, min_size=1, max_size=3),
+    st.sampled_from(["NFC", "NFKD", "none"]),
+    st.booleans(),
+    st.sampled_from([None, "A-ZÉΣa-zéσς"]),
+    st.sampled_from([None, "a"]),
+    st.sampled_from([None, 12]),
+    st.booleans(),
+)
+def test_reading_in_pieces_is_reading_whole(
+    tmp_path_factory, files, normalize, lowercase, keep, start, max_chars, framed
+):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as name,
+    ):
+        for what, value in (("text._PIECE", 5), ("encode._CHUNK", 4), ("corpus.IN_MEMORY", 20)):
+            patch.setattr(f"charlm.{what}", value)
+        patch.setenv("XDG_CACHE_HOME", name)
+        whole = ""
+        for number, pieces in enumerate(files):
+            content = "".join(pieces)
+            frame = (
+                f"*** START OF THE PROJECT GUTENBERG EBOOK\n{content}\n*** END OF THE PROJECT GUTENBERG EBOOK"
+            )
+            Path(name, f"{number}.txt").write_bytes((frame if framed else content).encode())
+            content = text.decode((content if not framed else frame).encode(), "")
+            content = text.strip_gutenberg(content)
+            whole += content + "\n" * (content != "" and content[-1] != "\n")
+        whole = clean(whole[max(whole.find(start or ""), 0) :], normalize, lowercase, keep)[:max_chars]
+        config = CorpusConfig(
+            source=name, normalize=normalize, lowercase=lowercase, keep=keep, start=start, max_chars=max_chars
+        )
+        try:
+            expected = Corpus.from_text(whole)
+            assert whole.strip() and (start or "") in whole
+        except (CharlmError, AssertionError):
+            with pytest.raises(CharlmError):
+                Corpus.load(config)
+            return
+        corpus = Corpus.load(config)
+        for split in ("train", "val", "test"):
+            assert torch.equal(getattr(corpus, split), getattr(expected, split))
+        assert corpus.vocab.characters == expected.vocab.characters
+        assert (corpus.unseen, corpus.fingerprint) == (expected.unseen, expected.fingerprint)
 
 
 def test_the_fingerprint_is_the_text_s(words):

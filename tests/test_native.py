@@ -51,7 +51,7 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(cache):
 @pytest.mark.parametrize(("mode", "safe"), [(0o700, True), (0o777, False), (0o1777, True)])
 def test_a_folder_that_others_could_move_away_is_not_trusted(cache, mode, safe):
     cache.parent.chmod(mode)
-    assert native._cache_folder() == (cache if safe else None)
+    assert native.cache_folder() == (cache if safe else None)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no such modes here")

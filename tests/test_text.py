@@ -2,12 +2,19 @@ import bz2
 import gzip
 import hashlib
 import lzma
+import re
 
 import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from charlm import text
+from charlm.clean import clean
+from charlm.config import CorpusConfig
+from charlm.corpus import Corpus
 from charlm.errors import CharlmError
-from conftest import ROOT
+from conftest import PIECES, ROOT, cut
 
 
 def test_line_ends_and_byte_order_mark():
@@ -44,6 +51,35 @@ def test_compressed_files(tmp_path, ending, compress):
             text.read_file(path)
 
 
+@pytest.mark.parametrize(
+    ("data", "encoding"),
+    [("a".encode("utf-32"), "UTF-32"), (b"\0\0\xfe\xff\0\0\0a", "UTF-32"), (b"\xfe\xff\0a", "UTF-16")],
+)
+def test_other_encodings_are_named(data, encoding):
+    with pytest.raises(CharlmError, match=f"is {encoding}, .* iconv -f {encoding}"):
+        text.decode(data, "x")
+
+
+@settings(max_examples=60, deadline=None)
+@given(PIECES, st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"]), st.integers(1, 5))
+@example(["a\r", "\n\r\r\n\r"], "utf-8-sig", 1)
+@example(["\ufeff", "a\ufeff"], "utf-8", 1)
+def test_decoding_in_pieces(pieces, encoding, size):
+    data = "".join(pieces).encode(encoding, "replace")
+    try:
+        assert b"\0" not in data
+        whole = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (UnicodeDecodeError, AssertionError) as error:
+        with pytest.raises(CharlmError) as caught:
+            "".join(text.decode_pieces(cut(data, size), "x"))
+        if isinstance(error, UnicodeDecodeError) and encoding == "latin-1":
+            at = int(str(caught.value).split("offset ")[1].split(";")[0])
+            assert f"byte 0x{data[at]:02x} " in str(caught.value), "the byte is where it is said to be"
+            data[:at].decode()
+    else:
+        assert "".join(text.decode_pieces(cut(data, size), "x")) == whole
+
+
 def test_gutenberg_frame_is_stripped_only_whole():
     start, end = (
         "*** START OF THE PROJECT GUTENBERG EBOOK X ***",
@@ -61,12 +97,29 @@ def test_gutenberg_frame_is_stripped_only_whole():
         assert text.strip_gutenberg(part) == part
 
 
-def test_cleaning():
-    assert text.clean("e\u0301") == "é"
-    assert text.clean("é", normalize="NFD") == "e\u0301"
-    assert text.clean("e\u0301", normalize="none") == "e\u0301"
-    seeds = "A-Za-záéíóúÁÉÍÓÚñÑüÜ"
-    assert text.clean("¡Ea, señor!\n\nÁnimo: 12 ", keep=seeds, lowercase=True) == " ea señor ánimo "
+START = "*** START OF THE PROJECT GUTENBERG EBOOK"
+END = "***END of this project Gutenberg ebook"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from([START, END, "\n", "\n\n", "***", "* ", "a", f"\n{START} X ***\n", f"\n{END}"]))
+)
+@example([START, " of a line", "\n", "\n\n", END])
+def test_gutenberg_in_pieces(pieces):
+    whole = "".join(pieces)
+    start = re.search(r"^\*\*\* ?START OF THE PROJECT GUTENBERG EBOOK.*$", whole, re.M)
+    end = (
+        re.compile(r"^\*\*\*END of this project Gutenberg ebook", re.M).search(whole, start.end())
+        if start
+        else None
+    )
+    expected = whole[start.end() : end.start()].strip("\n") + "\n" if end else whole
+    for size in (1, 5, 1000):
+        found = []
+        for piece in text.strip_pieces(lambda size=size: cut(whole, size)):
+            found = [] if piece is None else [*found, piece]
+        assert "".join(found) == expected
 
 
 def test_sources(folder):
@@ -101,15 +154,15 @@ def test_sources_that_name_nothing(folder, source):
 def test_files_are_joined_line_by_line(folder):
     for name, content in (("1.txt", "uno"), ("2.txt", ""), ("3.txt", "tres\n")):
         (folder / name).write_text(content)
-    files = text.find_files("?.txt")
-    assert text.read(files) == "uno\ntres\n"
+    corpus = Corpus.load(CorpusConfig(source="?.txt", split=(0.9, 0.1, 0)))
+    assert corpus.vocab.decode(torch.cat([corpus.train, corpus.val])) == "uno\ntres\n"
 
 
 def test_the_bundled_corpus_is_what_its_readme_says():
     data = (ROOT / "data/sancho.txt").read_bytes()
     readme = (ROOT / "data/README.md").read_text()
     content = data.decode()
-    assert text.clean(content) == content, "NFC, and nothing to clean"
+    assert clean(content) == content, "NFC, and nothing to clean"
     assert f"| {len(content):,} |" in readme and f"| {len(data):,} |" in readme
     assert hashlib.sha256(data).hexdigest() in readme
     ratio = len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)

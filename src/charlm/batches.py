@@ -5,9 +5,8 @@ Neither holds more than the encoded text: windows are a view of it, and shufflin
 have generators of their own: a DataLoader draws from torch's global one otherwise, each time it is begun.
 """
 
-import itertools
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +20,9 @@ Batch = tuple[Tensor, Tensor]
 _SHUFFLED_AT_ONCE = (
     2**14
 )  # windows: a few hundred small operations a batch take longer than a small model's step
+
+
+_READ_AT_ONCE = 2**12  # windows whose memory is kept: of each the kernel maps 64 KiB
 
 
 class Batches(Protocol):
@@ -48,17 +50,26 @@ def val_characters(config: BatchesConfig) -> int | None:
 
 
 def make_batches(
-    ids: Tensor, config: BatchesConfig, rank: int = 0, size: int = 1
+    ids: Tensor,
+    config: BatchesConfig,
+    backward: bool = False,
+    release: Callable[[], None] = lambda: None,
+    rank: int = 0,
+    size: int = 1,
 ) -> "SlidingWindows | ContiguousStreams":
     """The batches of `ids` (N,) that `config` asks for; of `size` processes, the share of number `rank`.
 
     Each step's batch is that of one process with `size` times the batch size, cut into runs.
+
+    backward: of the text read from its end.
+    release: called every few thousand sequences, to give back the memory of a mapped text.
     """
     batch_size, seq_len = config.batch_size * size, config.seq_len
+    how = _How(backward, release, rank, size)
     if config.sampling == "contiguous":
-        return ContiguousStreams(ids, batch_size, seq_len, config.truncation == "random", rank, size)
+        return ContiguousStreams(ids, batch_size, seq_len, config.truncation == "random", how=how)
     return SlidingWindows(
-        ids, batch_size, seq_len, config.stride, config.shuffle, config.max_train_windows, rank, size
+        ids, batch_size, seq_len, config.stride, config.shuffle, config.max_train_windows, how=how
     )
 
 
@@ -67,13 +78,35 @@ def share(count: int, rank: int, size: int) -> slice:
     return slice(rank * count // size, (rank + 1) * count // size)
 
 
+class _How(NamedTuple):
+    """How the text is read: from its end or not, what gives back the memory that it took, and whose share."""
+
+    backward: bool = False
+    release: Callable[[], None] = lambda: None
+    rank: int = 0
+    size: int = 1
+
+    def share(self, sequences: Tensor) -> Tensor:
+        """Of a step's sequences (B,), those that this process reads."""
+        return sequences[share(len(sequences), self.rank, self.size)]
+
+    def read(self, ids: Tensor, starts: Tensor, length: int) -> Tensor:
+        """Stretches of the text (N,) as it is read, from `starts` (B,) on: int64 of shape (B, length).
+
+        They are gathered from a view of all stretches; the text is not turned round.
+        """
+        if self.backward:
+            starts = len(ids) - length - starts
+        stretches = ids.unfold(0, length, 1)[starts].long()
+        return stretches.flip(1) if self.backward else stretches
+
+
 class SlidingWindows(Dataset[Batch]):
     """Windows of T + 1 characters, `stride` apart, in random order; the state starts afresh in each.
 
     ids: the encoded text, (N,).
     batch_size: windows a step, of all processes together.
     max_windows: use the first so many only.
-    rank, size: of so many processes, whose share of each batch is read.
     Raises `CharlmError` for a text shorter than one window.
     """
 
@@ -87,18 +120,18 @@ class SlidingWindows(Dataset[Batch]):
         stride: int = 1,
         shuffle: bool = True,
         max_windows: int | None = None,
-        rank: int = 0,
-        size: int = 1,
+        *,
+        how: _How = _How(),  # noqa: B008 - it cannot change
     ):
         _check_length(ids, seq_len + 1, f"one window of batches.seq_len + 1 = {seq_len + 1}")
-        self.windows = ids.unfold(0, seq_len + 1, stride)[:max_windows]  # (W, T+1), a view of ids
-        self.batch_size = batch_size
+        self.ids, self.batch_size, self.seq_len, self.stride, self.how = ids, batch_size, seq_len, stride, how
+        count = (len(ids) - seq_len - 1) // stride + 1
+        self.count = count if max_windows is None else min(count, max_windows)
         self.shuffle = shuffle
-        self.rank, self.size = rank, size
         self.steps_per_epoch = -(-len(self) // batch_size)
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return self.count
 
     def sequences(self, step: int) -> int:
         """How many windows all processes together read in this step: fewer in an epoch's last."""
@@ -111,7 +144,7 @@ class SlidingWindows(Dataset[Batch]):
 
     def __getitems__(self, indices: Tensor) -> Batch:
         """The windows at `indices` (B,), gathered in one operation, as x and y, int64 of shape (B, T)."""
-        windows = self.windows[indices].long()
+        windows = self.how.read(self.ids, indices * self.stride, self.seq_len + 1)
         return windows[:, :-1], windows[:, 1:]
 
     def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
@@ -135,11 +168,14 @@ class _WindowOrder(Sampler[Tensor]):
         together = max(_SHUFFLED_AT_ONCE // size, 1) * size
         for first in range(self.start * size, count, together):
             batches = torch.split(torch.arange(first, min(first + together, count)), size)
-            own = [batch[share(len(batch), self.windows.rank, self.windows.size)] for batch in batches]
+            own = [self.windows.how.share(batch) for batch in batches]
             indices = torch.cat(own)
             if self.windows.shuffle:
                 indices = shuffled(indices, count, self.seed, self.epoch)
-            yield from torch.split(indices, [len(batch) for batch in own])
+            for number, batch in enumerate(torch.split(indices, [len(batch) for batch in own])):
+                if number * size % _READ_AT_ONCE < size:
+                    self.windows.how.release()
+                yield batch
 
 
 class ContiguousStreams(Dataset[Batch]):
@@ -164,16 +200,16 @@ class ContiguousStreams(Dataset[Batch]):
         batch_size: int,
         seq_len: int,
         random_length: bool = False,
-        rank: int = 0,
-        size: int = 1,
+        *,
+        how: _How = _How(),  # noqa: B008 - it cannot change
     ):
         needed = batch_size * seq_len + 1
-        processes = f"{size} processes × " if size > 1 else ""
+        processes = f"{how.size} processes × " if how.size > 1 else ""
         _check_length(
             ids, needed, f"one step: {processes}batches.batch_size × batches.seq_len + 1 = {needed}"
         )
         self.ids, self.batch_size, self.seq_len, self.random_length = ids, batch_size, seq_len, random_length
-        self.streams = torch.arange(batch_size)[share(batch_size, rank, size)]
+        self.how, self.streams = how, how.share(torch.arange(batch_size))
         # Leave room for an offset of up to T where the text allows.
         self.steps_per_epoch = max((len(ids) - seq_len) // (batch_size * seq_len), 1)
 
@@ -189,20 +225,41 @@ class ContiguousStreams(Dataset[Batch]):
         begin, end = part
         stream_length = self.steps_per_epoch * self.seq_len
         starts = begin + stream_length * self.streams
-        windows = self.ids.unfold(0, end - begin + 1, 1)[starts].long()
+        windows = self.how.read(self.ids, starts, end - begin + 1)
         return windows[:, :-1], windows[:, 1:]
 
     def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
         """The batches of an epoch, from step `start` on."""
-        slack = len(self.ids) - 1 - self.steps_per_epoch * self.batch_size * self.seq_len
-        generator = torch.Generator().manual_seed(mix(seed, epoch))
-        offset = torch.randint(slack + 1, (1,), generator=generator)
-        cuts = offset + self.seq_len * torch.arange(self.steps_per_epoch + 1)
-        if self.random_length:
-            reach = (self.seq_len - 1) // 2
-            cuts[1:-1] += torch.randint(-reach, reach + 1, (len(cuts) - 2,), generator=generator)
-        parts = list(itertools.pairwise(cuts.tolist()))[start:]
+        parts = _StreamParts(self, seed, epoch, start)
         return DataLoader(self, batch_size=None, sampler=parts, generator=torch.Generator())
+
+
+class _StreamParts(Sampler[tuple[int, int]]):
+    """Where each step of an epoch begins and ends in the first stream."""
+
+    def __init__(self, streams: ContiguousStreams, seed: int, epoch: int, start: int):
+        self.streams, self.seed, self.epoch, self.start = streams, seed, epoch, start
+
+    def __len__(self) -> int:
+        return self.streams.steps_per_epoch - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        streams, T, steps = self.streams, self.streams.seq_len, self.streams.steps_per_epoch
+        slack = len(streams.ids) - 1 - steps * streams.batch_size * T
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        begin = offset = int(torch.randint(slack + 1, (1,), generator=generator))
+        reach = (T - 1) // 2 if streams.random_length else 0
+        together = max(_SHUFFLED_AT_ONCE // streams.batch_size, 1)
+        for first in range(0, steps, together):
+            ends = offset + T * torch.arange(first + 1, min(first + together, steps) + 1)
+            if reach:
+                inner = min(len(ends), steps - 1 - first)  # the last step ends where it does
+                ends[:inner] += torch.randint(-reach, reach + 1, (inner,), generator=generator)
+            streams.how.release()
+            for step, end in enumerate(ends.tolist(), first):
+                if step >= self.start:
+                    yield begin, end
+                begin = end
 
 
 def shuffled(indices: Tensor, count: int, seed: int, epoch: int) -> Tensor:

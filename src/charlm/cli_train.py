@@ -57,7 +57,7 @@ def train(
         )
         config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
         display = TrainingDisplay(silent=not group.first)
-        corpus = group.in_turn(lambda: Corpus.load(config.corpus))
+        corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading))
         group.check_same("text", corpus.fingerprint)
         trainer = Trainer(config, corpus, group)
         if dry_run:

@@ -111,7 +111,8 @@ def generate(
     is made; several are written side by side, sample k with seed + k, and printed when they are done, parted
     by a line of dashes. A run that is still training can be used.
     """
-    from charlm import sample, text
+    from charlm import sample
+    from charlm.clean import clean
     from charlm.stepper import Stepper
 
     if quantize and device == "auto":
@@ -123,10 +124,10 @@ def generate(
             "has no prediction of what follows a text: use charlm fill, or another --model"
         )
     cleaning = loaded.config.corpus.cleaning
-    prefix = text.clean(_stdin_for_dash(prefix), **cleaning)
+    prefix = clean(_stdin_for_dash(prefix), **cleaning)
     ids = loaded.vocab.encode(prefix, unknown, "the prefix")  # type: ignore[arg-type]
     shown = loaded.vocab.decode(ids)
-    stop = text.clean(stop, **{**cleaning, "keep": None})
+    stop = clean(stop, **{**cleaning, "keep": None})
     if never := sorted(set(stop) - set(loaded.vocab.characters)):
         raise ConfigError(f"--stop {stop!r} can never be written: the model does not know {never}")
     if quantize:
@@ -194,14 +195,14 @@ def fill(
     Each blank (_) is one character. It takes a model that was trained with model.direction: both, as
     fill.yaml has it.
     """
-    from charlm import text
+    from charlm.clean import clean
     from charlm.fill import fill as fill_in
 
     if len(blank) != 1:
         raise ConfigError(f"--blank {blank!r} must be one character")
     loaded = _load(model, implementation, device)
     text_with_blanks = _stdin_for_dash(text_with_blanks)
-    parts = [text.clean(part, **loaded.config.corpus.cleaning) for part in text_with_blanks.split(blank)]
+    parts = [clean(part, **loaded.config.corpus.cleaning) for part in text_with_blanks.split(blank)]
     answers = fill_in(loaded.model, loaded.vocab, parts, best, unknown=unknown)  # type: ignore[arg-type]
     shown = [
         {
@@ -239,6 +240,7 @@ def evaluate(
     after the first once. FILE may be compressed, a folder, a glob, or - for stdin.
     """
     from charlm import text
+    from charlm.clean import clean
     from charlm.evaluate import evaluate as score
     from charlm.metrics import Score
 
@@ -251,7 +253,7 @@ def evaluate(
         paths = [Path("-")] if name == "-" else text.find_files(name)
         for path in paths:
             content = text.decode(sys.stdin.buffer.read(), "stdin") if name == "-" else text.read_file(path)
-            content = text.clean(text.strip_gutenberg(content), **loaded.config.corpus.cleaning)
+            content = clean(text.strip_gutenberg(content), **loaded.config.corpus.cleaning)
             ids = loaded.vocab.encode(content, unknown, str(path))  # type: ignore[arg-type]
             if len(ids) < 2 and len(paths) > 1:
                 click.echo(f"left out: {path} has {len(ids)} characters, too few to score", err=True)

@@ -8,6 +8,7 @@ import difflib
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,10 +56,11 @@ class CorpusConfig(Section):
             )
         if self.keep is not None:
             try:
-                re.compile(f"[^{self.keep}]+")
-                # Behind it any expression could stand, one that takes for ever among them.
-                if "]" in re.sub(r"\\.", "..", self.keep, flags=re.S)[1:]:
-                    raise re.error("a ] that is not first ends it; write \\]")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # of [ in a class, which one may keep
+                    re.compile(f"[^{self.keep}]+")
+                if not re.fullmatch(r"\]?(\\.|[^]\\])*", self.keep, re.S):
+                    raise re.error("a ] that is not the first must be written \\]")
             except re.error as error:
                 raise ValueError(
                     f"keep {self.keep!r} is not the inside of a character class ({error}); "

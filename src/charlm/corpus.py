@@ -1,16 +1,25 @@
-"""`Corpus`: a text as encoded train, val and test splits, with the vocabulary of the train split."""
+"""`Corpus`: a text as encoded train, val and test splits, with the vocabulary of the train split.
 
-import hashlib
+A text is read, cleaned, counted and encoded in one pass, a piece at a time. A short one is then in memory. A
+long one is on the disk, in the user's cache folder, and mapped: the next run on it begins at once.
+"""
+
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from charlm import text
+from charlm import cache, text
+from charlm.clean import Cleaner
 from charlm.config import CorpusConfig
+from charlm.encode import Encoded, Encoder, Split
 from charlm.errors import CharlmError
 from charlm.vocab import Vocab
+
+IN_MEMORY = 2**26  # bytes of ids, about as many as of text
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,8 @@ class Corpus:
 
     train, val, test: ids of shape (N,), in the smallest integer type that holds the vocabulary.
     unseen: how many characters of val and test the train split lacks; they are left out.
-    fingerprint: SHA-256 of the clean text.
+    fingerprint: SHA-256 of the clean text in UTF-8.
+    release: gives back the memory that reading a mapped text takes; at any time, as often as you like.
     """
 
     vocab: Vocab
@@ -29,59 +39,87 @@ class Corpus:
     unseen: int
     fingerprint: str
     files: tuple[Path, ...]
+    release: Callable[[], None] = lambda: None
 
     @classmethod
-    def load(cls, config: CorpusConfig) -> "Corpus":
+    def load(
+        cls, config: CorpusConfig, on_read: Callable[[int, int], object] = lambda count, total: None
+    ) -> "Corpus":
         """Read, clean, split and encode the text that `config` names.
 
-        Raises `CharlmError` for files that cannot be read and for an empty text.
+        on_read: told, each time, how many bytes were read of how many that the files have.
+        Raises `CharlmError` for files that cannot be read, for an empty text, and for a long text where there
+        is no room on the disk.
         """
-        files = tuple(text.find_files(config.source))
-        content = text.read(files)
-        if config.start is not None:
-            begin = content.find(config.start)
-            if begin < 0:
-                raise CharlmError(
-                    f"corpus.start {config.start!r} does not stand in {', '.join(map(str, files[:4]))}; "
-                    "give words that do, or leave it out"
-                )
-            content = content[begin:]
-        content = text.clean(content, **config.cleaning)[: config.max_chars]
-        if not content or content.isspace():
-            raise CharlmError(f"the corpus is empty: no text in {', '.join(map(str, files[:4]))}")
-        return cls.from_text(content, config.split, files)
+        paths = tuple(text.find_files(config.source))
+        files = [text.TextFile(path, lambda count: on_read(count, total)) for path in paths]
+        total = sum(file.stat.st_size for file in files)
+        settings = config.model_dump(mode="json", exclude={"source"})
+        long = total > IN_MEMORY or any(file.compressed for file in files)
+        if long and (mapped := cache.find(files, settings)):
+            return cls._mapped(mapped, paths)
+        encoder = Encoder(IN_MEMORY, cache.folder)
+        try:
+            used = _encode(files, config, encoder)
+            encoded = encoder.finish(config.split)
+            if encoder.on_disk:
+                return cls._mapped(cache.write(encoded, files, used, settings), paths)
+            return cls._of(encoded, encoded.in_memory(), paths)
+        finally:
+            encoder.close()
 
     @classmethod
     def from_text(
-        cls, content: str, split: tuple[float, float, float] = (0.9, 0.05, 0.05), files: tuple[Path, ...] = ()
+        cls, content: str, split: Split = (0.9, 0.05, 0.05), files: tuple[Path, ...] = ()
     ) -> "Corpus":
         """Split and encode a clean text; `split` gives the shares of train, val and test."""
-        first, second = round(len(content) * split[0]), round(len(content) * (split[0] + split[1]))
-        parts = content[:first], content[first:second], content[second:]
-        vocab = Vocab.from_text(parts[0])
-        dtype = smallest_dtype(len(vocab))
-        train, val, test = (vocab.encode(part, "skip", dtype=dtype) for part in parts)
-        return cls(
-            vocab=vocab,
-            train=train,
-            val=val,
-            test=test,
-            unseen=len(content) - len(train) - len(val) - len(test),
-            fingerprint=fingerprint(content),
-            files=files,
+        encoder = Encoder()
+        encoder.add(content)
+        encoded = encoder.finish(split)
+        return cls._of(encoded, encoded.in_memory(), files)
+
+    @classmethod
+    def _mapped(cls, mapped: cache.Mapped, files: tuple[Path, ...]) -> "Corpus":
+        return cls._of(mapped.encoded, mapped.ids, files, mapped.release)
+
+    @classmethod
+    def _of(
+        cls,
+        encoded: Encoded,
+        ids: Tensor,
+        files: tuple[Path, ...],
+        release: Callable[[], None] = lambda: None,
+    ) -> "Corpus":
+        train, val, test = torch.split(ids, list(encoded.sizes))
+        return cls(encoded.vocab, train, val, test, encoded.unseen, encoded.fingerprint, files, release)
+
+
+def _encode(files: list[text.TextFile], config: CorpusConfig, encoder: Encoder) -> int:
+    """Feed the text of `files`, one after the other, each ending its last line, to `encoder`.
+
+    Returns how many files it took. Raises `CharlmError` for an empty text.
+    """
+    cleaner = Cleaner(**config.cleaning, start=config.start, max_chars=config.max_chars)
+    used = 0
+    while used < len(files) and not cleaner.full:
+        before, place = copy(cleaner), encoder.mark()
+        ended = True  # whether its last line is, or it has none
+        for piece in text.strip_pieces(files[used].pieces):
+            if piece is None:
+                cleaner, ended = copy(before), True
+                encoder.take_back(place)
+            elif piece:
+                encoder.add(cleaner.feed(piece))
+                ended = piece.endswith("\n")
+        if not ended:
+            encoder.add(cleaner.feed("\n"))
+        used += 1
+    encoder.add(cleaner.finish())
+    names = ", ".join(str(file.path) for file in files[:4])
+    if cleaner.missed:
+        raise CharlmError(
+            f"corpus.start {config.start!r} does not stand in {names}; give words that do, or leave it out"
         )
-
-
-def fingerprint(content: str) -> str:
-    """The SHA-256 of a text in UTF-8, taken piece by piece: no second copy of it is made."""
-    digest = hashlib.sha256()
-    for start in range(0, len(content), 2**18):
-        digest.update(content[start : start + 2**18].encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def smallest_dtype(vocab_size: int) -> torch.dtype:
-    """The smallest integer type that holds ids below `vocab_size`."""
-    if vocab_size <= 2**8:
-        return torch.uint8
-    return torch.int16 if vocab_size <= 2**15 else torch.int32
+    if encoder.blank:
+        raise CharlmError(f"the corpus is empty: no text in {names}")
+    return used

@@ -32,12 +32,14 @@ def evaluate(model: CharLM, ids: Tensor) -> Score:
 
 def _evaluate(model: CharLM, ids: Tensor) -> Score:
     """Score every character but the first that the model reads, given those before it."""
-    if model.config.direction == "backward":
-        ids = ids.flip(0)
+    backward = model.config.direction == "backward"
     device = model.head.weight.device
     state, nats = model.initial_state(1), 0.0
     for start in range(0, len(ids) - 1, CHUNK):
-        window = ids[start : start + CHUNK + 1].long().to(device)
+        end = len(ids) - start
+        # `ids` may be mapped from the disk: only a piece of it is copied.
+        piece = ids[max(end - CHUNK - 1, 0) : end].flip(0) if backward else ids[start : start + CHUNK + 1]
+        window = piece.long().to(device)
         logits, state = model(window[None, :-1], state)
         surprisals = F.cross_entropy(logits[0], window[1:], reduction="none")
         nats += float(surprisals.cpu().double().sum())
@@ -47,14 +49,19 @@ def _evaluate(model: CharLM, ids: Tensor) -> Score:
 def _evaluate_filling(model: FillLM, ids: Tensor) -> Score:
     """Score every character given the text left and right of it, both states carried over the whole text."""
     device = model.head.weight.device
-    chunks = torch.split(ids.long().to(device)[None], CHUNK, dim=1)
+    chunks = torch.split(ids, CHUNK)  # views: the text may be larger than the memory
+
+    def load(chunk: Tensor) -> Tensor:
+        return chunk.long().to(device)[None]
+
     zeros = model.initial_state(1)
     half = len(zeros) // 2
     rights = [zeros[half:]]  # the state right of each chunk, from the last chunk to the first
     for chunk in reversed(chunks[1:]):
-        rights.append(model.reverse(model.embed(chunk.flip(1)), rights[-1])[1])
+        rights.append(model.reverse(model.embed(load(chunk).flip(1)), rights[-1])[1])
     left, nats = zeros[:half], 0.0
     for chunk, right in zip(chunks, reversed(rights), strict=True):
+        chunk = load(chunk)
         logits, state = model(chunk, left + right)
         left = state[:half]
         nats += float(F.cross_entropy(logits[0], chunk[0], reduction="none").cpu().double().sum())

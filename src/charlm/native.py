@@ -213,7 +213,7 @@ def _build(compiler: list[str], store: str, openmp: str | None) -> ctypes.CDLL:
         _machine(compiler),
     ]
     name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    folder = _cache_folder()
+    folder = cache_folder()
     if folder and _is_ours(folder / name, stat.S_ISREG):
         with contextlib.suppress(OSError):  # damaged, or where nothing may be executed
             return _open(folder / name, openmp)
@@ -291,18 +291,19 @@ def keep_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _cache_folder() -> Path | None:
-    """The folder for what was compiled, made if need be; None if others could put something into its place.
+def cache_folder(name: str = "") -> Path | None:
+    """charlm's folder in the user's cache folder, or `name` in it, made if need be.
 
-    That is, where anyone else may write to it, or to a folder above it in which they could move it away.
+    None where it cannot be made, and where others could put something into its place: where anyone else may
+    write to it, or to a folder above it in which they could move it away.
     """
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "charlm"
-        for each in (folder.parent, folder):
+        for each in dict.fromkeys((folder.parent, folder, folder / name)):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = folder.resolve(strict=True)  # so that no link is followed from here on
-        safe = _is_ours(folder, stat.S_ISDIR) and all(map(_is_safe, folder.parents))
+        folder = (folder / name).resolve(strict=True)  # so that no link is followed from here on
+        safe = os.name != "posix" or (_is_ours(folder, stat.S_ISDIR) and all(map(_is_safe, folder.parents)))
     except (OSError, RuntimeError):
         return None
     return folder if safe else None

@@ -14,6 +14,7 @@ from charlm.metrics import Score, perplexity
 Row = dict[str, Any]
 
 _BAR = "{desc} |{bar}| {remaining} left"  # fits 60 columns
+_LONG = 2**26  # bytes; what is shorter is read in a moment
 
 
 class Reporter(Protocol):
@@ -56,6 +57,17 @@ class TrainingDisplay:
             return
         with contextlib.suppress(BrokenPipeError):
             tqdm.write(line, file=sys.stderr)
+
+    def reading(self, count: int, total: int) -> None:
+        """So many bytes more of the corpus were read, of `total`; a long one has a bar."""
+        if self.bar is None and total > _LONG and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total, desc="reading", bar_format=_BAR, dynamic_ncols=True, leave=False, file=sys.stderr
+            )
+        if self.bar is not None:
+            self.bar.update(count)
+            if self.bar.n >= total:  # the last of it, or a file must be read again
+                self.end()
 
     def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Show the bar at `step`."""

@@ -1,35 +1,50 @@
-"""Files to clean text: finding them, decoding them, taking off what is not the text.
+"""Files to text: finding them, decoding them, taking off what is not the text.
 
 Sources are a bundled corpus's name, a file, a folder, a glob or a list of these; files are plain UTF-8 or
-compressed (.gz, .bz2, .xz).
+compressed (.gz, .bz2, .xz). All is done a piece at a time, so that a file may be larger than the memory;
+where a piece ends makes no difference to what comes out.
 """
 
 import bz2
+import codecs
+import contextlib
 import glob
 import gzip
+import hashlib
+import itertools
 import lzma
 import re
-import unicodedata
+import stat
+import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import Literal, cast
+from typing import IO, Any
 
 from charlm.errors import CharlmError
 from charlm.resources import shipped
 
-NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
-
 BUNDLED = ("sancho",)
 
-_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
+_PIECE = 2**20  # bytes that are read at once
+_TICK = 2 * 10**9  # ns, no less than what a file system's clock counts in: within one a change does not show
+_DECOMPRESS: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
 }
 _IN_FOLDERS = tuple(f".txt{ending}" for ending in ("", *_DECOMPRESS))
+_BOM = codecs.BOM_UTF8
+_OTHER_BOMS = {  # UTF-16's little-endian one begins UTF-32's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 _STARS = "***"  # how Project Gutenberg's markers begin
+_LONGEST_MARKER = 64  # characters; more than what the expressions below need to see of a line
 _GUTENBERG_START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.M | re.I)
 _GUTENBERG_END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.M | re.I)
 
@@ -69,69 +84,212 @@ def _find(name: str) -> list[Path]:
     )
 
 
+class TextFile:
+    """A file that holds text, plain or compressed.
+
+    on_read: told how many bytes were read each time; of a compressed file, of what it is on the disk.
+    stat: what the file system says of it.
+    settled: whether `stat` will tell if it is changed from now on.
+    sha256: of the bytes that `pieces` has read.
+    Raises `CharlmError` for what cannot be read.
+    """
+
+    def __init__(self, path: Path, on_read: Callable[[int], object] = lambda count: None):
+        self.path, self.on_read, self.sha256 = path, on_read, hashlib.sha256()
+        with _reading(path):
+            now, self.stat = time.time_ns(), path.stat()
+            self.regular = stat.S_ISREG(self.stat.st_mode)
+            self.settled = max(self.stat.st_mtime_ns, self.stat.st_ctime_ns) < now - _TICK
+            # What comes through a pipe comes once, and may have to be read twice.
+            self._content = None if self.regular else path.read_bytes()
+
+    @property
+    def compressed(self) -> bool:
+        """Whether its size says little about its text's."""
+        return self.path.suffix in _DECOMPRESS
+
+    def read(self, count: int = -1) -> bytes:
+        """The next bytes as they are on the disk; for what decompresses them."""
+        data = self._file.read(count)
+        self.sha256.update(data)
+        self.on_read(len(data))
+        return data
+
+    def chunks(self) -> Iterator[bytes]:
+        """The decompressed bytes, from the beginning."""
+        with _reading(self.path):
+            self.sha256 = hashlib.sha256()
+            self._file: IO[bytes] = (
+                BytesIO(self._content) if self._content is not None else self.path.open("rb")
+            )
+            with self._file:
+                opened = _DECOMPRESS[self.path.suffix](self) if self.compressed else self
+                while chunk := opened.read(_PIECE):
+                    yield chunk
+                if self.compressed:
+                    self.read()  # what a decompressor leaves of a file's end
+
+    def digest(self) -> str:
+        """The SHA-256 of all its bytes as they are on the disk."""
+        with _reading(self.path), self.path.open("rb") as self._file:
+            self.sha256 = hashlib.sha256()
+            while self.read(_PIECE):
+                pass
+        return self.sha256.hexdigest()
+
+    def pieces(self) -> Iterator[str]:
+        """The text, decoded, with LF line ends; raises `CharlmError` for what is no UTF-8 text."""
+        return decode_pieces(self.chunks(), str(self.path))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise CharlmError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def read_file(path: Path) -> str:
     """The text in a file, decompressed and decoded, with LF line ends.
 
     Raises `CharlmError` for what cannot be read and what is no UTF-8 text.
     """
-    try:
-        data = path.read_bytes()
-        if path.suffix in _DECOMPRESS:
-            data = _DECOMPRESS[path.suffix](data)
-    except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise CharlmError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    return decode(data, str(path))
+    return "".join(TextFile(path).pieces())
 
 
 def decode(data: bytes, name: str) -> str:
     """`data` as text with LF line ends; `name` names it in the `CharlmError` for what is no UTF-8 text."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise CharlmError(f"{name} is UTF-16, not UTF-8; convert it with: iconv -f UTF-16 -t UTF-8")
-    if (nul := data.find(b"\0")) >= 0:
-        raise CharlmError(f"{name} is a binary file, not text: it has a NUL byte at offset {nul}")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # The decoder counts from behind a byte order mark.
-        offset = error.start + 3 * data.startswith(b"\xef\xbb\xbf")
-        raise CharlmError(
-            f"{name} is not valid UTF-8: byte 0x{data[offset]:02x} at offset {offset}; "
-            "if it is text in another encoding, convert it, for example with: iconv -f ISO-8859-1 -t UTF-8"
-        ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    return "".join(decode_pieces([data], name))
+
+
+def decode_pieces(data: Iterable[bytes], name: str) -> Iterator[str]:
+    """The same for data in pieces, as text in pieces."""
+    decoder, before, end = codecs.getincrementaldecoder("utf-8")(), 0, ""
+    for piece, last in _told_the_last(_with_whole_beginning(data)):
+        if before == 0:
+            for mark, encoding in _OTHER_BOMS.items():
+                if piece.startswith(mark):
+                    raise CharlmError(
+                        f"{name} is {encoding}, not UTF-8; convert it with: iconv -f {encoding} -t UTF-8"
+                    )
+        if (nul := piece.find(b"\0")) >= 0:
+            raise CharlmError(
+                f"{name} is a binary file, not text: it has a NUL byte at offset {before + nul}"
+            )
+        begin = len(_BOM) if before == 0 and piece.startswith(_BOM) else 0
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = end + decoder.decode(piece[begin:] if begin else piece, last)
+        except UnicodeDecodeError as error:
+            raise CharlmError(
+                f"{name} is not valid UTF-8: byte 0x{error.object[error.start]:02x} "
+                f"at offset {before + begin - waiting + error.start}; "
+                "if it is text in another encoding, convert it, for example with: "
+                "iconv -f ISO-8859-1 -t UTF-8"
+            ) from None
+        before += len(piece)
+        end = "\r" if text.endswith("\r") and not last else ""  # the LF may come with the next piece
+        if end:
+            text = text[:-1]
+        yield text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _with_whole_beginning(data: Iterable[bytes]) -> Iterator[bytes]:
+    """`data` with its first pieces joined until they would hold any byte order mark."""
+    beginning: bytes | None = b""
+    for piece in data:
+        if beginning is None:
+            yield piece
+        elif len(beginning := beginning + piece) >= 4:
+            yield beginning
+            beginning = None
+    if beginning:
+        yield beginning
+
+
+def _told_the_last(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each of `pieces`, and whether it is the last."""
+    waiting: bytes | None = None
+    for piece in pieces:
+        if waiting is not None:
+            yield waiting, False
+        waiting = piece
+    if waiting is not None:
+        yield waiting, True
 
 
 def strip_gutenberg(text: str) -> str:
     """`text` without Project Gutenberg's header and licence, where both of its markers stand in it."""
-    start = _find_marker(_GUTENBERG_START, text, 0)
-    end = _find_marker(_GUTENBERG_END, text, start.end()) if start else None
-    return text[start.end() : end.start()].strip("\n") + "\n" if start and end else text
+    parts: list[str] = []
+    for piece in strip_pieces(lambda: iter([text])):
+        if piece is None:
+            parts.clear()
+        else:
+            parts.append(piece)
+    return "".join(parts)
 
 
-def _find_marker(marker: re.Pattern[str], text: str, begin: int) -> re.Match[str] | None:
-    """What ``marker.search(text, begin)`` finds, a hundred times as fast: an expression tries every line."""
-    place = text.find(_STARS, begin)
+def strip_pieces(pieces: Callable[[], Iterator[str]]) -> Iterator[str | None]:
+    """The same for the text that `pieces` gives from its beginning each time; None takes back all before it.
+
+    Whether there is a header shows only where it ends, and whether it counts only at the licence.
+    """
+    stream = _with_whole_markers(pieces())
+    for text, at_line_start in stream:
+        if start := _find_marker(_GUTENBERG_START, text, at_line_start):
+            break
+        yield text
+    else:
+        return
+    yield None
+    in_marker, begun, newlines = True, False, 0
+    rest = text[start.end() :], False
+    for piece, piece_at_start in itertools.chain([rest], stream):
+        if in_marker:
+            if (line_end := piece.find("\n")) < 0:
+                continue
+            piece, in_marker = piece[line_end:], False
+        end = _find_marker(_GUTENBERG_END, piece, piece_at_start)
+        body = piece[: end.start()] if end else piece
+        if not begun:
+            body = body.lstrip("\n")
+        if kept := body.rstrip("\n"):
+            yield from ("\n" * min(_PIECE, newlines - done) for done in range(0, newlines, _PIECE))
+            yield kept
+            begun, newlines = True, len(body) - len(kept)
+        else:
+            newlines += len(body)
+        if end:
+            yield "\n"
+            for _ in stream:  # the licence must be text too
+                pass
+            return
+    yield None
+    yield from pieces()
+
+
+def _with_whole_markers(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """The text cut so that no marker is cut; of each piece, whether a line begins with it."""
+    held, at_line_start = "", True
+    for piece in pieces:
+        text, held = held + piece, ""
+        line = text.rfind("\n") + 1
+        short = len(text) - line < _LONGEST_MARKER and (line or at_line_start)
+        if short and (text.startswith(_STARS, line) or _STARS.startswith(text[line:])):
+            text, held = text[:line], text[line:]
+        if text:
+            yield text, at_line_start
+            at_line_start = text.endswith("\n")
+    if held:
+        yield held, at_line_start
+
+
+def _find_marker(marker: re.Pattern[str], text: str, at_line_start: bool) -> re.Match[str] | None:
+    """What ``marker.search(text)`` finds, a hundred times as fast: an expression tries every line."""
+    place = text.find(_STARS, 0 if at_line_start else 1)
     while place >= 0:
         if found := marker.match(text, place):
             return found
         place = text.find(_STARS, place + 1)
     return None
-
-
-def clean(text: str, normalize: str = "NFC", lowercase: bool = False, keep: str | None = None) -> str:
-    """`text` as the model sees it.
-
-    normalize: the Unicode normal form, or ``none``.
-    keep: the inside of a regular expression's character class; each run of other characters becomes a space.
-    """
-    if normalize != "none" and not text.isascii():
-        text = unicodedata.normalize(cast(NormalForm, normalize), text)
-    if keep is not None:
-        text = re.sub(f"[^{keep}]+", " ", text)
-    return text.lower() if lowercase else text
-
-
-def read(files: Iterable[Path]) -> str:
-    """The text of `files`, one after the other, each ending its last line."""
-    texts = (strip_gutenberg(read_file(path)) for path in files)
-    return "".join(text if text.endswith("\n") else text + "\n" for text in texts if text)

@@ -74,8 +74,9 @@ class Trainer:
         self.device = group.device(config.train.device)
         self.precision, self.precision_reason = choose_precision(config.train.precision, self.device)
         backward = config.model.direction == "backward"
-        ids = corpus.train.flip(0) if backward else corpus.train
-        self.batches = make_batches(ids, config.batches, group.rank, group.size)
+        self.batches = make_batches(
+            corpus.train, config.batches, backward, corpus.release, group.rank, group.size
+        )
         self.val = corpus.val[: val_characters(config.batches)]
         if len(self.val) < 2:
             raise CharlmError(

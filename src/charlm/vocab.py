@@ -10,7 +10,7 @@ from charlm.errors import CharlmError, UnknownCharactersError
 
 Unknown = Literal["error", "skip", "replace"]
 
-_CODE_POINTS = 0x110000
+CODE_POINTS = 0x110000
 _CHUNK = 2**18  # characters that are looked at at once: all that is made on the way stays in the cache
 _NAMED = 8  # how many unknown characters an error names
 
@@ -45,15 +45,21 @@ class Vocab:
 
         Raises `CharlmError` for an empty text.
         """
-        if not text:
-            raise CharlmError("the corpus is empty: there is no character to learn from")
-        counts = torch.zeros(_CODE_POINTS, dtype=torch.int64)
+        counts = torch.zeros(CODE_POINTS, dtype=torch.int64)
         for points in _chunks(text):
             found = torch.bincount(points)
             counts[: len(found)] += found
-        present = counts.nonzero().squeeze(1)
-        order = torch.argsort(counts[present], descending=True, stable=True)
-        return cls("".join(map(chr, present[order].tolist())))
+        return cls.from_counts(torch.arange(CODE_POINTS), counts)
+
+    @classmethod
+    def from_counts(cls, points: Tensor, counts: Tensor) -> "Vocab":
+        """The same for code points (N,), each once, that stand in a text so many times, `counts` (N,)."""
+        present = counts > 0
+        if not present.any():
+            raise CharlmError("the corpus is empty: there is no character to learn from")
+        points, by_point = points[present].sort()
+        order = torch.argsort(counts[present][by_point], descending=True, stable=True)
+        return cls("".join(map(chr, points[order].tolist())))
 
     def __len__(self) -> int:
         return len(self.characters)
@@ -74,7 +80,7 @@ class Vocab:
         """
         ids, kept = torch.empty(len(text), dtype=dtype), 0
         for points in _chunks(text):
-            chunk = self._look_up(points)
+            chunk = self.look_up(points)
             if chunk.min() < 0:
                 missing = chunk < 0
                 if unknown == "error":
@@ -91,14 +97,14 @@ class Vocab:
         """The text of `ids`, integers of shape (N,)."""
         return "".join(self.characters[i] for i in ids.tolist())
 
-    def _look_up(self, points: Tensor) -> Tensor:
+    def look_up(self, points: Tensor) -> Tensor:
         """The ids of code points (N,), -1 where there is none; `points` are used up."""
         # Ten times as fast as indexing.
         return self._ids.index_select(0, points.clamp_(max=len(self._ids) - 1))
 
     def _describe(self, text: str, name: str) -> str:
         first: dict[str, int] = {}
-        missing = self._look_up(code_points(text)) < 0
+        missing = self.look_up(code_points(text)) < 0
         for position in missing.nonzero().squeeze(1).tolist():
             first.setdefault(text[position], position)
         named = [f"{ascii_name(char)} at position {at}" for char, at in list(first.items())[:_NAMED]]

@@ -1,0 +1,127 @@
+"""What a long text costs: how fast it is encoded, and the memory that this takes and training on it.
+
+A text of --megabytes is made of the bundled one's paragraphs in random order, encoded, found again, and
+trained on for a few steps, in a process of its own. Memory is what is above the process's before; "anonymous"
+leaves out pages of files, which the kernel takes back when it needs them. Linux only: it reads /proc.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from common import heading
+
+from charlm.compare import markdown
+from charlm.text import find_files
+
+
+def make(path, megabytes):
+    """A text of so many MB."""
+    paragraphs = find_files("sancho")[0].read_text(encoding="utf-8").split("\n\n")
+    draw, written = random.Random(0), 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < megabytes * 10**6:
+            chosen = draw.choices(paragraphs, k=1000)
+            written += len("".join(f"{text}\n\n" for text in chosen).encode())
+            file.write("".join(f"{text}\n\n" for text in chosen))
+
+
+def memory():
+    """MB of this process: in memory now, at most since `reset`, anonymous now."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[name].split()[0]) / 1000 for name in ("VmRSS", "VmHWM", "RssAnon")}
+
+
+class Watch:
+    """The time and the peaks of what is done inside, above `base`."""
+
+    def __init__(self, base):
+        self.base, self.anonymous, self.over = base, 0.0, threading.Event()
+
+    def __enter__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        self.began, self.cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def look(self):
+        while True:
+            self.anonymous = max(self.anonymous, memory()["RssAnon"])
+            if self.over.wait(0.02):
+                return
+
+    def __exit__(self, *error):
+        self.seconds, self.cpu = time.perf_counter() - self.began, time.process_time() - self.cpu
+        self.over.set()
+        self.thread.join()
+        self.peak = memory()["VmHWM"] - self.base["VmRSS"]
+        self.anonymous -= self.base["RssAnon"]
+
+    def row(self, name, note):
+        return [name, f"{self.seconds:,.1f}", f"{self.peak:,.0f}", f"{self.anonymous:,.0f}", note]
+
+
+def measure(path, steps):
+    import torch
+
+    from charlm.config import Config, CorpusConfig, TrainConfig
+    from charlm.corpus import Corpus
+    from charlm.train import Trainer
+
+    torch.set_num_threads(1)
+    config = Config(
+        corpus=CorpusConfig(source=str(path)), train=TrainConfig(device="cpu", precision="float32")
+    )
+    Trainer(config, Corpus.from_text("a text that " * 999)).batches  # noqa: B018 - all is imported by then
+    base, megabytes, rows = memory(), path.stat().st_size / 1e6, []
+    with Watch(base) as watch:
+        corpus = Corpus.load(config.corpus)
+    rate = f"{megabytes / watch.seconds:,.0f} MB/s, {megabytes / watch.cpu:,.0f} a second of processor time"
+    rows.append(watch.row("encoded", rate))
+    count = len(corpus.train) + len(corpus.val) + len(corpus.test)
+    print(f"{megabytes:,.0f} MB, {count:,} characters, {len(corpus.vocab)} different, {corpus.train.dtype}\n")
+    del corpus
+    with Watch(base) as watch:
+        corpus = Corpus.load(config.corpus)
+    rows.append(watch.row("found again", ""))
+    with Watch(base) as watch:
+        trainer = Trainer(config, corpus)
+        batches = trainer.remaining_batches()
+        trainer.step(*next(batches))
+    rows.append(watch.row("first step", f"{trainer.steps_per_epoch:,} steps an epoch"))
+    with Watch(base) as watch:
+        for _ in range(steps):
+            x, _ = next(batches)
+    rows.append(
+        watch.row(f"{steps:,} batches more", f"{steps * x.numel() / watch.seconds / 1e6:,.1f} M chars/s")
+    )
+    print(markdown(["", "seconds", "peak, MB", "anonymous, MB", ""], rows))
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--megabytes", type=int, default=200)
+    arguments.add_argument("--batches", type=int, default=5000)
+    arguments.add_argument("--folder", type=Path, help="for the text and what is made of it; then deleted")
+    arguments.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.measure:
+        measure(options.measure, options.batches)
+        return
+    heading("A long text")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = Path(folder) / "text.txt"
+        make(path, options.megabytes)
+        command = [sys.executable, __file__, "--measure", str(path), "--batches", str(options.batches)]
+        subprocess.run(command, check=True, env={**os.environ, "XDG_CACHE_HOME": folder})
+
+
+if __name__ == "__main__":
+    main()

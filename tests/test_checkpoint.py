@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from charlm.checkpoint import FORMAT, load_model, read_header, save_model
+from charlm.checkpoint import load_model, save_model
 from charlm.config import Config, ModelConfig
 from charlm.errors import CharlmError
 from charlm.evaluate import evaluate
+from charlm.header import FORMAT, read_header
 from charlm.model import CharLM
 from charlm.sample import generate
 from charlm.vocab import Vocab

@@ -16,6 +16,7 @@ ROWS = {
     "files": 1,
     "device": 1,
     "native": 1,
+    "header": 2,
     "vocab": 2,
     "cells": 2,
     "fused": 2,

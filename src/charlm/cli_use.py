@@ -299,8 +299,8 @@ def info(model: str | None, as_json: bool) -> None:
     from math import prod
 
     from charlm import runs
-    from charlm.checkpoint import read_header
     from charlm.config import to_yaml
+    from charlm.header import read_header
 
     path = runs.find_model(model)
     header = read_header(path)

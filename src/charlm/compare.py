@@ -14,11 +14,11 @@ from typing import Literal, Protocol
 
 from charlm import runs as run_folders
 from charlm import train
-from charlm.checkpoint import read_header
 from charlm.config import Config, CorpusConfig
 from charlm.corpus import Corpus
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
+from charlm.header import read_header
 from charlm.runs import Run
 from charlm.train import Row, Trainer
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from charlm import config as configuration
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
@@ -64,10 +62,14 @@ class Run:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write `state` to ``state.pt``, atomically."""
+        import torch  # here: who only looks for a model does not wait for it
+
         write_atomically(self.state, lambda path: torch.save(state, path))
 
     def load_state(self) -> dict[str, Any]:
         """Read ``state.pt``; only tensors and plain values are, never code."""
+        import torch
+
         try:
             state = torch.load(self.state, map_location="cpu", weights_only=True)
         except FileNotFoundError:

@@ -1,7 +1,7 @@
 """The model file: weights and all that is needed to use them, in one safetensors file.
 
-What stands in its header, and how it is read, is `header`'s. Nothing in a safetensors file can run code. Files
-are written whole or not at all.
+What stands in its header, and how it is read, is `header`'s. Nothing in a safetensors file can run code.
+Files are written whole or not at all.
 """
 
 import json

@@ -30,8 +30,8 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
 _IN_FOLDERS = tuple(f".txt{ending}" for ending in ("", *_DECOMPRESS))
 
 _STARS = "***"  # how Project Gutenberg's markers begin
-_GUTENBERG_START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.M | re.I)
-_GUTENBERG_END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.M | re.I)
+GUTENBERG_START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.M | re.I)
+GUTENBERG_END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.M | re.I)
 
 
 def find_files(source: str | list[str]) -> list[Path]:
@@ -103,12 +103,12 @@ def decode(data: bytes, name: str) -> str:
 
 def strip_gutenberg(text: str) -> str:
     """`text` without Project Gutenberg's header and licence, where both of its markers stand in it."""
-    start = _find_marker(_GUTENBERG_START, text, 0)
-    end = _find_marker(_GUTENBERG_END, text, start.end()) if start else None
+    start = find_marker(GUTENBERG_START, text, 0)
+    end = find_marker(GUTENBERG_END, text, start.end()) if start else None
     return text[start.end() : end.start()].strip("\n") + "\n" if start and end else text
 
 
-def _find_marker(marker: re.Pattern[str], text: str, begin: int) -> re.Match[str] | None:
+def find_marker(marker: re.Pattern[str], text: str, begin: int) -> re.Match[str] | None:
     """What ``marker.search(text, begin)`` finds, a hundred times as fast: an expression tries every line."""
     place = text.find(_STARS, begin)
     while place >= 0:

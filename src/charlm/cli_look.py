@@ -45,8 +45,8 @@ def evaluate(
     """Score texts: perplexity, bits per character and per byte.
 
     Each file is cleaned as the model's training text was and scored by itself, whole, the state carried:
-    every character after the first once. The total is over all of these. FILE may be compressed, a folder, a glob,
-    or - for stdin. charlm score shows what each character costs.
+    every character after the first once. The total is over all of these. FILE may be compressed, a
+    folder, a glob, or - for stdin. charlm score shows what each character costs.
     """
     from charlm.evaluate import evaluate_each
     from charlm.metrics import Score

@@ -21,6 +21,7 @@ from charlm.errors import CharlmError, ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from charlm.corpus import Corpus
     from charlm.stepper import Quantize
 
 
@@ -69,6 +70,15 @@ class Finite(click.FloatRange):
     help="Write with the weights in fewer bits, on the CPU. On Don Quijote the perplexity is up to 0.06% "
     "higher with int8, the same with bf16.",
 )
+@click.option(
+    "--novelty",
+    is_flag=True,
+    help="Show on stderr what of the text stands word for word in the training text: its longest such stretch, "
+    "and the share of its stretches of 8, 16 and 32 characters; beside it as much of the held-out text.",
+)
+@click.option(
+    "--corpus", metavar="PATH", help="Where the training text is, for --novelty, if it has been moved."
+)
 @click.option("--stop", default="", metavar="TEXT", help="End a text once TEXT has been written.")
 @unknown_option
 @model_option
@@ -83,6 +93,8 @@ def generate(
     seed: int | None,
     num_samples: int,
     quantize: "Quantize | None",
+    novelty: bool,
+    corpus: str | None,
     stop: str,
     unknown: str,
     model: str | None,
@@ -95,7 +107,7 @@ def generate(
     is made; several are written side by side, sample k with seed + k, and printed when they are done, parted
     by a line of dashes. A run that is still training can be used.
     """
-    from charlm import sample, text
+    from charlm import runs, sample, text
     from charlm.stepper import Stepper
 
     if quantize and device == "auto":
@@ -115,7 +127,14 @@ def generate(
         raise ConfigError(f"--stop {stop!r} can never be written: the model does not know {never}")
     if quantize:
         Stepper(loaded.model, quantize)  # refuses before anything is written
+    known = None
+    if novelty:
+        from charlm.novelty import training_text
+
+        path = runs.find_model(model)
+        known = training_text(path, loaded.config, loaded.vocab.characters, corpus)
     backward = loaded.config.model.direction == "backward"
+    written = []
     arguments = (
         *(loaded.model, loaded.vocab, ids.flip(0) if backward else ids, length),
         *(temperature, top_k, top_p, stop[::-1] if backward else stop),
@@ -123,14 +142,35 @@ def generate(
     for first in range(0, num_samples, _BATCH):
         generators = [_generator(seed, k) for k in range(first, min(first + _BATCH, num_samples))]
         if num_samples == 1 and not backward:
-            _show(itertools.chain([shown], sample.generate(*arguments, generators[0], quantize)))
-            return
+            parts = sample.generate(*arguments, generators[0], quantize)
+            written.append(_show(itertools.chain([shown], parts))[len(shown) :])
+            break
         texts = sample.generate_batch(*arguments, generators, quantize)
-        for k, written in enumerate(texts, first):
+        for k, each in enumerate(texts, first):
             if k:
                 click.echo("-" * 20)
             # Of a backward text what is written last stands first.
-            _show([written[::-1] + shown if backward else shown + written])
+            _show([each[::-1] + shown if backward else shown + each])
+            written.append(each[::-1] if backward else each)
+    if known:
+        _show_novelty(written, known)
+
+
+def _show_novelty(texts: list[str], corpus: "Corpus") -> None:
+    """What of `texts`, and of as much held-out text, stands in the training text: a table on stderr."""
+    from charlm.novelty import SIZES, novelty
+
+    rows = {f"text {k}" if len(texts) > 1 else "the text": each for k, each in enumerate(texts, 1)}
+    encoded = {name: corpus.vocab.encode(each) for name, each in rows.items()}
+    encoded["held-out text"] = corpus.val[: max(map(len, texts))]
+    click.echo("in the training text  longest" + "".join(f"{size:>7} chars" for size in SIZES), err=True)
+    for name, ids in encoded.items():
+        found = novelty(ids, corpus.train)
+        shares = (f"{found.shares[size]:>13.1%}" if size in found.shares else f"{'–':>13}" for size in SIZES)
+        click.echo(f"{name:<20}{found.longest:>9}" + "".join(shares), err=True)
+        if name != "held-out text" and found.longest:
+            stretch = corpus.vocab.decode(ids[found.start : found.start + found.longest])
+            click.echo(f"  {stretch[:200]!r}{' ...' if len(stretch) > 200 else ''}", err=True)
 
 
 def _generator(seed: int | None, k: int) -> "torch.Generator":
@@ -142,14 +182,16 @@ def _generator(seed: int | None, k: int) -> "torch.Generator":
     return generator
 
 
-def _show(parts: Iterable[str]) -> None:
-    """Print a text as its parts come, and a line end if it has none."""
-    last = ""
+def _show(parts: Iterable[str]) -> str:
+    """Print a text as its parts come, and a line end if it has none; returns it."""
+    shown, last = [], ""
     for part in parts:
         click.echo(part, nl=False)  # flushes
+        shown.append(part)
         last = part or last
     if not last.endswith("\n"):
         click.echo()
+    return "".join(shown)
 
 
 @click.command()

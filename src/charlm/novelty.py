@@ -1,13 +1,22 @@
 """What of a text stands word for word in another, as what a model wrote in what it learned from.
 
-The stretches of a size are hashed, all at once, and looked up among the other text's; what is found is compared
-character for character, so that what is said to stand there does. n characters of the text, N of the known one.
+The stretches of a size are hashed, all at once, and looked up among the other text's; what is found is
+compared character for character, so that what is said to stand there does.
+
+n characters of the text, N of the known one.
 """
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from charlm.config import Config
+from charlm.corpus import Corpus
+from charlm.errors import CharlmError
+from charlm.runs import Run
 
 SIZES = (8, 16, 32)  # characters of a stretch
 _PIECE = 2**20  # characters of the known text that are looked at at once
@@ -20,7 +29,7 @@ class Novelty:
     """What of a text of so many `characters` stands in another.
 
     longest, start: the longest stretch that does, and where in the text it begins.
-    shares: for each of `SIZES`, the share of the stretches of so many characters; absent where there are none.
+    shares: for each of `SIZES`, the share of the stretches of so many characters; absent where it has none.
     """
 
     characters: int
@@ -60,8 +69,33 @@ def novelty(text: Tensor, known: Tensor) -> Novelty:
     return Novelty(len(text), low, int(found.long().argmax()), shares)
 
 
+def training_text(path: Path, config: Config, vocab: str, source: str | None = None) -> Corpus:
+    """The corpus that the model file at `path` was trained on.
+
+    source: where its text is now, if not where `config` has it.
+    Raises `CharlmError` where it is not there, or another: by the fingerprint that the run's ``state.pt`` has,
+    and by the vocabulary, which is in the order of the characters' counts.
+    """
+    corpus_config = config.corpus.model_copy(update={"source": source} if source else {})
+    try:
+        corpus = Corpus.load(corpus_config)
+    except CharlmError as error:
+        raise CharlmError(
+            f"this takes the text that the model was trained on: {error}; say where it is now: --corpus PATH"
+        ) from None
+    known = None
+    with contextlib.suppress(CharlmError):  # a model without its run's folder is as good
+        known = Run(path.parent).load_state().get("corpus")
+    if corpus.vocab.characters != vocab or known not in (None, corpus.fingerprint):
+        raise CharlmError(
+            f"{corpus_config.source} is not, or no longer, the text that {path} was trained on; "
+            "say where that is: --corpus PATH"
+        )
+    return corpus
+
+
 def _standing(text: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Which stretches of `size` of `text` stand in `known`, (n - size + 1,), and the parts of `known` that do.
+    """Which stretches of `size` of `text` stand in `known`, (n - size + 1,), and the parts that do.
 
     The parts are one after the other, with -1 between them: no stretch crosses from one to the next.
     """
@@ -70,7 +104,7 @@ def _standing(text: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
     first = torch.full_like(distinct, len(text)).scatter_reduce_(0, which, torch.arange(len(which)), "amin")
     table = torch.zeros(2**_BITS, dtype=torch.bool)
     table[distinct >> (64 - _BITS)] = True  # a negative index counts from the end: each its own place
-    seen, parts = torch.zeros(len(distinct), dtype=torch.bool), []
+    seen, places = torch.zeros(len(distinct), dtype=torch.bool), [torch.empty(0, dtype=torch.int64)]
     for begin in range(0, len(known) - size + 1, _PIECE):
         piece = known[begin : begin + _PIECE + size - 1].long()
         hashed = _hashes(piece, size)
@@ -80,8 +114,8 @@ def _standing(text: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
         same = _equal(piece, at, text, first[place], size)
         at, place = at[same], place[same]
         seen[place] = True
-        parts.append(_parts(piece, at, size))
-    return seen[which], torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        places.append(begin + at)
+    return seen[which], _parts(known, torch.cat(places), size)
 
 
 def _hashes(ids: Tensor, size: int) -> Tensor:
@@ -106,10 +140,10 @@ def _equal(known: Tensor, at: Tensor, text: Tensor, begin: Tensor, size: int) ->
     return same
 
 
-def _parts(piece: Tensor, at: Tensor, size: int) -> Tensor:
-    """What of `piece` the stretches of `size` that begin at `at` cover, each part with a -1 behind it."""
+def _parts(known: Tensor, at: Tensor, size: int) -> Tensor:
+    """What of `known` the stretches of `size` that begin at `at` cover, each part with a -1 behind it."""
     if not len(at):
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int32)
     begins = torch.ones(len(at), dtype=torch.bool)
     begins[1:] = at.diff() > 1  # stretches that begin side by side may be one longer one
     runs = begins.nonzero()[:, 0]
@@ -118,6 +152,6 @@ def _parts(piece: Tensor, at: Tensor, size: int) -> Tensor:
     starts = ends - lengths - 1
     where = torch.arange(int(ends[-1])) - starts.repeat_interleave(lengths + 1)
     source = at[runs].repeat_interleave(lengths + 1) + where
-    covered = piece[source.clamp(max=len(piece) - 1)]
+    covered = known[source.clamp_(max=len(known) - 1)].int()
     covered[ends - 1] = -1
     return covered

@@ -12,7 +12,7 @@ import sys
 import click
 
 from charlm import __version__
-from charlm.cli_look import evaluate, info, score_texts
+from charlm.cli_look import evaluate, info, report, score_texts
 from charlm.cli_study import bench, compare, gradcheck, gradflow
 from charlm.cli_train import train
 from charlm.cli_use import fill, generate
@@ -79,5 +79,17 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, generate, fill, evaluate, score_texts, info, gradcheck, gradflow, compare, bench):
+for command in (
+    train,
+    generate,
+    fill,
+    evaluate,
+    score_texts,
+    info,
+    report,
+    gradcheck,
+    gradflow,
+    compare,
+    bench,
+):
     cli.add_command(command)

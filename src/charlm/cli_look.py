@@ -346,3 +346,24 @@ def _side_by_side(paths: list[Path], headers: list["Header"]) -> None:
         [n for n in _differences(headers) if n in _facts(headers[0])]
     )
     click.echo(f"the same: {same} of {len(_facts(headers[0]))} settings, figures and shapes")
+
+
+@click.command()
+@click.argument("run", metavar="RUN")
+@click.option("--output", "-o", metavar="FILE", help="The page.  [default: report.html in the run's folder]")
+@click.option("--corpus", metavar="PATH", help="Where the training text is, if it has been moved.")
+def report(run: str, output: str | None, corpus: str | None) -> None:
+    """Show a run on one HTML page: curves, samples, what surprises the model, what its units follow.
+
+    RUN is a run's folder or name. The page needs no network and no other file. It has the training's curves,
+    the configuration, texts at three temperatures, what of them is copied from the training text, a held-out
+    passage coloured by surprisal with what the model expected at each character, and the same coloured
+    by hidden units: any of them, or those that follow quotes, line ends, word ends and more best.
+    """
+    from charlm import runs
+    from charlm.report import write_report
+
+    found = runs.find_run(run)
+    page = Path(output) if output else found.folder / "report.html"
+    write_report(found, page, corpus)
+    click.echo(f"wrote {page}", err=True)

@@ -73,8 +73,9 @@ class Finite(click.FloatRange):
 @click.option(
     "--novelty",
     is_flag=True,
-    help="Show on stderr what of the text stands word for word in the training text: its longest such stretch, "
-    "and the share of its stretches of 8, 16 and 32 characters; beside it as much of the held-out text.",
+    help="Show on stderr what of the text stands word for word in the training text: its longest "
+    "such stretch, and the share of its stretches of 8, 16 and 32 characters; beside it as much "
+    "of the held-out text.",
 )
 @click.option(
     "--corpus", metavar="PATH", help="Where the training text is, for --novelty, if it has been moved."

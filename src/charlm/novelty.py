@@ -73,7 +73,7 @@ def training_text(path: Path, config: Config, vocab: str, source: str | None = N
     """The corpus that the model file at `path` was trained on.
 
     source: where its text is now, if not where `config` has it.
-    Raises `CharlmError` where it is not there, or another: by the fingerprint that the run's ``state.pt`` has,
+    Raises `CharlmError` where it is not there, or another: by the fingerprint in the run's ``state.pt``,
     and by the vocabulary, which is in the order of the characters' counts.
     """
     corpus_config = config.corpus.model_copy(update={"source": source} if source else {})

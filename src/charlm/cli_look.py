@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,12 @@ if TYPE_CHECKING:
     from charlm.checkpoint import Loaded
     from charlm.header import Header
     from charlm.metrics import Score
-    from charlm.score import Unit
+    from charlm.score import Kind, Unit
+    from charlm.vocab import Unknown
 
 _TEXTS = 256  # that eval has in memory at once,
 _TOGETHER = 2**24  # and their characters
+_LINES = 1000  # that score prints at once
 
 
 @click.command("eval")
@@ -160,10 +161,10 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 @device_option
 def score_texts(
     files: tuple[str, ...],
-    unit: str | None,
+    unit: "Kind | None",
     top: int | None,
     as_json: bool,
-    unknown: str,
+    unknown: "Unknown",
     model: str | None,
     implementation: str | None,
     device: str,
@@ -191,65 +192,51 @@ def score_texts(
     from charlm.score import Tally, most_surprising, score
 
     loaded = load(model, implementation, device)
-    kind = "pseudo_bits" if loaded.config.model.direction == "both" else "bits"
+    kind: Kind = unit or ("line" if top else "char")
+    bits = "pseudo_bits" if loaded.config.model.direction == "both" else "bits"
     cleaning, tally = loaded.config.corpus.cleaning, Tally()
+
+    lines: list[str] = []
+
+    def flush() -> None:
+        if lines:
+            click.echo("\n".join(lines))
+            lines.clear()
+
+    def before_more(pieces: Iterator[str]) -> Iterator[str]:
+        for piece in pieces:
+            yield piece
+            flush()  # what is known does not wait for what is still to come
 
     def units() -> "Iterator[tuple[str, Unit]]":
         for name in files:
             for path in [Path("-")] if name == "-" else text.find_files(name):
-                pieces = (
-                    stream.read_stdin(sys.stdin.buffer, cleaning)
-                    if name == "-"
-                    else stream.read_file(path, cleaning)
-                )
-                for each in score(
-                    loaded.model,
-                    loaded.vocab,
-                    pieces,
-                    unit or "char",
-                    unknown,
-                    str(path),
-                    tally,  # type: ignore[arg-type]
-                ):
+                stdin = stream.read_stdin(sys.stdin.buffer, cleaning) if name == "-" else None
+                pieces = before_more(stdin or stream.read_file(path, cleaning))
+                for each in score(loaded.model, loaded.vocab, pieces, kind, unknown, str(path), tally):
                     yield str(path), each
 
-    unit = unit or ("line" if top else "char")
-    rows = units()
-    if top:
-        rows = iter(most_surprising(rows, top, each_character=unit == "line"))
-    _show_units(rows, kind, as_json)
+    if not as_json:
+        lines.append(f"path\tstart\tcharacters\t{bits}\ttext")
+    for path, each in most_surprising(units(), top, kind == "line") if top else units():
+        lines.append(_unit_row(path, each, bits, as_json))
+        if len(lines) >= _LINES:
+            flush()
+    flush()
     if tally.unknown:
         what = "left out" if unknown == "skip" else "read as spaces"
         click.echo(f"{tally.unknown:,} characters that the model does not know were {what}", err=True)
 
 
-def _show_units(rows: "Iterable[tuple[str, Unit]]", kind: str, as_json: bool) -> None:
-    """Print a row for each unit, many at a time; none waits while there is nothing to be read."""
-    if not as_json:
-        click.echo(f"path\tstart\tcharacters\t{kind}\ttext")
-    lines, shown = [], time.monotonic()
-    for path, unit in rows:
-        if as_json:
-            bits = unit.bits if unit.bits is not None and math.isfinite(unit.bits) else None
-            row = {
-                "path": path,
-                "start": unit.start,
-                "characters": unit.characters,
-                kind: bits,
-                "text": unit.text,
-            }
-            lines.append(json.dumps(row, ensure_ascii=False))
-        else:
-            bits_shown = "" if unit.bits is None else f"{unit.bits:.6f}"
-            lines.append(
-                f"{path.translate(_ESCAPES)}\t{unit.start}\t{unit.characters}\t{bits_shown}\t"
-                f"{unit.text.translate(_ESCAPES)}"
-            )
-        if len(lines) >= 1000 or time.monotonic() - shown > 0.1:
-            click.echo("\n".join(lines))
-            lines, shown = [], time.monotonic()
-    if lines:
-        click.echo("\n".join(lines))
+def _unit_row(path: str, unit: "Unit", bits: str, as_json: bool) -> str:
+    """A unit as a line of JSON or of tab-separated columns."""
+    if as_json:
+        value = unit.bits if unit.bits is not None and math.isfinite(unit.bits) else None
+        row = {"path": path, "start": unit.start, "characters": unit.characters, bits: value}
+        return json.dumps({**row, "text": unit.text}, ensure_ascii=False)
+    shown = "" if unit.bits is None else f"{unit.bits:.6f}"
+    columns = (path.translate(_ESCAPES), str(unit.start), str(unit.characters), shown)
+    return "\t".join((*columns, unit.text.translate(_ESCAPES)))
 
 
 @click.command()
@@ -358,7 +345,7 @@ def report(run: str, output: str | None, corpus: str | None) -> None:
     RUN is a run's folder or name. The page needs no network and no other file. It has the training's curves,
     the configuration, texts at three temperatures, what of them is copied from the training text, a held-out
     passage coloured by surprisal with what the model expected at each character, and the same coloured
-    by hidden units: any of them, or those that follow quotes, line ends, word ends and more best.
+    by hidden units: any, or those that follow quotes, line ends, word ends and more best.
     """
     from charlm import runs
     from charlm.report import write_report

@@ -47,7 +47,7 @@ def evaluate(model: CharLM, ids: Tensor, on_scored: OnScored = _nobody) -> Score
     if model.config.direction == "backward":
         ids = ids.flip(0)
     nats = 0.0
-    for k, part in enumerate(surprisals(model, ids.split(BLOCK), on_scored)):
+    for k, part in enumerate(surprisals(model, torch.split(ids, BLOCK), on_scored)):
         nats += float(part[1:].sum() if k == 0 else part.sum())
     return Score(nats, len(ids) - 1)
 
@@ -124,7 +124,7 @@ def text_surprisals(model: CharLM, ids: Tensor, on_scored: OnScored = _nobody) -
     if isinstance(model, FillLM):
         return torch.cat(list(_filling(model, ids)))
     backward = model.config.direction == "backward"
-    nats = torch.cat(list(surprisals(model, (ids.flip(0) if backward else ids).split(BLOCK), on_scored)))
+    nats = torch.cat(list(surprisals(model, torch.split(ids.flip(0) if backward else ids, BLOCK), on_scored)))
     return nats.flip(0) if backward else nats
 
 

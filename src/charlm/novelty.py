@@ -100,7 +100,7 @@ def _standing(text: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
     The parts are one after the other, with -1 between them: no stretch crosses from one to the next.
     """
     hashes = _hashes(text, size)
-    distinct, which = hashes.unique(return_inverse=True)
+    distinct, which = torch.unique(hashes, return_inverse=True)
     first = torch.full_like(distinct, len(text)).scatter_reduce_(0, which, torch.arange(len(which)), "amin")
     table = torch.zeros(2**_BITS, dtype=torch.bool)
     table[distinct >> (64 - _BITS)] = True  # a negative index counts from the end: each its own place

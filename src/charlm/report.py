@@ -92,9 +92,9 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[dict[str, Any
         "samples": "".join(_sample(title, texts[title], found[title]) for title in texts),
         "novelty": _novelty_table({**found, **held_out}),
         "units": f"The same text, coloured by the output of {some}{model.hidden_size} units of the top layer "
-        "after each character: orange above zero, blue below (Karpathy, Johnson and Li 2015). Of each feature, the "
-        f"units that go with it best over {min(STUDIED, len(corpus.val)):,} characters, r being their "
-        "correlation with it.",
+        "after each character: orange above zero, blue below (Karpathy, Johnson and Li 2015). For each "
+        f"feature, the units that go with it best over {min(STUDIED, len(corpus.val)):,} characters, r being "
+        "their correlation with it.",
         "config": html.escape(configuration.to_yaml(loaded.config)),
         "data": script_safe(data),
         "style": style,
@@ -214,7 +214,7 @@ def _inside(text: str, opening: str, closing: str) -> list[float]:
 
 
 def follow(named: dict[str, list[float]], states: Tensor) -> dict[str, list[tuple[int, float]]]:
-    """For each feature that varies, the units of `states` (T, H) that correlate with it best, and how much."""
+    """For each feature that varies, the units of `states` (T, H) that correlate with it best, with r."""
     varying = {name: values for name, values in named.items() if len(set(values)) > 1}
     if not varying:
         return {}
@@ -278,7 +278,7 @@ def _chart(curves: list[list[tuple[float, float]]], names: list[str]) -> str:
     """An SVG of `curves`, each of points (x, y)."""
     points = [point for curve in curves for point in curve]
     (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
-    wide, tall, x0, y0 = 360, 200, 48, 172
+    wide, tall, x0, y0 = 360, 200, 58, 172
 
     def place(x: float, y: float) -> str:
         across = (x - left) / ((right - left) or 1)

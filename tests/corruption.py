@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from charlm.checkpoint import load_model, read_header, save_model
+from charlm.checkpoint import load_model, save_model
 from charlm.config import Config, ModelConfig
 from charlm.errors import CharlmError
+from charlm.header import read_header
 from charlm.model import make_model
 from charlm.runs import Run
 from charlm.vocab import Vocab

@@ -117,6 +117,8 @@ class Cleaner:
 
 def _settled(text: str) -> int | None:
     """The last place in `text` from which on nothing joins what is before it; None where there is none."""
+    if text.endswith((" ", "\n")):  # which nothing joins: what is typed does not wait for the next line
+        return len(text)
     return next((place for place in range(len(text) - 1, -1, -1) if _begins_anew(text[place])), None)
 
 

@@ -12,9 +12,10 @@ import sys
 import click
 
 from charlm import __version__
+from charlm.cli_look import evaluate, info, report, score_texts
 from charlm.cli_study import bench, compare, gradcheck, gradflow
 from charlm.cli_train import train
-from charlm.cli_use import evaluate, fill, generate, info
+from charlm.cli_use import fill, generate
 from charlm.errors import CharlmError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -81,5 +82,17 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, generate, fill, evaluate, info, gradcheck, gradflow, compare, bench):
+for command in (
+    train,
+    generate,
+    fill,
+    evaluate,
+    score_texts,
+    info,
+    report,
+    gradcheck,
+    gradflow,
+    compare,
+    bench,
+):
     cli.add_command(command)

@@ -1,22 +1,27 @@
-"""The commands that use a model: generate, fill, eval, info."""
+"""The commands that write with a model: generate, fill."""
 
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from charlm.cli_options import (
+    device_option,
+    implementation_option,
+    load,
+    model_option,
+    stdin_for_dash,
+    unknown_option,
+)
 from charlm.errors import CharlmError, ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from charlm.checkpoint import Loaded
-    from charlm.metrics import Score
+    from charlm.corpus import Corpus
     from charlm.stepper import Quantize
 
 
@@ -32,26 +37,6 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
         return number
-
-
-_model_option = click.option(
-    "--model", "-m", metavar="PATH", help="A model file, a run's folder or name.  [default: the newest run]"
-)
-_device_option = click.option(
-    "--device", default="auto", metavar="NAME", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
-)
-_implementation_option = click.option(
-    "--implementation",
-    type=click.Choice(["auto", "scratch", "builtin", "fused"]),
-    help="Load the model in this implementation.  [default: the run's setting]",
-)
-_unknown_option = click.option(
-    "--unknown",
-    type=click.Choice(["error", "skip", "replace"]),
-    default="error",
-    show_default=True,
-    help="Characters that the model does not know: refuse, leave out, or put a space for each.",
-)
 
 
 @click.command()
@@ -85,11 +70,21 @@ _unknown_option = click.option(
     help="Write with the weights in fewer bits, on the CPU. On Don Quijote the perplexity is up to 0.06% "
     "higher with int8, the same with bf16.",
 )
+@click.option(
+    "--novelty",
+    is_flag=True,
+    help="Show on stderr what of the text stands word for word in the training text: its longest "
+    "such stretch, and the share of its stretches of 8, 16 and 32 characters; beside it as much "
+    "of the held-out text.",
+)
+@click.option(
+    "--corpus", metavar="PATH", help="Where the training text is, for --novelty, if it has been moved."
+)
 @click.option("--stop", default="", metavar="TEXT", help="End a text once TEXT has been written.")
-@_unknown_option
-@_model_option
-@_implementation_option
-@_device_option
+@unknown_option
+@model_option
+@implementation_option
+@device_option
 def generate(
     prefix: str,
     length: int,
@@ -99,6 +94,8 @@ def generate(
     seed: int | None,
     num_samples: int,
     quantize: "Quantize | None",
+    novelty: bool,
+    corpus: str | None,
     stop: str,
     unknown: str,
     model: str | None,
@@ -111,20 +108,20 @@ def generate(
     is made; several are written side by side, sample k with seed + k, and printed when they are done, parted
     by a line of dashes. A run that is still training can be used.
     """
-    from charlm import sample
+    from charlm import runs, sample
     from charlm.clean import clean
     from charlm.stepper import Stepper
 
     if quantize and device == "auto":
         device = "cpu"  # which alone has steps with fewer bits
-    loaded = _load(model, implementation, device)
+    loaded = load(model, implementation, device)
     if loaded.config.model.direction == "both":
         raise CharlmError(
             "this model was trained with model.direction: both, to fill in characters between others; it "
             "has no prediction of what follows a text: use charlm fill, or another --model"
         )
     cleaning = loaded.config.corpus.cleaning
-    prefix = clean(_stdin_for_dash(prefix), **cleaning)
+    prefix = clean(stdin_for_dash(prefix), **cleaning)
     ids = loaded.vocab.encode(prefix, unknown, "the prefix")  # type: ignore[arg-type]
     shown = loaded.vocab.decode(ids)
     stop = clean(stop, **{**cleaning, "keep": None})
@@ -132,7 +129,14 @@ def generate(
         raise ConfigError(f"--stop {stop!r} can never be written: the model does not know {never}")
     if quantize:
         Stepper(loaded.model, quantize)  # refuses before anything is written
+    known = None
+    if novelty:
+        from charlm.novelty import training_text
+
+        path = runs.find_model(model)
+        known = training_text(path, loaded.config, loaded.vocab.characters, corpus)
     backward = loaded.config.model.direction == "backward"
+    written = []
     arguments = (
         *(loaded.model, loaded.vocab, ids.flip(0) if backward else ids, length),
         *(temperature, top_k, top_p, stop[::-1] if backward else stop),
@@ -140,14 +144,35 @@ def generate(
     for first in range(0, num_samples, _BATCH):
         generators = [_generator(seed, k) for k in range(first, min(first + _BATCH, num_samples))]
         if num_samples == 1 and not backward:
-            _show(itertools.chain([shown], sample.generate(*arguments, generators[0], quantize)))
-            return
+            parts = sample.generate(*arguments, generators[0], quantize)
+            written.append(_show(itertools.chain([shown], parts))[len(shown) :])
+            break
         texts = sample.generate_batch(*arguments, generators, quantize)
-        for k, written in enumerate(texts, first):
+        for k, each in enumerate(texts, first):
             if k:
                 click.echo("-" * 20)
             # Of a backward text what is written last stands first.
-            _show([written[::-1] + shown if backward else shown + written])
+            _show([each[::-1] + shown if backward else shown + each])
+            written.append(each[::-1] if backward else each)
+    if known:
+        _show_novelty(written, known)
+
+
+def _show_novelty(texts: list[str], corpus: "Corpus") -> None:
+    """What of `texts`, and of as much held-out text, stands in the training text: a table on stderr."""
+    from charlm.novelty import SIZES, novelty
+
+    rows = {f"text {k}" if len(texts) > 1 else "the text": each for k, each in enumerate(texts, 1)}
+    encoded = {name: corpus.vocab.encode(each) for name, each in rows.items()}
+    encoded["held-out text"] = corpus.val[: max(map(len, texts))]
+    click.echo("in the training text  longest" + "".join(f"{size:>7} chars" for size in SIZES), err=True)
+    for name, ids in encoded.items():
+        found = novelty(ids, corpus.train)
+        shares = (f"{found.shares[size]:>13.1%}" if size in found.shares else f"{'–':>13}" for size in SIZES)
+        click.echo(f"{name:<20}{found.longest:>9}" + "".join(shares), err=True)
+        if name != "held-out text" and found.longest:
+            stretch = corpus.vocab.decode(ids[found.start : found.start + found.longest])
+            click.echo(f"  {stretch[:200]!r}{' ...' if len(stretch) > 200 else ''}", err=True)
 
 
 def _generator(seed: int | None, k: int) -> "torch.Generator":
@@ -159,14 +184,16 @@ def _generator(seed: int | None, k: int) -> "torch.Generator":
     return generator
 
 
-def _show(parts: Iterable[str]) -> None:
-    """Print a text as its parts come, and a line end if it has none."""
-    last = ""
+def _show(parts: Iterable[str]) -> str:
+    """Print a text as its parts come, and a line end if it has none; returns it."""
+    shown, last = [], ""
     for part in parts:
         click.echo(part, nl=False)  # flushes
+        shown.append(part)
         last = part or last
     if not last.endswith("\n"):
         click.echo()
+    return "".join(shown)
 
 
 @click.command()
@@ -176,10 +203,10 @@ def _show(parts: Iterable[str]) -> None:
     "--best", type=click.IntRange(1), default=5, show_default=True, help="How many answers to show."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_unknown_option
-@_model_option
-@_implementation_option
-@_device_option
+@unknown_option
+@model_option
+@implementation_option
+@device_option
 def fill(
     text_with_blanks: str,
     blank: str,
@@ -200,8 +227,8 @@ def fill(
 
     if len(blank) != 1:
         raise ConfigError(f"--blank {blank!r} must be one character")
-    loaded = _load(model, implementation, device)
-    text_with_blanks = _stdin_for_dash(text_with_blanks)
+    loaded = load(model, implementation, device)
+    text_with_blanks = stdin_for_dash(text_with_blanks)
     parts = [clean(part, **loaded.config.corpus.cleaning) for part in text_with_blanks.split(blank)]
     answers = fill_in(loaded.model, loaded.vocab, parts, best, unknown=unknown)  # type: ignore[arg-type]
     shown = [
@@ -217,127 +244,3 @@ def fill(
         return
     for row in shown:
         click.echo(f"{row['probability']:7.4f}  {row['text']}")
-
-
-@click.command("eval")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_unknown_option
-@_model_option
-@_implementation_option
-@_device_option
-def evaluate(
-    files: tuple[str, ...],
-    as_json: bool,
-    unknown: str,
-    model: str | None,
-    implementation: str | None,
-    device: str,
-) -> None:
-    """Score texts: perplexity, bits per character and per byte.
-
-    Each file is cleaned as the model's training text was and scored whole, the state carried: every character
-    after the first once. FILE may be compressed, a folder, a glob, or - for stdin.
-    """
-    from charlm import text
-    from charlm.clean import clean
-    from charlm.evaluate import evaluate as score
-    from charlm.metrics import Score
-
-    loaded = _load(model, implementation, device)
-    direction = loaded.config.model.direction
-    kind = "pseudo_" if direction == "both" else ""  # not to be taken for the others' figures
-    scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
-    rows, total, total_bytes = [], Score(), 0
-    for name in files:
-        paths = [Path("-")] if name == "-" else text.find_files(name)
-        for path in paths:
-            content = text.decode(sys.stdin.buffer.read(), "stdin") if name == "-" else text.read_file(path)
-            content = clean(text.strip_gutenberg(content), **loaded.config.corpus.cleaning)
-            ids = loaded.vocab.encode(content, unknown, str(path))  # type: ignore[arg-type]
-            if len(ids) < 2 and len(paths) > 1:
-                click.echo(f"left out: {path} has {len(ids)} characters, too few to score", err=True)
-                continue
-            if len(ids) < 2:
-                raise CharlmError(f"{path} has {len(ids)} characters to score; it takes two or more")
-            result = score(loaded.model, ids)
-            num_bytes = len(loaded.vocab.decode(ids[scored]).encode())
-            rows.append(_score_row(str(path), result, num_bytes, kind))
-            total, total_bytes = total + result, total_bytes + num_bytes
-    total_row = _score_row("total", total, total_bytes, kind)
-    if as_json:
-        finite = [{k: v if v != math.inf else None for k, v in row.items()} for row in (*rows, total_row)]
-        click.echo(json.dumps({"files": finite[:-1], "total": finite[-1]}, indent=2))
-        return
-    heads = ["characters", "nats/char", f"{kind}perplexity", f"{kind}bits/char", f"{kind}bits/byte"]
-    click.echo("".join(f"{head:>{max(len(head), 11) + 1}}" for head in heads) + "  file")
-    for row in [*rows, total_row] if len(rows) > 1 else rows:
-        figures = [f"{row['characters']:,}", f"{row['loss']:.4f}", f"{row[f'{kind}perplexity']:.4g}"]
-        figures += [f"{row[f'{kind}bits_per_{unit}']:.4f}" for unit in ("character", "byte")]
-        pairs = zip(heads, figures, strict=True)
-        click.echo("".join(f"{cell:>{max(len(head), 11) + 1}}" for head, cell in pairs) + f"  {row['path']}")
-
-
-def _score_row(path: str, score: "Score", num_bytes: int, kind: str) -> dict[str, Any]:
-    return {
-        "path": path,
-        "characters": score.characters,
-        "nats": score.nats,
-        "loss": score.loss,
-        f"{kind}perplexity": score.perplexity,
-        f"{kind}bits_per_character": score.bits_per_character,
-        f"{kind}bits_per_byte": score.bits_per_byte(num_bytes),
-    }
-
-
-@click.command()
-@click.argument("model", required=False, metavar="[MODEL]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(model: str | None, as_json: bool) -> None:
-    """Show what is in a model file: configuration, parameters, vocabulary, figures.
-
-    MODEL is a model file, a run's folder or name; the newest run by default. Only the file's header is read.
-    """
-    from math import prod
-
-    from charlm import runs
-    from charlm.checkpoint import read_header
-    from charlm.config import to_yaml
-
-    path = runs.find_model(model)
-    header = read_header(path)
-    parameters = sum(prod(shape) for shape in header.tensors.values())
-    if as_json:
-        shown = {
-            "path": str(path),
-            "parameters": parameters,
-            "tensors": {name: list(shape) for name, shape in header.tensors.items()},
-            "vocab": header.vocab,
-            "config": header.config.model_dump(mode="json"),
-            "figures": header.figures,
-        }
-        click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
-        return
-    click.echo(f"{path}: {parameters:,} parameters")
-    for name, shape in header.tensors.items():
-        click.echo(f"  {name:<28} {' × '.join(map(str, shape))}")
-    click.echo(f"\nvocabulary: {len(header.vocab)} characters, the most frequent first\n  {header.vocab!r}")
-    click.echo("\nfigures" + "".join(f"\n  {key:<28} {value}" for key, value in header.figures.items()))
-    click.echo(f"\nconfiguration\n{to_yaml(header.config)}", nl=False)
-
-
-def _stdin_for_dash(argument: str) -> str:
-    """`argument`, or where it is - what stdin holds, without the line end that echo adds."""
-    from charlm import text
-
-    return text.decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n") if argument == "-" else argument
-
-
-def _load(model: str | None, implementation: str | None, device: str) -> "Loaded":
-    """The model that the options name, on the device that they name."""
-    from charlm import runs
-    from charlm.checkpoint import load_model
-    from charlm.device import choose_device
-
-    place: torch.device = choose_device(device)
-    return load_model(runs.find_model(model), implementation, place)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from charlm import runs as run_folders
-from charlm.checkpoint import read_header
 from charlm.config import Config, CorpusConfig
 from charlm.corpus import Corpus
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
+from charlm.header import read_header
 from charlm.progress import Reporter, Row
 from charlm.runs import Run
 from charlm.train import Trainer

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from charlm import config as configuration
-from charlm import statefile
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
@@ -68,12 +67,16 @@ class Run:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write `state` to ``state.pt``, atomically."""
-        statefile.save_state(self.state, state)
+        from charlm.statefile import save_state  # here: who only looks for a model waits for no torch
+
+        save_state(self.state, state)
 
     def load_state(self) -> dict[str, Any]:
         """Read ``state.pt``; only tensors and plain values are, never code."""
+        from charlm.statefile import load_state
+
         try:
-            return statefile.load_state(self.state)
+            return load_state(self.state)
         except FileNotFoundError:
             raise CharlmError(
                 f"the run {self.folder} has no state.pt to go on from; restore it, or begin a new run"

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from charlm.checkpoint import read_header, save_model
+from charlm.checkpoint import save_model
 from charlm.config import Config
 from charlm.errors import CharlmError
+from charlm.header import read_header
 from charlm.model import CharLM
 from charlm.runs import Run
 from charlm.vocab import Vocab

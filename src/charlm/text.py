@@ -166,7 +166,8 @@ def decode(data: bytes, name: str) -> str:
 def decode_pieces(data: Iterable[bytes], name: str) -> Iterator[str]:
     """The same for data in pieces, as text in pieces."""
     decoder, before, end = codecs.getincrementaldecoder("utf-8")(), 0, ""
-    for piece, last in _told_the_last(_with_whole_beginning(data)):
+    pieces = ((piece, False) for piece in _with_whole_beginning(data))
+    for piece, last in itertools.chain(pieces, [(b"", True)]):
         if before == 0:
             for mark, encoding in _OTHER_BOMS.items():
                 if piece.startswith(mark):
@@ -206,17 +207,6 @@ def _with_whole_beginning(data: Iterable[bytes]) -> Iterator[bytes]:
             beginning = None
     if beginning:
         yield beginning
-
-
-def _told_the_last(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Each of `pieces`, and whether it is the last."""
-    waiting: bytes | None = None
-    for piece in pieces:
-        if waiting is not None:
-            yield waiting, False
-        waiting = piece
-    if waiting is not None:
-        yield waiting, True
 
 
 def strip_gutenberg(text: str) -> str:

@@ -70,6 +70,7 @@ class Vocab:
         unknown: Unknown = "error",
         name: str = "the text",
         dtype: torch.dtype = torch.int32,
+        begin: int = 0,
     ) -> Tensor:
         """The ids of `text`: `dtype` of shape (N,), N the number of its characters that are kept.
 
@@ -77,6 +78,7 @@ class Vocab:
             `UnknownCharactersError`, which names each with its position; ``skip`` leaves them out;
             ``replace`` puts a space for each, or the most frequent character where no space is known.
         name: what the error calls the text.
+        begin: where in a longer text it stands, for the error.
         """
         ids, kept = torch.empty(len(text), dtype=dtype), 0
         for points in _chunks(text):
@@ -84,7 +86,7 @@ class Vocab:
             if chunk.min() < 0:
                 missing = chunk < 0
                 if unknown == "error":
-                    raise UnknownCharactersError(self._describe(text, name))
+                    raise UnknownCharactersError(self._describe(text, name, begin))
                 if unknown == "skip":
                     chunk = chunk[~missing]
                 else:
@@ -92,6 +94,10 @@ class Vocab:
             ids[kept : kept + len(chunk)] = chunk
             kept += len(chunk)
         return ids[:kept]
+
+    def count_unknown(self, text: str) -> int:
+        """How many characters of `text` are not in the vocabulary."""
+        return sum(int((self.look_up(points) < 0).sum()) for points in _chunks(text))
 
     def decode(self, ids: Tensor) -> str:
         """The text of `ids`, integers of shape (N,)."""
@@ -102,12 +108,12 @@ class Vocab:
         # Ten times as fast as indexing.
         return self._ids.index_select(0, points.clamp_(max=len(self._ids) - 1))
 
-    def _describe(self, text: str, name: str) -> str:
+    def _describe(self, text: str, name: str, begin: int) -> str:
         first: dict[str, int] = {}
         missing = self.look_up(code_points(text)) < 0
         for position in missing.nonzero().squeeze(1).tolist():
             first.setdefault(text[position], position)
-        named = [f"{ascii_name(char)} at position {at}" for char, at in list(first.items())[:_NAMED]]
+        named = [f"{ascii_name(char)} at position {begin + at}" for char, at in list(first.items())[:_NAMED]]
         rest = f" and {len(first) - _NAMED} more" if len(first) > _NAMED else ""
         return (
             f"{name} has characters that the model does not know: {', '.join(named)}{rest}; "

@@ -1,0 +1,357 @@
+"""The commands that look at a model: eval, score, info, report."""
+
+import contextlib
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from charlm.cli_options import device_option, implementation_option, load, model_option, unknown_option
+from charlm.errors import CharlmError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from charlm.checkpoint import Loaded
+    from charlm.header import Header
+    from charlm.metrics import Score
+    from charlm.score import Kind, Unit
+    from charlm.vocab import Unknown
+
+_TEXTS = 256  # that eval has in memory at once,
+_TOGETHER = 2**24  # and their characters
+_LINES = 1000  # that score prints at once
+
+
+@click.command("eval")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@unknown_option
+@model_option
+@implementation_option
+@device_option
+def evaluate(
+    files: tuple[str, ...],
+    as_json: bool,
+    unknown: str,
+    model: str | None,
+    implementation: str | None,
+    device: str,
+) -> None:
+    """Score texts: perplexity, bits per character and per byte.
+
+    Each file is cleaned as the model's training text was and scored by itself, whole, the state carried:
+    every character after the first once. The total is over all of these. FILE may be compressed, a
+    folder, a glob, or - for stdin. charlm score shows what each character costs.
+    """
+    from charlm.evaluate import evaluate_each
+    from charlm.metrics import Score
+
+    loaded = load(model, implementation, device)
+    direction = loaded.config.model.direction
+    kind = "pseudo_" if direction == "both" else ""  # not to be taken for the others' figures
+    scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
+    rows, total, total_bytes = [], Score(), 0
+    texts = _texts(files, loaded, unknown)
+    with _bar() as bar:
+        # So many at a time that there is a batch, and no more than that in memory.
+        while group := list(itertools.islice(_filling_up(texts), _TEXTS)):
+            results = evaluate_each(loaded.model, [ids for _, ids, _ in group], bar)
+            for (path, ids, strange), result in zip(group, results, strict=True):
+                num_bytes = len(loaded.vocab.decode(ids[scored]).encode())
+                rows.append({**_score_row(path, result, num_bytes, kind), "unknown": strange})
+                total, total_bytes = total + result, total_bytes + num_bytes
+    total_row = _score_row("total", total, total_bytes, kind)
+    total_row["unknown"] = sum(row["unknown"] for row in rows)
+    if as_json:
+        finite = [{k: v if v != math.inf else None for k, v in row.items()} for row in (*rows, total_row)]
+        click.echo(json.dumps({"files": finite[:-1], "total": finite[-1]}, indent=2))
+        return
+    heads = ["characters", "nats/char", f"{kind}perplexity", f"{kind}bits/char", f"{kind}bits/byte"]
+    heads += ["unknown"] * (unknown != "error")
+    click.echo("".join(f"{head:>{max(len(head), 11) + 1}}" for head in heads) + "  file")
+    for row in [*rows, total_row] if len(rows) > 1 else rows:
+        figures = [f"{row['characters']:,}", f"{row['loss']:.4f}", f"{row[f'{kind}perplexity']:.4g}"]
+        figures += [f"{row[f'{kind}bits_per_{unit}']:.4f}" for unit in ("character", "byte")]
+        figures += [f"{row['unknown']:,}"] * (unknown != "error")
+        pairs = zip(heads, figures, strict=True)
+        click.echo("".join(f"{cell:>{max(len(head), 11) + 1}}" for head, cell in pairs) + f"  {row['path']}")
+
+
+def _texts(files: Iterable[str], loaded: "Loaded", unknown: str) -> "Iterator[tuple[str, Tensor, int]]":
+    """Each text's name, its ids, and how many of its characters the model does not know."""
+    from charlm import text
+    from charlm.clean import clean
+
+    for name in files:
+        paths = [Path("-")] if name == "-" else text.find_files(name)
+        for path in paths:
+            content = text.decode(sys.stdin.buffer.read(), "stdin") if name == "-" else text.read_file(path)
+            content = clean(text.strip_gutenberg(content), **loaded.config.corpus.cleaning)
+            ids = loaded.vocab.encode(content, unknown, str(path))  # type: ignore[arg-type]
+            if len(ids) < 2 and len(paths) > 1:
+                click.echo(f"left out: {path} has {len(ids)} characters, too few to score", err=True)
+                continue
+            if len(ids) < 2:
+                raise CharlmError(f"{path} has {len(ids)} characters to score; it takes two or more")
+            yield str(path), ids, 0 if unknown == "error" else loaded.vocab.count_unknown(content)
+
+
+def _filling_up(texts: "Iterator[tuple[str, Tensor, int]]") -> "Iterator[tuple[str, Tensor, int]]":
+    """From `texts` until they are as long together as is good to have in memory."""
+    size = 0
+    while size < _TOGETHER and (one := next(texts, None)):
+        size += len(one[1])
+        yield one
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[int], object]]:
+    """A count of the characters scored, on stderr where that is a terminal: what it gives is told of them."""
+    from tqdm import tqdm
+
+    with tqdm(
+        unit=" characters",
+        unit_scale=True,
+        delay=1,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+        file=sys.stderr,
+    ) as bar:
+        yield bar.update
+
+
+def _score_row(path: str, score: "Score", num_bytes: int, kind: str) -> dict[str, Any]:
+    return {
+        "path": path,
+        "characters": score.characters,
+        "nats": score.nats,
+        "loss": score.loss,
+        f"{kind}perplexity": score.perplexity,
+        f"{kind}bits_per_character": score.bits_per_character,
+        f"{kind}bits_per_byte": score.bits_per_byte(num_bytes),
+    }
+
+
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+@click.command("score")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--unit",
+    "-u",
+    type=click.Choice(["char", "word", "line"]),
+    help="What has a row: each character, word or line.  [default: char; with --top: line]",
+)
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Only the N most surprising, the most surprising first.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
+@unknown_option
+@model_option
+@implementation_option
+@device_option
+def score_texts(
+    files: tuple[str, ...],
+    unit: "Kind | None",
+    top: int | None,
+    as_json: bool,
+    unknown: "Unknown",
+    model: str | None,
+    implementation: str | None,
+    device: str,
+) -> None:
+    """Show how surprising each character, word or line is, in bits.
+
+    Prints tab-separated columns under a line of their names: path; start, where in the clean text the unit
+    begins, from 0; characters, how many of it were scored; bits, the sum of -log2 of their probabilities;
+    text. In text a tab, a line end and a backslash are written \\t, \\n and \\\\: a row is a line. All texts
+    together are the clean text: a word has the space that follows it, a line its line end. The first
+    character has no prediction, and no bits. The bits sum to what charlm eval has.
+
+    --top ranks lines by bits per character, words and characters by bits.
+
+    FILE may be compressed, a folder, a glob, or - for stdin. A text is read piece by piece and may be of any
+    length; rows come as it is read. A model that reads from the end, or fills in, has to read all of it
+    first. The licence of Project Gutenberg is left out of files, not of stdin.
+
+    \b
+      charlm score book.txt --unit word > words.tsv
+      tail -f notes.txt | charlm score - --unit line
+      charlm score letters/ --top 20
+    """  # noqa: D301 - click knows the backspace character by itself
+    from charlm import stream, text
+    from charlm.score import Tally, most_surprising, score
+
+    loaded = load(model, implementation, device)
+    kind: Kind = unit or ("line" if top else "char")
+    bits = "pseudo_bits" if loaded.config.model.direction == "both" else "bits"
+    cleaning, tally = loaded.config.corpus.cleaning, Tally()
+
+    lines: list[str] = []
+
+    def flush() -> None:
+        if lines:
+            click.echo("\n".join(lines))
+            lines.clear()
+
+    def before_more(pieces: Iterator[str]) -> Iterator[str]:
+        for piece in pieces:
+            yield piece
+            flush()  # what is known does not wait for what is still to come
+
+    def units() -> "Iterator[tuple[str, Unit]]":
+        for name in files:
+            for path in [Path("-")] if name == "-" else text.find_files(name):
+                stdin = stream.read_stdin(sys.stdin.buffer, cleaning) if name == "-" else None
+                pieces = before_more(stdin or stream.read_file(path, cleaning))
+                for each in score(loaded.model, loaded.vocab, pieces, kind, unknown, str(path), tally):
+                    yield str(path), each
+
+    if not as_json:
+        lines.append(f"path\tstart\tcharacters\t{bits}\ttext")
+    for path, each in most_surprising(units(), top, kind == "line") if top else units():
+        lines.append(_unit_row(path, each, bits, as_json))
+        if len(lines) >= _LINES:
+            flush()
+    flush()
+    if tally.unknown:
+        what = "left out" if unknown == "skip" else "read as spaces"
+        click.echo(f"{tally.unknown:,} characters that the model does not know were {what}", err=True)
+
+
+def _unit_row(path: str, unit: "Unit", bits: str, as_json: bool) -> str:
+    """A unit as a line of JSON or of tab-separated columns."""
+    if as_json:
+        value = unit.bits if unit.bits is not None and math.isfinite(unit.bits) else None
+        row = {"path": path, "start": unit.start, "characters": unit.characters, bits: value}
+        return json.dumps({**row, "text": unit.text}, ensure_ascii=False)
+    shown = "" if unit.bits is None else f"{unit.bits:.6f}"
+    columns = (path.translate(_ESCAPES), str(unit.start), str(unit.characters), shown)
+    return "\t".join((*columns, unit.text.translate(_ESCAPES)))
+
+
+@click.command()
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(models: tuple[str, ...], as_json: bool) -> None:
+    """Show what is in a model file: configuration, parameters, vocabulary, figures.
+
+    MODEL is a model file, a run's folder or name; the newest run by default. Of two or more, what differs is
+    shown side by side. Only the files' headers are read.
+    """
+    from charlm import runs
+    from charlm.config import to_yaml
+    from charlm.header import read_header
+
+    paths = [runs.find_model(model) for model in models or [None]]
+    headers = [read_header(path) for path in paths]
+    if as_json:
+        shown = [_described(path, header) for path, header in zip(paths, headers, strict=True)]
+        found: Any = shown[0]
+        if len(paths) > 1:
+            different = {key: list(values) for key, values in _differences(headers).items()}
+            found = {"models": shown, "differences": different}
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    if len(paths) > 1:
+        _side_by_side(paths, headers)
+        return
+    path, header = paths[0], headers[0]
+    click.echo(f"{path}: {_parameters(header):,} parameters")
+    for name, shape in header.tensors.items():
+        click.echo(f"  {name:<28} {' × '.join(map(str, shape))}")
+    click.echo(f"\nvocabulary: {len(header.vocab)} characters, the most frequent first\n  {header.vocab!r}")
+    click.echo("\nfigures" + "".join(f"\n  {key:<28} {value}" for key, value in header.figures.items()))
+    click.echo(f"\nconfiguration\n{to_yaml(header.config)}", nl=False)
+
+
+def _parameters(header: "Header") -> int:
+    return sum(math.prod(shape) for shape in header.tensors.values())
+
+
+def _described(path: Path, header: "Header") -> dict[str, Any]:
+    """What `info --json` shows of a model."""
+    return {
+        "path": str(path),
+        "parameters": _parameters(header),
+        "tensors": {name: list(shape) for name, shape in header.tensors.items()},
+        "vocab": header.vocab,
+        "config": header.config.model_dump(mode="json"),
+        "figures": header.figures,
+    }
+
+
+def _facts(header: "Header") -> dict[str, Any]:
+    """All that can be compared, by name."""
+    facts: dict[str, Any] = {"parameters": _parameters(header), "vocabulary": len(header.vocab)}
+    for section, values in header.config.model_dump(mode="json").items():
+        facts |= {f"{section}.{key}": value for key, value in values.items()}
+    facts |= header.figures
+    return facts | {name: " × ".join(map(str, shape)) for name, shape in header.tensors.items()}
+
+
+def _differences(headers: list["Header"]) -> dict[str, tuple[Any, ...]]:
+    """What is not the same in all of `headers`, by name, with each one's value; None where one has none."""
+    facts = [_facts(header) for header in headers]
+    names = dict.fromkeys(itertools.chain(*facts))
+    rows = {name: tuple(each.get(name) for each in facts) for name in names}
+    common = set.intersection(*(set(header.vocab) for header in headers))
+    own = tuple("".join(char for char in header.vocab if char not in common) for header in headers)
+    different = {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
+    return different | ({"characters of its own": own} if any(own) else {})
+
+
+def _side_by_side(paths: list[Path], headers: list["Header"]) -> None:
+    """A table of what differs, a column for each model."""
+
+    def cell(value: Any) -> str:
+        if value is None or value == "":
+            return "–"
+        if isinstance(value, int) and not isinstance(value, bool):
+            return f"{value:,}"
+        return (
+            f"{value:.6g}"
+            if isinstance(value, float)
+            else (value if isinstance(value, str) and value.isprintable() else repr(value))
+        )
+
+    rows = [("", *(str(path) for path in paths))]
+    rows += [(name, *map(cell, values)) for name, values in _differences(headers).items()]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(paths) + 1)]
+    for row in rows:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    same = sum(1 for name in _facts(headers[0])) - len(
+        [n for n in _differences(headers) if n in _facts(headers[0])]
+    )
+    click.echo(f"the same: {same} of {len(_facts(headers[0]))} settings, figures and shapes")
+
+
+@click.command()
+@click.argument("run", metavar="RUN")
+@click.option("--output", "-o", metavar="FILE", help="The page.  [default: report.html in the run's folder]")
+@click.option("--corpus", metavar="PATH", help="Where the training text is, if it has been moved.")
+def report(run: str, output: str | None, corpus: str | None) -> None:
+    """Show a run on one HTML page: curves, samples, what surprises the model, what its units follow.
+
+    RUN is a run's folder or name. The page needs no network and no other file. It has the training's curves,
+    the configuration, texts at three temperatures, what of them is copied from the training text, a held-out
+    passage coloured by surprisal with what the model expected at each character, and the same coloured
+    by hidden units: any, or those that follow quotes, line ends, word ends and more best.
+    """
+    from charlm import runs
+    from charlm.report import write_report
+
+    found = runs.find_run(run)
+    page = Path(output) if output else found.folder / "report.html"
+    write_report(found, page, corpus)
+    click.echo(f"wrote {page}", err=True)

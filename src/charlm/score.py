@@ -1,0 +1,144 @@
+"""The surprisal of each character, word or line of a text, in bits, in memory that does not grow with it."""
+
+import heapq
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from charlm.evaluate import surprisals, text_surprisals
+from charlm.model import CharLM
+from charlm.vocab import Unknown, Vocab
+
+Kind = Literal["char", "word", "line"]
+
+# A unit as it ends: a word with the space that follows it, as it is that which tells that the word is over.
+_UNITS = {
+    "char": re.compile(r".", re.S),
+    "word": re.compile(r"\s*\S+\s+|\s*\S+\Z|\s+\Z"),
+    "line": re.compile(r"[^\n]*\n|[^\n]+\Z"),
+}
+_Nats = list[float | None]  # of each character; None for the one that has no prediction
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A stretch of the text, the same with all others joined together.
+
+    start: where in the clean text it begins, from 0.
+    characters: how many of it have a prediction: all but the text's first, or its last read backward.
+    bits: the sum of their -log2 p; None where there is none.
+    """
+
+    start: int
+    characters: int
+    bits: float | None
+    text: str
+
+
+@dataclass
+class Tally:
+    """What came of a text on the way: characters that were scored, bits, characters that are unknown."""
+
+    characters: int = 0
+    bits: float = 0.0
+    unknown: int = 0
+
+
+def score(
+    model: CharLM,
+    vocab: Vocab,
+    pieces: Iterable[str],
+    kind: Kind = "char",
+    unknown: Unknown = "error",
+    name: str = "the text",
+    tally: Tally | None = None,
+) -> Iterator[Unit]:
+    """Yield the units of a clean text that comes in `pieces`, as they end.
+
+    A model that reads from the end, or from both sides, needs all of the text first.
+    tally: is kept up to date.
+    Raises `UnknownCharactersError` as `Vocab.encode` does, on the way.
+    """
+    tally = Tally() if tally is None else tally
+    encoded = _encoded(vocab, pieces, unknown, name, tally)
+    if model.config.direction == "forward":
+        return _units(_streamed(model, vocab, encoded), kind, tally)
+    return _units(_whole(model, vocab, encoded), kind, tally)
+
+
+def most_surprising(
+    units: Iterable[tuple[str, Unit]], count: int, each_character: bool
+) -> list[tuple[str, Unit]]:
+    """The `count` named units of most bits, or of most bits a character, the most surprising first."""
+    return heapq.nlargest(count, units, key=lambda named: _surprise(named[1], each_character))
+
+
+def _surprise(unit: Unit, each_character: bool) -> float:
+    if unit.bits is None:
+        return -math.inf
+    return unit.bits / unit.characters if each_character else unit.bits
+
+
+def _encoded(
+    vocab: Vocab, pieces: Iterable[str], unknown: Unknown, name: str, tally: Tally
+) -> Iterator[Tensor]:
+    begin = 0
+    for piece in pieces:
+        ids = vocab.encode(piece, unknown, name, begin=begin)
+        tally.unknown += 0 if unknown == "error" else vocab.count_unknown(piece)
+        begin += len(piece)
+        yield ids
+
+
+def _streamed(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tuple[str, _Nats]]:
+    """Each block's text and its nats."""
+    texts: list[str] = []
+
+    def noted() -> Iterator[Tensor]:
+        for block in blocks:
+            if len(block):
+                texts.append(vocab.decode(block))
+                yield block
+
+    for k, nats in enumerate(surprisals(model, noted())):
+        yield texts.pop(), [None, *nats[1:].tolist()] if k == 0 else nats.tolist()
+
+
+def _whole(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tuple[str, _Nats]]:
+    """The whole text and its nats."""
+    kept = list(blocks)
+    ids = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int32)
+    nats: _Nats = text_surprisals(model, ids).tolist()
+    if model.config.direction == "backward" and nats:
+        nats[-1] = None
+    yield vocab.decode(ids), nats
+
+
+def _units(scored: Iterable[tuple[str, _Nats]], kind: Kind, tally: Tally) -> Iterator[Unit]:
+    """Cut text and its nats into units, each given once it is known to be over."""
+    text, start, nats = "", 0, list[float | None]()
+    for more, more_nats in scored:
+        text, nats = text + more, nats + more_nats
+        ends = [found.end() for found in _UNITS[kind].finditer(text)]
+        if kind == "word" or (kind == "line" and not text.endswith("\n")):
+            ends = ends[:-1]  # the last may go on
+        for begin, end in pairwise([0, *ends]):
+            yield _unit(text[begin:end], nats[begin:end], start + begin, tally)
+        if ends:
+            text, nats, start = text[ends[-1] :], nats[ends[-1] :], start + ends[-1]
+    if text:
+        yield _unit(text, nats, start, tally)
+
+
+def _unit(text: str, nats: _Nats, start: int, tally: Tally) -> Unit:
+    predicted = [each for each in nats if each is not None]
+    bits = math.fsum(predicted) / math.log(2) if predicted else None
+    tally.characters += len(predicted)
+    tally.bits += bits or 0.0
+    return Unit(start, len(predicted), bits, text)

@@ -1,0 +1,113 @@
+"""What is looked at after a training: eval, score, info, novelty."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import process, settings
+
+
+def rows_of(out):
+    unescape = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+    head, *rows = [line.split("\t") for line in out.splitlines()]
+    for row in rows:
+        text, k = "", 0
+        while k < len(row[-1]):
+            step = 2 if row[-1][k] == "\\" else 1
+            text += unescape.get(row[-1][k : k + step], row[-1][k])
+            k += step
+        row[-1] = text
+    return head, rows
+
+
+def test_eval_of_parts_is_each_from_its_own_beginning(charlm, trained, words):
+    """So a text in ten files has nine characters less to score, and each file's figures are its own."""
+    Path("parts").mkdir()
+    for k in range(10):
+        Path(f"parts/{k}.txt").write_text(words[k * 200 : (k + 1) * 200])
+    found = json.loads(charlm("eval", "parts", "--json").out)
+    alone = [json.loads(charlm("eval", f"parts/{k}.txt", "--json").out)["total"] for k in range(10)]
+    whole = json.loads(charlm("eval", "corpus.txt", "--json").out)["total"]
+    assert found["total"]["characters"] == whole["characters"] - 9 == sum(row["characters"] for row in alone)
+    for row, one in zip(found["files"], alone, strict=True):
+        assert row["nats"] == pytest.approx(one["nats"], rel=1e-6)
+    assert found["total"]["nats"] == pytest.approx(sum(row["nats"] for row in alone), rel=1e-6)
+
+
+def test_eval_counts_what_it_does_not_know(charlm, trained):
+    Path("b.txt").write_text("abcΩdef\nabΩΩ")
+    for how, characters in (("skip", 8), ("replace", 11)):
+        total = json.loads(charlm("eval", "b.txt", "--json", "--unknown", how).out)["total"]
+        assert (total["unknown"], total["characters"]) == (3, characters)
+    assert "unknown" in charlm("eval", "b.txt", "--unknown", "skip").out
+    assert "unknown" not in charlm("eval", "corpus.txt").out
+
+
+@pytest.mark.parametrize("unit", ["char", "word", "line"])
+def test_score_sums_to_eval(charlm, trained, words, unit, monkeypatch):
+    total = json.loads(charlm("eval", "corpus.txt", "--json").out)["total"]
+    head, rows = rows_of(charlm("score", "corpus.txt", "--unit", unit).out)
+    assert head == ["path", "start", "characters", "bits", "text"]
+    assert "".join(row[4] for row in rows) == words and {row[0] for row in rows} == {"corpus.txt"}
+    bits = sum(float(row[3] or 0) for row in rows)
+    assert bits * math.log(2) == pytest.approx(total["nats"], rel=1e-6)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(words.encode())))
+    lines = [json.loads(line) for line in charlm("score", "-", "--unit", unit, "--json").out.splitlines()]
+    assert [line["text"] for line in lines] == [row[4] for row in rows] and lines[0]["path"] == "-"
+    assert sum(line["bits"] or 0 for line in lines) == pytest.approx(bits, rel=1e-6)
+
+
+def test_top_has_the_most_surprising_first(charlm, trained):
+    Path("b.txt").write_text("ab\n\\ab\tcñññññññ\nfed\n", encoding="utf-8")
+    every = rows_of(charlm("score", "b.txt", "--unit", "line", "--unknown", "skip").out)[1]
+    done = charlm("score", "b.txt", "--top", "2", "--unknown", "skip")
+    found = rows_of(done.out)[1]
+    assert found == sorted(every, key=lambda row: -float(row[3]) / int(row[2]))[:2]
+    assert "2 characters that the model does not know were left out" in done.err
+
+
+def test_rows_come_while_the_text_still_comes(folder, trained):
+    running = process("score", "-", "--unit", "line", cwd=folder, stdin=subprocess.PIPE)
+    running.stdin.write("abc\n")
+    running.stdin.flush()
+    assert [running.stdout.readline() for _ in range(2)][1].startswith("-\t0\t3\t")
+    running.stdin.close()
+    assert running.wait() == 0
+    running.stdout.close()
+    running.stderr.close()
+
+
+def test_info_of_two_shows_what_differs(charlm, trained):
+    options = settings("corpus.source=corpus.txt", "train.max_steps=2", "model.cell=gru")
+    assert charlm("train", "--name", "other", *options).code == 0
+    shown = charlm("info", "tiny", "other").out
+    assert "model.cell" in shown and "gru" in shown and "model.dropout" not in shown
+    found = json.loads(charlm("info", "tiny", "other", "--json").out)
+    assert found["differences"]["model.cell"] == ["lstm", "gru"] and len(found["models"]) == 2
+    assert found["differences"]["step"] == [3, 2] and "vocabulary" not in found["differences"]
+
+
+def test_info_needs_no_torch(trained):
+    code = "import sys, charlm.cli as c; c.main(['info', 'tiny']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "head.weight" in done.stdout, done.stderr
+
+
+def test_what_a_model_learnt_by_heart_is_found(charlm):
+    """A text that a model goes through again and again: greedily it writes nothing else."""
+    line = "el hidalgo de los lanza en astillero. "
+    Path("one.txt").write_text(line * 40)
+    options = ["train.max_steps=150", "train.lr=2e-2", "model.dropout=0.0", "model.hidden_size=32"]
+    assert charlm("train", "--name", "heart", *settings("corpus.source=one.txt", *options)).code == 0
+    done = charlm("generate", "--prefix", line, "-n", "70", "-t", "0", "--novelty")
+    written = done.out[len(line) : len(line) + 70]
+    train = (line * 40)[: round(len(line) * 40 * 0.9)]
+    assert written in train, "it has learnt it by heart"
+    _, mine, stretch, held_out = done.err.splitlines()
+    assert mine.split()[2:] == ["70", "100.0%", "100.0%", "100.0%"] and repr(written) in stretch
+    assert held_out.split()[2] == "70"

@@ -59,8 +59,8 @@ def read_torch_file(path: Path) -> Any:
     except Exception as error:  # a damaged file makes torch, pickletools and zipfile raise many kinds
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise CharlmError(
-                f"{path} asks for {wanted[1]}, which is no part of a state dict; charlm runs no code that a file "
-                "names, and did not read it: if it is yours, save the model's state_dict() alone"
+                f"{path} asks for {wanted[1]}, which is no part of a state dict; it was not read, as charlm "
+                "runs no code that a file names: if it is yours, save the model's state_dict() alone"
             ) from None
         raise CharlmError(f"{path} is damaged or holds no model: {str(error).splitlines()[0]}") from None
 

@@ -34,8 +34,7 @@ def checked_onnx(
 
     weights: those of an embedding, a recurrent stack and a head, by name. metadata: goes in as JSON.
     The difference is None where there is no onnxruntime. Raises `CharlmError` without the package onnx, for a
-    model beyond a file's 2 GiB, and where the difference is more than 1e-4 and
-    than 1e-5 of the largest logit.
+    model beyond a file's 2 GiB, and for a difference of more than 1e-4 and than 1e-5 of the largest logit.
     """
     try:
         model = build(loaded, weights, metadata)
@@ -49,8 +48,8 @@ def checked_onnx(
     compared = compare(content, loaded)
     if compared and not compared[0] <= max(TOLERANCE, _ROUNDING * compared[1]):
         raise CharlmError(
-            f"onnxruntime's logits differ from torch's by {compared[0]:.2g}: nothing was written; this is a fault "
-            "of charlm's, please report it"
+            f"onnxruntime's logits differ from torch's by {compared[0]:.2g}: nothing was written; this is a "
+            "fault of charlm's, please report it"
         )
     return content, compared[0] if compared else None
 

@@ -250,6 +250,7 @@ def test_what_the_weights_do_not_say_is_set(tmp_path):
         (lambda state: state.update({"rnn.weight_hh_l0_reverse": torch.ones(3)}), CHARS, "no place for"),
         (lambda state: state.update({"rnn.weight_hh_l0": torch.ones(5, H)}), CHARS, "one, 3 or 4 gates"),
         (lambda state: state.pop("rnn.weight_ih_l1"), CHARS, "weight_ih_l1 is missing"),
+        (lambda state: state.update({"rnn.bias_hh_l2": torch.ones(8)}), CHARS, "bias_hh_l2 is .* need none"),
         (lambda state: state.update({"n": torch.tensor(3)}), CHARS, "'n' among its weights"),
         (lambda state: state.clear(), CHARS, "no state dict"),
         (lambda state: None, CHARS + "z", r"embedding \(7, 5\) and a head \(7, 8\).*encoder.weight \(6, 5\)"),
@@ -258,6 +259,8 @@ def test_what_the_weights_do_not_say_is_set(tmp_path):
         (lambda state: None, {"a": "b"}, "must be a JSON list"),
         (lambda state: None, {"a": 0, "b": 0}, "must be a JSON list"),
         (lambda state: None, {"a": 10**12}, "must be a JSON list"),
+        (lambda state: None, {"vocab": list(CHARS), "direction": 3}, "model.direction is 3"),
+        (lambda state: None, {"vocab": list(CHARS), "cleaning": {"a.b": 3}}, "unknown key corpus.a.b"),
         (lambda state: None, 7, "must be a JSON list"),
     ],
 )

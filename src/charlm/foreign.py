@@ -169,7 +169,8 @@ def read_vocab(path: Path) -> tuple[list[str | None], dict[str, Any]]:
     if isinstance(data, dict) and isinstance(data.get("vocab"), list):  # charlm's own
         settings["model.direction"] = data.get("direction", "forward")
         cleaning, arguments = data.get("cleaning"), data.get("model")
-        settings |= {f"corpus.{key}": value for key, value in cleaning.items()} if cleaning else {}
+        if isinstance(cleaning, dict):
+            settings |= {f"corpus.{key}": value for key, value in cleaning.items()}
         if isinstance(arguments, dict) and "nonlinearity" in arguments:
             settings["model.nonlinearity"] = arguments["nonlinearity"]
         data = data["vocab"]

@@ -58,7 +58,7 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
     if not vocab:
         raise CharlmError(f"the vocabulary of {path} has no characters")
     if len(kept) < len(parts.units):
-        others = [repr(unit) for n, unit in enumerate(parts.units) if n not in set(kept)]
+        others = [repr(unit) for unit in parts.units if not _is_character(unit)]
         named = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" * (len(others) > _NAMED))
         said.append(f"left out the ids that stand for no single character: {named}")
     weights = _weights_of(parts, kept, path)
@@ -66,12 +66,15 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
     config = _overridden(config, overrides)
     with Uninitialised(), torch.device("meta"):  # sizes are checked before memory is taken
         model = make_model(len(vocab), config.model)
-    for name, parameter in model.named_parameters():
-        if name not in weights or weights[name].shape != parameter.shape:
-            have = tuple(weights[name].shape) if name in weights else "missing"
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted(
+        shapes.keys() | weights.keys() - ({"head.weight"} if config.model.tie_weights else set())
+    ):
+        have = tuple(weights[name].shape) if name in weights else None
+        if have != shapes.get(name):
             raise CharlmError(
-                f"the tensors of {path} do not fit together: {name} is {have} where the others need "
-                f"{tuple(parameter.shape)}"
+                f"the tensors of {path} do not fit together: {name} is {have or 'missing'} where the others "
+                f"need {shapes.get(name, 'none')}"
             )
     with Uninitialised():
         model = make_model(len(vocab), config.model)
@@ -130,7 +133,7 @@ def _config_of(weights: dict[str, Tensor], settings: dict[str, Any], source: str
         model["tie_weights"] = torch.equal(embedding, weights["head.weight"])
     data: dict[str, dict[str, Any]] = {"corpus": {"source": source, "normalize": "none"}, "model": model}
     for key, value in settings.items():
-        section, name = key.split(".")
+        section, _, name = key.partition(".")
         data[section][name] = value
     return configuration.from_data(data, str(path))
 

@@ -1,16 +1,18 @@
 """With the real package (make test-interop): it loads what charlm exports, and the other way round."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from flair.data import Dictionary, Sentence
-from flair.embeddings import FlairEmbeddings
 from flair.models import LanguageModel
 
 from charlm.checkpoint import load_model
 from charlm.evaluate import evaluate
-from conftest import settings
+from conftest import ROOT, settings
+
+DOCS = (ROOT / "docs/export.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -40,7 +42,10 @@ def test_flair_gives_charlm_s_logits_and_embeds(charlm, words, cell, direction):
     assert theirs.calculate_perplexity(words[:600]) == pytest.approx(score.perplexity, rel=1e-5)
 
     sentence = Sentence("abc de")
-    FlairEmbeddings("tiny-flair.pt").embed(sentence)
+    (script,) = [each for each in re.findall(r"```python\n(.*?)```", DOCS, re.S) if "flair" in each]
+    names = {}
+    exec(script.replace("first", "tiny"), names)
+    names["embeddings"].embed(sentence)
     # The state after the word and the space behind it; of a backward model, before it and the space there.
     read = "\nabc " if direction == "forward" else "\ned cba "
     with torch.inference_mode():

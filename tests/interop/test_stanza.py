@@ -10,8 +10,9 @@ from stanza.models.common.char_model import CharacterLanguageModel, CharacterLan
 from charlm.checkpoint import load_model
 from charlm.evaluate import evaluate
 from charlm.export import STANZA_UNITS
-from conftest import settings
+from conftest import ROOT, settings
 
+DOCS = (ROOT / "docs/export.md").read_text(encoding="utf-8")
 FIRST = len(STANZA_UNITS)
 
 

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+INTEROP := .venv-interop# Stanza and Flair bring much with them
 CONFIG ?= lstm.yaml
 PREFIX ?= quijote # the space belongs to it
 ARGS   ?=
@@ -12,10 +13,10 @@ BENCH_RECORD := build/bench.json
 BENCHMARKS   := $(filter-out %/common.py %/targets.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train generate test kill lint fix bench clean
+.PHONY: help setup demo train generate test test-interop kill lint fix bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -44,6 +45,16 @@ test: $(STAMP)  ## run the tests
 kill: $(STAMP)  ## kill trainings at random moments and resume them: an hour; make kill ARGS='--kills 5'
 	OMP_NUM_THREADS=1 $(BIN)/python tests/integration/kills.py $(or $(ARGS),--kills 100 --signals 20 --faults)
 
+$(INTEROP)/.installed: pyproject.toml constraints.txt
+	rm -rf $(INTEROP)
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e . pytest stanza flair
+	@touch $@
+
+test-interop: $(INTEROP)/.installed  ## test exports and imports with the real Stanza and Flair
+	$(INTEROP)/bin/python -m pytest -W default tests/interop $(ARGS)
+
 lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,5 +71,5 @@ bench: $(STAMP)  ## run the benchmarks: make bench BENCH_TEXT=tinyshakespeare.tx
 	  $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove what the targets made, except runs/
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

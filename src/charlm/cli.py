@@ -13,6 +13,7 @@ import click
 
 from charlm import __version__
 from charlm.cli_look import evaluate, info, report, score_texts
+from charlm.cli_share import export, import_model
 from charlm.cli_study import bench, compare, gradcheck, gradflow
 from charlm.cli_train import train
 from charlm.cli_use import fill, generate
@@ -94,5 +95,7 @@ for command in (
     gradflow,
     compare,
     bench,
+    export,
+    import_model,
 ):
     cli.add_command(command)

@@ -1,0 +1,141 @@
+"""Files that other programs wrote with ``torch.save``, read without running what they might hold.
+
+``torch.load(weights_only=True)`` alone builds the objects. It reads pickles of protocol 2; those of newer
+protocols, as Flair writes them, are first spelled in protocol 2, opcode by opcode, without being carried out.
+"""
+
+import io
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from charlm.errors import CharlmError
+
+
+class FlairDictionary:
+    """What stands for `flair.data.Dictionary` in a pickle: attributes and nothing else."""
+
+    def __init__(self) -> None:
+        self.idx2item: list[bytes] = []
+        self.item2idx: dict[bytes, int] = {}
+        self.add_unk, self.multi_label, self.span_labels = True, False, False
+
+
+FlairDictionary.__module__, FlairDictionary.__qualname__ = "flair.data", "Dictionary"
+
+
+def _defaultdict(*_: Any) -> dict[Any, Any]:
+    """What stands for `collections.defaultdict`, which a dictionary that Flair has used holds."""
+    return {}
+
+
+_STAND_INS: list[Any] = [FlairDictionary, (_defaultdict, "collections.defaultdict"), int]
+
+
+def read_torch_file(path: Path) -> Any:
+    """What ``torch.save`` put into the file at `path`: tensors, on the CPU, and plain values.
+
+    Raises `CharlmError` for what is no such file, is damaged, or holds anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+            file.seek(0)
+            if start not in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6))):
+                raise CharlmError(f"{path} was not written by torch.save: it begins with {start!r}")
+            readable = _readable_zip(file) if start == b"PK" else _readable_sequence(file)
+        with torch.serialization.safe_globals(_STAND_INS):
+            return torch.load(readable or path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CharlmError(f"cannot read {path}: {error.strerror or error}") from None
+    except (CharlmError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes torch, pickletools and zipfile raise many kinds
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CharlmError(
+                f"{path} asks for {wanted[1]}, which is no part of a state dict; it was not read, as charlm "
+                "runs no code that a file names: if it is yours, save the model's state_dict() alone"
+            ) from None
+        raise CharlmError(f"{path} is damaged or holds no model: {str(error).splitlines()[0]}") from None
+
+
+def _readable_zip(file: BinaryIO) -> io.BytesIO | None:
+    """A ``torch.save`` archive with its pickle in protocol 2; None where it is so already."""
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
+        if len(names) != 1:
+            raise zipfile.BadZipFile(f"it holds {len(names)} files data.pkl where torch.save puts one")
+        text = archive.read(names[0])
+        if text[:2] == b"\x80\x02":
+            return None
+        copy = io.BytesIO()
+        with zipfile.ZipFile(copy, "w") as other:
+            for name in archive.namelist():
+                same = name != names[0]
+                other.writestr(name, archive.read(name) if same else in_protocol_2(io.BytesIO(text)))
+    copy.seek(0)
+    return copy
+
+
+def _readable_sequence(file: BinaryIO) -> io.BytesIO | None:
+    """The same of the older format: five pickles one after the other, then the tensors' bytes."""
+    if file.read(2) == b"\x80\x02":
+        return None
+    file.seek(0)
+    return io.BytesIO(b"".join(in_protocol_2(file) for _ in range(5)) + file.read())
+
+
+_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+_BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
+_PUT = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}
+_GET = {"BINGET", "LONG_BINGET"}
+
+
+def in_protocol_2(file: BinaryIO) -> bytes:
+    """The pickle that begins where `file` stands, its opcodes spelled in protocol 2; nothing is carried out.
+
+    Opcodes that have no such spelling stay: whoever reads the result refuses them.
+    """
+    start = file.tell()
+    operations: list[tuple[Any, Any, int | None]] = list(pickletools.genops(file))
+    positions = [at for _, _, at in operations if at is not None] + [file.tell()]
+    file.seek(start)
+    data = file.read(positions[-1] - start)
+    spelled: list[bytes] = []
+    texts: list[str | None] = []  # for each of them, the text that it puts on the stack, if it does
+    memo: dict[int, str | None] = {}
+    for (opcode, argument, _), at, end in zip(operations, positions, positions[1:], strict=False):
+        name, text = opcode.name, None
+        if name in ("PROTO", "FRAME"):
+            continue
+        if name in _PUT:
+            index = len(memo) if name == "MEMOIZE" else argument
+            memo[index] = texts[-1] if texts else None
+            if memo[index] is not None:
+                continue  # a text is spelled out wherever it is got, so that STACK_GLOBAL finds it
+            operation = pickle.LONG_BINPUT + struct.pack("<I", index)
+        elif name in _TEXT or (name in _GET and memo.get(argument) is not None):
+            text = argument if name in _TEXT else memo[argument]
+            operation = _text(str(text))
+        elif name in _BYTES:
+            latin = _text(argument.decode("latin-1")) + _text("latin-1")
+            operation = b"c_codecs\nencode\n" + latin + pickle.TUPLE2 + pickle.REDUCE
+        elif name == "STACK_GLOBAL" and len(texts) > 1 and None not in texts[-2:]:
+            operation = "c{}\n{}\n".format(*texts[-2:]).encode()
+            del spelled[-2:], texts[-2:]
+        else:
+            operation = data[at - start : end - start]
+        spelled.append(operation)
+        texts.append(text)
+    return pickle.PROTO + b"\x02" + b"".join(spelled)
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode("utf-8", "surrogatepass")
+    return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded

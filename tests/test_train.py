@@ -17,7 +17,7 @@ from charlm.errors import CharlmError, Interrupted
 from charlm.evaluate import evaluate
 from charlm.metrics import Score
 from charlm.runs import Run
-from charlm.train import Trainer
+from charlm.train import Prediction, Trainer
 from conftest import TINY
 
 
@@ -207,14 +207,19 @@ def test_a_loss_that_is_not_finite_stops_with_advice(train):
 
 def poison(monkeypatch, steps):
     """Make the loss NaN at `steps` of all that are tried; returns the learning rates of all."""
-    rates, real = [], Trainer._predict
+    rates, training, step, forward = [], [], Trainer.step, Prediction.forward
 
-    def predict(self, x, y, state):
-        logits, y, state = real(self, x, y, state)
-        rates.append(self.optimizer.param_groups[0]["lr"])
+    def noted(self, x, y):
+        training[:] = [self]
+        return step(self, x, y)
+
+    def poisoned(self, *inputs):
+        logits, y, state = forward(self, *inputs)
+        rates.append(training[0].optimizer.param_groups[0]["lr"])
         return (logits * math.nan if len(rates) in steps else logits), y, state
 
-    monkeypatch.setattr(Trainer, "_predict", predict)
+    monkeypatch.setattr(Trainer, "step", noted)
+    monkeypatch.setattr(Prediction, "forward", poisoned)
     return rates
 
 
@@ -420,9 +425,9 @@ def test_a_backward_model_trains_on_the_text_reversed(words):
     forward, backward = (
         Trainer(configure(f"model.direction={d}"), Corpus.from_text(words)) for d in ("forward", "backward")
     )
-    text = "".join(forward.corpus.vocab.decode(ids) for ids in forward.batches.windows)
-    assert text[:9] == words[:9]
-    assert backward.corpus.vocab.decode(backward.batches.windows[0]) == words[1799:1790:-1]
+    for trainer, expected in ((forward, words[:9]), (backward, words[1799:1790:-1])):
+        x, y = trainer.batches[0]
+        assert trainer.corpus.vocab.decode(torch.cat([x, y[-1:]])) == expected
 
 
 def test_a_filling_model_s_figures_have_names_of_their_own(train):

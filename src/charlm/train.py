@@ -169,7 +169,7 @@ class Trainer:
                     elif step % eval_every == 0 or step == self.total_steps:
                         self._evaluate(run, reporter)
                     else:
-                        self._save_if_due(stop is not None)
+                        self._save_if_due(bool(stop))
                     if self.finished:
                         break
                     if stop:

@@ -8,6 +8,7 @@ by byte: both models, the log but for its times, and the state but for its times
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -280,12 +281,8 @@ def full_disk(parent, expected):
         shutil.copytree(folder / "runs", disk / "runs")
         shutil.copy(folder / "corpus.txt", disk)
         filler = disk / "filler"
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            except OSError:
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
                 pass
         run = Run(disk / "runs/k")
         before = run.state.read_bytes()

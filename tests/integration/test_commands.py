@@ -160,7 +160,7 @@ BAD = {
     "no recipe": (["train", "--config", "lstn.yaml"], 2, "did you mean lstm.yaml"),
     "no device": (["train", "--set", "train.device=cuda:77"], 2, "'cuda:77' is not available"),
     "unknown characters": (["generate", "--prefix", "aΩ"], 1, "U+03A9"),
-    "truncated model": (["generate", "--model", "cut.safetensors"], 1, "damaged or cut short"),
+    "truncated model": (["generate", "--model", "cut.safetensors"], 1, "damaged: it is cut short"),
     "pickled model": (["generate", "--model", "pickle.pt"], 1, "pickle"),
     "no model": (["generate", "--model", "nothing"], 2, "no model 'nothing'"),
     "no run": (["train", "--resume", "nothing"], 2, "is no run"),
@@ -204,11 +204,11 @@ def test_runs_is_a_file(charlm, folder):
 def test_a_full_disk_leaves_the_last_models(charlm, trained, monkeypatch):
     before = {path.name: path.read_bytes() for path in trained.iterdir() if path.suffix != ".jsonl"}
 
-    def full(self, data):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(os, "fsync", full)
         done = charlm("train", "--resume", "tiny", "--set", "train.max_steps=5")
     assert done.code == 1 and "No space left on device" in done.err.splitlines()[-1]
     after = {path.name: path.read_bytes() for path in trained.iterdir() if path.suffix != ".jsonl"}

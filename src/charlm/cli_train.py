@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from charlm.completion import complete_recipes, complete_runs, complete_settings
 from charlm.errors import ConfigError
 
 
@@ -14,13 +15,20 @@ from charlm.errors import ConfigError
     "-c",
     "recipe",
     metavar="FILE",
+    shell_complete=complete_recipes,
     help="A recipe: a path, or a name in ./configs or among those that ship.  [default: the defaults]",
 )
 @click.option(
-    "--set", "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as train.lr=2e-3."
+    "--set",
+    "-s",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    shell_complete=complete_settings,
+    help="Override, as train.lr=2e-3.",
 )
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: RECIPE-DATE-TIME]")
-@click.option("--resume", metavar="RUN", help="Go on with a run that stopped.")
+@click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Go on with a run that stopped.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained and written; do nothing.")
 def train(
     recipe: str | None, overrides: tuple[str, ...], name: str | None, resume: str | None, dry_run: bool
@@ -78,7 +86,8 @@ def train(
 
 
 _CHANGEABLE = (
-    "train.epochs", "train.max_steps", "train.early_stopping", "train.device", "corpus.source",
+    "train.epochs", "train.max_steps", "train.early_stopping", "train.device", "train.tensorboard",
+    "corpus.source",
 )  # fmt: skip
 
 

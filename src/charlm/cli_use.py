@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from charlm.completion import complete_runs
 from charlm.errors import CharlmError, ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +36,11 @@ class Finite(click.FloatRange):
 
 
 _model_option = click.option(
-    "--model", "-m", metavar="PATH", help="A model file, a run's folder or name.  [default: the newest run]"
+    "--model",
+    "-m",
+    metavar="PATH",
+    shell_complete=complete_runs,
+    help="A model file, a run's folder or name.  [default: the newest run]",
 )
 _device_option = click.option(
     "--device", default="auto", metavar="NAME", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
@@ -289,7 +294,7 @@ def _score_row(path: str, score: "Score", num_bytes: int, kind: str) -> dict[str
 
 
 @click.command()
-@click.argument("model", required=False, metavar="[MODEL]")
+@click.argument("model", required=False, metavar="[MODEL]", shell_complete=complete_runs)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(model: str | None, as_json: bool) -> None:
     """Show what is in a model file: configuration, parameters, vocabulary, figures.

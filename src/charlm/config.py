@@ -153,6 +153,7 @@ class TrainConfig(Section):
     eval_every: Positive | None = None
     checkpoint_every: Positive | None = None
     sample_chars: Annotated[int, Field(ge=0)] = 0
+    tensorboard: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -297,18 +298,18 @@ _SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "train": TrainConfig,
 }
-_KEYS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
+KEYS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
 
 
 def _misplaced(data: dict[Any, Any]) -> Iterator[str]:
     """Sections and keys that do not exist, each with the nearest that does."""
     for section, values in data.items():
         if section not in _SECTIONS:
-            yield f"unknown section {section!r}" + _nearest(str(section), [*_SECTIONS, *_KEYS], _SECTIONS)
+            yield f"unknown section {section!r}" + _nearest(str(section), [*_SECTIONS, *KEYS], _SECTIONS)
         elif isinstance(values, dict):
             known = list(_SECTIONS[section].model_fields)
             for key in [key for key in values if key not in known]:
-                yield f"unknown key {section}.{key}" + _nearest(str(key), [*known, *_KEYS], known)
+                yield f"unknown key {section}.{key}" + _nearest(str(key), [*known, *KEYS], known)
         else:
             yield f"{section} is {values!r}; it must be a mapping of keys to values"
 

@@ -5,13 +5,34 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from charlm.metrics import Score, perplexity
 
+Row = dict[str, Any]
+
 _BAR = "{desc} |{bar}| {remaining} left"  # fits 60 columns
+
+
+class Reporter(Protocol):
+    """What shows the training to a person."""
+
+    def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        """The loop begins at `step`."""
+
+    def step(self, loss: float, characters: int, seconds: float) -> None:
+        """A step was taken, over so many characters, in so many seconds."""
+
+    def evaluated(self, row: Row, best: bool) -> None:
+        """The log has a new row; `best` if its val loss is the lowest so far."""
+
+    def sample(self, text: str) -> None:
+        """The model wrote a text."""
+
+    def end(self) -> None:
+        """The loop is over, whatever ended it."""
 
 
 class TrainingDisplay:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,30 +28,11 @@ from charlm.metrics import Score, perplexity
 from charlm.model import CharLM, make_model, num_parameters
 from charlm.native import keep_memory
 from charlm.optim import clip_gradients, make_optimizer, make_schedule, update_average
+from charlm.progress import Reporter, Row
 from charlm.recurrent import choose_implementation
 from charlm.runs import Run
 from charlm.sample import generate
-
-Row = dict[str, Any]
-
-
-class Reporter(Protocol):
-    """What shows the training to a person."""
-
-    def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
-        """The loop begins at `step`."""
-
-    def step(self, loss: float, characters: int, seconds: float) -> None:
-        """A step was taken, over so many characters, in so many seconds."""
-
-    def evaluated(self, row: Row, best: bool) -> None:
-        """The log has a new row; `best` if its val loss is the lowest so far."""
-
-    def sample(self, text: str) -> None:
-        """The model wrote a text."""
-
-    def end(self) -> None:
-        """The loop is over, whatever ended it."""
+from charlm.tensorboard import TensorBoard, check_tensorboard
 
 
 @dataclass
@@ -94,6 +74,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, corpus: Corpus):
+        if config.train.tensorboard:
+            check_tensorboard()
         self.config, self.corpus = config, corpus
         self.device = choose_device(config.train.device)
         self.precision, self.precision_reason = choose_precision(config.train.precision, self.device)
@@ -168,6 +150,8 @@ class Trainer:
         """
         progress, every = self.progress, self.config.train
         eval_every = every.eval_every or self.steps_per_epoch
+        if every.tensorboard:
+            reporter = TensorBoard(run.folder / "tensorboard", reporter)
         reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
         try:
             with _caught_signals() as caught:

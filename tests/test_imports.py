@@ -36,6 +36,7 @@ ROWS = {
     "tensorboard": 6,
     "plot": 7,
     "train": 7,
+    "api": 7,
     "scheduled": 5,
     "gradcheck": 5,
     "gradflow": 5,
@@ -68,12 +69,14 @@ def test_modules_import_from_rows_above():
         f"{name} imports {other}"
         for name, path in modules.items()
         for other in imported(path)
-        if not ROWS[other] < ROWS[name]
+        if name != "__init__"  # what it hands on is imported when it is asked for
+        and not ROWS[other] < ROWS[name]
     ]
     assert not wrong
 
 
 def test_help_imports_no_torch():
-    code = "import sys, charlm.cli; charlm.cli.main(['train', '--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys, charlm.cli; charlm.cli.main(['train', '--help']); "
+    code += "sys.exit('torch' in sys.modules or not charlm.load)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "--resume" in done.stdout, done.stderr

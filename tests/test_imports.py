@@ -41,6 +41,7 @@ ROWS = {
     "gradcheck": 5,
     "gradflow": 5,
     "fill": 5,
+    "interactive": 8,
     "compare": 8,
     "bench": 8,
     "cli_logs": 9,

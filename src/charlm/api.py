@@ -135,7 +135,7 @@ class LanguageModel:
         """
         _check(length, temperature, top_k, top_p)
         ids, generator = self._prefix(prefix, unknown), _generator(seed)
-        backward = self.config.model.direction == "backward"
+        backward, stop = self.config.model.direction == "backward", self._stop(stop)
         start, stop = (ids.flip(0), stop[::-1]) if backward else (ids, stop)
         options = (start, length, temperature, top_k, top_p, stop, generator, quantize)
         written = sample.generate(self.model, self.vocab, *options)
@@ -174,7 +174,7 @@ class LanguageModel:
         """
         _check(length, temperature, top_k, top_p)
         ids = self._prefix(prefix, unknown)
-        backward = self.config.model.direction == "backward"
+        backward, stop = self.config.model.direction == "backward", self._stop(stop)
         start, stop = (ids.flip(0), stop[::-1]) if backward else (ids, stop)
         generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
         options = (start, length, temperature, top_k, top_p, stop, generators, quantize)
@@ -190,6 +190,13 @@ class LanguageModel:
                 "has no prediction of what follows a text: use fill, or another model"
             )
         return self._encode(prefix, unknown, "the prefix")
+
+    def _stop(self, stop: str) -> str:
+        """`stop` as the model would write it."""
+        stop = text.clean(stop, **{**self.config.corpus.cleaning, "keep": None})
+        if never := sorted(set(stop) - set(self.vocab.characters)):
+            raise ConfigError(f"stop {stop!r} can never be written: the model does not know {never}")
+        return stop
 
     def fill(self, text: str, *, blank: str = "_", best: int = 5) -> list[tuple[str, float]]:
         """The likeliest texts without the blanks in `text`, best first, with their probabilities.

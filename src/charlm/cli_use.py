@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import click
 
 from charlm.completion import complete_runs
 from charlm.errors import CharlmError, ConfigError
+from charlm.interactive import converse, show
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,7 @@ _unknown_option = click.option(
     "higher with int8, the same with bf16.",
 )
 @click.option("--stop", default="", metavar="TEXT", help="End a text once TEXT has been written.")
+@click.option("--interactive", "-i", is_flag=True, help="Ask for prefixes and settings at a prompt.")
 @_unknown_option
 @_model_option
 @_implementation_option
@@ -105,6 +106,7 @@ def generate(
     num_samples: int,
     quantize: "Quantize | None",
     stop: str,
+    interactive: bool,
     unknown: str,
     model: str | None,
     implementation: str | None,
@@ -115,10 +117,19 @@ def generate(
     A model of model.direction: backward writes what stands before the prefix. The text goes to stdout as it
     is made; several are written side by side, sample k with seed + k, and printed when they are done, parted
     by a line of dashes. A run that is still training can be used.
+
+    With --interactive each line typed is a prefix, and lines such as ":temperature 0.5" change the settings;
+    ":help" shows them. Ctrl-C stops a text, Ctrl-D leaves. Lines may come from a pipe.
     """
     from charlm import sample, text
+    from charlm.api import LanguageModel
     from charlm.stepper import Stepper
 
+    if interactive and (prefix or num_samples > 1):
+        raise ConfigError(
+            "--interactive asks for the prefixes and writes one text for each: "
+            "leave out --prefix and --num-samples"
+        )
     if quantize and device == "auto":
         device = "cpu"  # which alone has steps with fewer bits
     loaded = _load(model, implementation, device)
@@ -127,6 +138,9 @@ def generate(
             "this model was trained with model.direction: both, to fill in characters between others; it "
             "has no prediction of what follows a text: use charlm fill, or another --model"
         )
+    if interactive:
+        converse(LanguageModel(loaded), click.get_current_context())
+        return
     cleaning = loaded.config.corpus.cleaning
     prefix = text.clean(_stdin_for_dash(prefix), **cleaning)
     ids = loaded.vocab.encode(prefix, unknown, "the prefix")  # type: ignore[arg-type]
@@ -144,14 +158,14 @@ def generate(
     for first in range(0, num_samples, _BATCH):
         generators = [_generator(seed, k) for k in range(first, min(first + _BATCH, num_samples))]
         if num_samples == 1 and not backward:
-            _show(itertools.chain([shown], sample.generate(*arguments, generators[0], quantize)))
+            show(itertools.chain([shown], sample.generate(*arguments, generators[0], quantize)))
             return
         texts = sample.generate_batch(*arguments, generators, quantize)
         for k, written in enumerate(texts, first):
             if k:
                 click.echo("-" * 20)
             # Of a backward text what is written last stands first.
-            _show([written[::-1] + shown if backward else shown + written])
+            show([written[::-1] + shown if backward else shown + written])
 
 
 def _generator(seed: int | None, k: int) -> "torch.Generator":
@@ -161,16 +175,6 @@ def _generator(seed: int | None, k: int) -> "torch.Generator":
     generator = torch.Generator()
     generator.manual_seed((seed + k) % 2**63) if seed is not None else generator.seed()
     return generator
-
-
-def _show(parts: Iterable[str]) -> None:
-    """Print a text as its parts come, and a line end if it has none."""
-    last = ""
-    for part in parts:
-        click.echo(part, nl=False)  # flushes
-        last = part or last
-    if not last.endswith("\n"):
-        click.echo()
 
 
 @click.command()

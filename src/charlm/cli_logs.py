@@ -29,10 +29,11 @@ _runs_argument = click.argument(
     help="Of stdout.",
 )
 def log(names: tuple[str, ...], form: str) -> None:
-    """Print the figures of runs as CSV or JSON lines, a row for each evaluation and one for the test split.
+    """Print the figures of runs as CSV or JSON lines.
 
-    RUN is a run's folder or name. The column `run` says whose row it is; what was not measured is empty in
-    CSV and absent in JSON. A run that is still training can be shown.
+    There is a row for each evaluation and one for the test split. RUN is a run's folder or name, and the
+    column `run` says whose row it is; what was not measured is empty in CSV and absent in JSON. A run that is
+    still training can be shown.
     """
     from charlm import logs
 

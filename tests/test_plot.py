@@ -43,6 +43,12 @@ def test_a_bad_beginning_does_not_hide_the_rest():
     assert perplexity.get_ylim()[1] == pytest.approx(3 * math.exp(1.5))
 
 
+def test_a_figure_that_was_not_measured_is_a_gap():
+    rows = [{"step": 1, "val_loss": 2.0}, {"step": 2, "train_loss": 1.0, "val_loss": 1.5}]
+    train = lines(draw({"a": rows}).axes[0])[0][1]
+    assert math.isnan(train[0]) and train[1] == 1.0
+
+
 def test_formats(tmp_path):
     plot(ROWS, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -9,16 +9,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, fields
 from math import prod
-from typing import Literal, Protocol
+from typing import Literal
 
-from charlm import progress
 from charlm import runs as run_folders
 from charlm.checkpoint import read_header
 from charlm.config import Config, CorpusConfig
 from charlm.corpus import Corpus
 from charlm.errors import ConfigError
 from charlm.logs import evaluations
-from charlm.progress import Row
+from charlm.progress import Reporter, Row
 from charlm.runs import Run
 from charlm.train import Trainer
 
@@ -29,13 +28,6 @@ _COMMON = [
     *(("corpus", key) for key in CorpusConfig.model_fields),
     *(("train", key) for key in ("seed", "epochs", "max_steps")),
 ]
-
-
-class Reporter(progress.Reporter, Protocol):
-    """What shows the trainings to a person, and says which one begins."""
-
-    def say(self, line: str) -> None:
-        """Show a line."""
 
 
 @dataclass(frozen=True)

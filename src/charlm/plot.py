@@ -63,7 +63,7 @@ def draw(curves: Curves, along: Along = "step") -> "Figure":
                 ("train", "x", {"ls": (0, (4, 2)), "lw": 0.9, "alpha": 0.8}),
                 ("val", "o", {"ls": "-", "lw": 1.8}),
             ):
-                y = [scale(row[f"{split}_loss"]) for row in rows]
+                y = [scale(row.get(f"{split}_loss", math.nan)) for row in rows]
                 # A single evaluation makes no line.
                 panel.plot(x, y, color=colour, marker=marker if len(rows) == 1 else "", **look)
         best = min(row["val_loss"] for row in rows)

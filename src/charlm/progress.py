@@ -31,6 +31,9 @@ class Reporter(Protocol):
     def sample(self, text: str) -> None:
         """The model wrote a text."""
 
+    def say(self, line: str) -> None:
+        """Something happened that a person should know of."""
+
     def end(self) -> None:
         """The loop is over, whatever ended it."""
 

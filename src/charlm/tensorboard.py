@@ -55,6 +55,10 @@ class TensorBoard:
         self.writer.add_text("sample", "".join(f"    {line}\n" for line in text.split("\n")), self.at)
         self.shown.sample(text)
 
+    def say(self, line: str) -> None:
+        """Pass it on."""
+        self.shown.say(line)
+
     def end(self) -> None:
         """Close the file."""
         self.writer.close()

@@ -117,10 +117,6 @@ def test_on_a_terminal(folder, trained, request):
     until("a")
     enter("\x03")  # Ctrl-C
     until("\n" + interactive.PROMPT)
-    enter("half a line")
-    until("half a line")
-    enter("\x03")
-    until(interactive.PROMPT)
     enter("\x04")  # Ctrl-D
     assert running.wait(timeout=30) == 0
     os.close(outer)

@@ -13,7 +13,7 @@ BENCH_RECORD := build/bench.json
 BENCHMARKS   := $(filter-out %/common.py %/targets.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train generate test test-interop kill lint fix bench clean
+.PHONY: help setup demo train generate test test-interop kill lint fix docs bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ lint: $(STAMP)  ## check style, formatting and types
 fix: $(STAMP)  ## mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## write docs/reference.md again, from the commands' help
+	$(BIN)/python docs/make_reference.py
 
 bench: $(STAMP)  ## run the benchmarks: make bench BENCH_TEXT=tinyshakespeare.txt
 	@rm -f $(BENCH_RECORD)

@@ -1,12 +1,11 @@
 import csv
 import json
-import sys
 
 import pytest
 
 from charlm import runs as run_folders
 from charlm.checkpoint import load_model
-from charlm.compare import Comparison, at_epochs, compare, curves, plot, table
+from charlm.compare import Comparison, at_epochs, compare, table
 from charlm.config import from_data
 from charlm.corpus import Corpus
 from charlm.errors import CharlmError, ConfigError
@@ -155,38 +154,7 @@ def test_another_format():
         table(ROWS, "html")
 
 
-def test_curves_and_epochs(compared):
+def test_epochs(compared):
     _, _, runs, _ = compared
     evaluations = log(runs["gru"])[:-1]
-    points = [(row["step"], row["train_loss"], row["val_loss"]) for row in evaluations]
-    assert curves(runs)["gru"] == points and len(points) == 3
-    assert list(curves(runs)) == ["rnn", "gru"]
     assert at_epochs(runs["gru"], [1, 3, 11]) == {1: evaluations[0], 3: evaluations[2]}
-
-
-def test_a_log_that_cannot_be_read(tmp_path):
-    with pytest.raises(CharlmError, match=r"cannot read .*metrics.jsonl"):
-        curves({"a": Run(tmp_path)})
-    Run(tmp_path).metrics.write_text('{"step": 1, "val_l')
-    with pytest.raises(CharlmError, match=r"metrics.jsonl is damaged"):
-        curves({"a": Run(tmp_path)})
-
-
-POINTS = {"rnn": [(10, 2.5, 2.6), (20, 2.0, 2.3)], "gru": [(20, 1.9, 2.2)]}
-
-
-def test_a_plot(tmp_path):
-    plot(POINTS, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    plot(POINTS, tmp_path / "curves.SVG")
-    assert "<svg" in (tmp_path / "curves.SVG").read_text()
-    with pytest.raises(ConfigError, match=r"curves.txt must be an image.* \.png"):
-        plot(POINTS, tmp_path / "curves.txt")
-
-
-def test_a_plot_without_matplotlib(tmp_path, monkeypatch):
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(CharlmError, match=r"pip install 'charlm-torch\[plot\]'"):
-        plot(POINTS, tmp_path / "curves.png")
-    assert not list(tmp_path.iterdir())

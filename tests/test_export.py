@@ -18,7 +18,6 @@ from charlm.vocab import Vocab
 from conftest import ROOT
 
 VOCAB = Vocab('ab \nñ😀"\\cdefghi')
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = (ROOT / "docs/export.md").read_text(encoding="utf-8")
 
 
@@ -61,26 +60,6 @@ def test_the_script_in_the_docs_writes_what_charlm_writes(
     monkeypatch.syspath_prepend(folder)
     exec(script.replace("quijote ", "a b"), {})
     assert capfd.readouterr().out == written.removesuffix("\n") + "\n"
-
-
-def test_the_commands_in_the_docs_run(charlm, folder):
-    pytest.importorskip("onnx")
-    save(make(), folder / "runs/first/model.safetensors")
-    made = {"first-stanza.pt": "es_forward.pt", "first-flair.pt": "lm.pt", "first.pt": "mine.pt"}
-    made["first.json"] = "mine.json"
-    commands = re.findall(r"^    charlm ((?:ex|im)port[^#\n]*?)(?: +#.*)?$", DOCS, re.M)
-    assert len(commands) == 7
-    for command in commands:
-        done = charlm(*command.split())
-        assert done.code == 0, (command, done.err)
-        for name, other in made.items():
-            if (folder / name).exists():
-                (folder / other).write_bytes((folder / name).read_bytes())
-    for command in re.findall(r"^    charlm ((?:ex|im)port[^#\n]*?)(?: +#.*)?$", README, re.M):
-        assert charlm(*command.split(), "--force").code == 0, command
-    assert {"es_forward.safetensors", "lm.safetensors", "mine.safetensors"} <= {
-        path.name for path in folder.iterdir()
-    }
 
 
 OPTIONS = [

@@ -36,6 +36,7 @@ ROWS = {
     "model": 4,
     "distributed": 5,
     "stepper": 5,
+    "completion": 2,
     "sample": 6,
     "segments": 5,
     "evaluate": 6,
@@ -44,10 +45,14 @@ ROWS = {
     "report": 8,
     "checkpoint": 5,
     "runs": 5,
-    "progress": 6,
+    "progress": 5,
+    "logs": 6,
+    "tensorboard": 6,
     "onnx_graph": 6,
     "importing": 6,
+    "plot": 7,
     "train": 7,
+    "api": 7,
     "export": 7,
     "scheduled": 5,
     "gradcheck": 5,
@@ -56,9 +61,11 @@ ROWS = {
     "resume": 2,
     "signals": 1,
     "saves": 6,
+    "interactive": 8,
     "compare": 8,
     "bench": 8,
     "cli_options": 8,
+    "cli_logs": 9,
     "cli_look": 9,
     "cli_train": 9,
     "cli_use": 9,
@@ -86,12 +93,14 @@ def test_modules_import_from_rows_above():
         f"{name} imports {other}"
         for name, path in modules.items()
         for other in imported(path)
-        if not ROWS[other] < ROWS[name]
+        if name != "__init__"  # what it hands on is imported when it is asked for
+        and not ROWS[other] < ROWS[name]
     ]
     assert not wrong
 
 
 def test_help_imports_no_torch():
-    code = "import sys, charlm.cli; charlm.cli.main(['train', '--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys, charlm.cli; charlm.cli.main(['train', '--help']); "
+    code += "sys.exit('torch' in sys.modules or not charlm.load)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "--resume" in done.stdout, done.stderr

@@ -12,6 +12,7 @@ import sys
 import click
 
 from charlm import __version__
+from charlm.cli_logs import log, plot
 from charlm.cli_look import evaluate, info, report, score_texts
 from charlm.cli_share import export, import_model
 from charlm.cli_study import bench, compare, gradcheck, gradflow
@@ -91,6 +92,8 @@ for command in (
     score_texts,
     info,
     report,
+    log,
+    plot,
     gradcheck,
     gradflow,
     compare,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from charlm.cli_options import device_option, implementation_option, load, model_option, unknown_option
+from charlm.completion import complete_runs
 from charlm.errors import CharlmError
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def _unit_row(path: str, unit: "Unit", bits: str, as_json: bool) -> str:
 
 
 @click.command()
-@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=complete_runs)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(models: tuple[str, ...], as_json: bool) -> None:
     """Show what is in a model file: configuration, parameters, vocabulary, figures.
@@ -337,7 +338,7 @@ def _side_by_side(paths: list[Path], headers: list["Header"]) -> None:
 
 
 @click.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", shell_complete=complete_runs)
 @click.option("--output", "-o", metavar="FILE", help="The page.  [default: report.html in the run's folder]")
 @click.option("--corpus", metavar="PATH", help="Where the training text is, if it has been moved.")
 def report(run: str, output: str | None, corpus: str | None) -> None:

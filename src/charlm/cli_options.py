@@ -5,13 +5,19 @@ from typing import TYPE_CHECKING
 
 import click
 
+from charlm.completion import complete_runs
+
 if TYPE_CHECKING:
     import torch
 
     from charlm.checkpoint import Loaded
 
 model_option = click.option(
-    "--model", "-m", metavar="PATH", help="A model file, a run's folder or name.  [default: the newest run]"
+    "--model",
+    "-m",
+    metavar="PATH",
+    shell_complete=complete_runs,
+    help="A model file, a run's folder or name.  [default: the newest run]",
 )
 device_option = click.option(
     "--device", default="auto", metavar="NAME", show_default=True, help="auto, cpu, cuda, cuda:N or mps."

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
+from charlm.completion import complete_runs
 from charlm.errors import ConfigError
 
 _force_option = click.option("--force", is_flag=True, help="Write over files that exist.")
 
 
 @click.command()
-@click.argument("model", required=False, metavar="[RUN]")
+@click.argument("model", required=False, metavar="[RUN]", shell_complete=complete_runs)
 @click.option(
     "--to",
     required=True,

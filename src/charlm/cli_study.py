@@ -7,17 +7,31 @@ from pathlib import Path
 
 import click
 
+from charlm.completion import complete_recipes, complete_settings
 from charlm.errors import CharlmError, ConfigError
 
 SIX = ["rnn.yaml", "rnn-scratch.yaml", "lstm.yaml", "lstm-scratch.yaml", "gru.yaml", "gru-scratch.yaml"]
 
 _overrides_option = click.option(
-    "--set", "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as model.num_layers=2."
+    "--set",
+    "-s",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    shell_complete=complete_settings,
+    help="Override, as model.num_layers=2.",
 )
 
 
 @click.command()
-@click.option("--config", "-c", "recipe", metavar="FILE", help="A recipe.  [default: the defaults]")
+@click.option(
+    "--config",
+    "-c",
+    "recipe",
+    metavar="FILE",
+    shell_complete=complete_recipes,
+    help="A recipe.  [default: the defaults]",
+)
 @_overrides_option
 @click.option(
     "--entries", type=click.IntRange(1), default=10, show_default=True, help="Numbers a tensor to check."
@@ -50,7 +64,12 @@ def gradcheck(recipe: str | None, overrides: tuple[str, ...], entries: int, tole
 
 @click.command()
 @click.option(
-    "--config", "-c", "recipe", metavar="FILE", help="A recipe: text and sizes.  [default: the defaults]"
+    "--config",
+    "-c",
+    "recipe",
+    metavar="FILE",
+    shell_complete=complete_recipes,
+    help="A recipe: text and sizes.  [default: the defaults]",
 )
 @_overrides_option
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="How far back to look.")
@@ -125,7 +144,15 @@ def gradflow(
 
 
 @click.command()
-@click.option("--config", "-c", "recipes", multiple=True, metavar="FILE", help="A recipe; give two or more.")
+@click.option(
+    "--config",
+    "-c",
+    "recipes",
+    multiple=True,
+    metavar="FILE",
+    shell_complete=complete_recipes,
+    help="A recipe; give two or more.",
+)
 @click.option("--all", "all_six", is_flag=True, help="The six: RNN, LSTM and GRU, built in and from scratch.")
 @_overrides_option
 @click.option(
@@ -141,6 +168,7 @@ def compare(
     """
     from charlm import compare as comparison
     from charlm import config as configuration
+    from charlm import plot as plotting
     from charlm import runs
     from charlm.progress import TrainingDisplay
 
@@ -148,7 +176,7 @@ def compare(
     if len(chosen) < 2:
         raise ConfigError("a comparison takes two recipes or more: give --config A --config B, or --all")
     if picture:
-        comparison.check_plot(Path(picture))
+        plotting.check_plot(Path(picture))
     names = [str(Path(recipe).with_suffix("")).replace("/", "-") for recipe in chosen]
     if len(set(names)) < len(names):
         raise ConfigError(f"a recipe stands twice in {', '.join(chosen)}")
@@ -159,7 +187,7 @@ def compare(
     rows = comparison.compare(configs, folders, TrainingDisplay())
     click.echo(comparison.table(rows, form))  # type: ignore[arg-type]
     if picture:
-        comparison.plot(comparison.curves(folders), Path(picture))
+        plotting.plot(plotting.curves(folders), Path(picture))
         click.echo(f"drawn in {picture}", err=True)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from charlm.completion import complete_recipes, complete_runs, complete_settings
 from charlm.errors import ConfigError
 
 
@@ -15,13 +16,20 @@ from charlm.errors import ConfigError
     "-c",
     "recipe",
     metavar="FILE",
+    shell_complete=complete_recipes,
     help="A recipe: a path, or a name in ./configs or among those that ship.  [default: the defaults]",
 )
 @click.option(
-    "--set", "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, as train.lr=2e-3."
+    "--set",
+    "-s",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    shell_complete=complete_settings,
+    help="Override, as train.lr=2e-3.",
 )
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: RECIPE-DATE-TIME]")
-@click.option("--resume", metavar="RUN", help="Go on with a run that stopped.")
+@click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Go on with a run that stopped.")
 @click.option("--at", type=click.IntRange(min=0), metavar="STEP", help="Resume at an earlier, kept save.")
 @click.option("--allow-changes", is_flag=True, help="Resume with other settings, as far as they fit.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained and written; do nothing.")

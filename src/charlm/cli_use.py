@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +16,7 @@ from charlm.cli_options import (
     unknown_option,
 )
 from charlm.errors import CharlmError, ConfigError
+from charlm.interactive import converse, show
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ class Finite(click.FloatRange):
     "--corpus", metavar="PATH", help="Where the training text is, for --novelty, if it has been moved."
 )
 @click.option("--stop", default="", metavar="TEXT", help="End a text once TEXT has been written.")
+@click.option("--interactive", "-i", is_flag=True, help="Ask for prefixes and settings at a prompt.")
 @unknown_option
 @model_option
 @implementation_option
@@ -97,6 +98,7 @@ def generate(
     novelty: bool,
     corpus: str | None,
     stop: str,
+    interactive: bool,
     unknown: str,
     model: str | None,
     implementation: str | None,
@@ -107,11 +109,20 @@ def generate(
     A model of model.direction: backward writes what stands before the prefix. The text goes to stdout as it
     is made; several are written side by side, sample k with seed + k, and printed when they are done, parted
     by a line of dashes. A run that is still training can be used.
+
+    With --interactive each line typed is a prefix, and lines such as ":temperature 0.5" change the settings;
+    ":help" shows them. Ctrl-C stops a text, Ctrl-D leaves. Lines may come from a pipe.
     """
     from charlm import runs, sample
+    from charlm.api import LanguageModel
     from charlm.clean import clean
     from charlm.stepper import Stepper
 
+    if interactive and (prefix or num_samples > 1 or novelty):
+        raise ConfigError(
+            "--interactive asks for the prefixes and writes one text for each: "
+            "leave out --prefix, --num-samples and --novelty"
+        )
     if quantize and device == "auto":
         device = "cpu"  # which alone has steps with fewer bits
     loaded = load(model, implementation, device)
@@ -120,6 +131,9 @@ def generate(
             "this model was trained with model.direction: both, to fill in characters between others; it "
             "has no prediction of what follows a text: use charlm fill, or another --model"
         )
+    if interactive:
+        converse(LanguageModel(loaded), click.get_current_context())
+        return
     cleaning = loaded.config.corpus.cleaning
     prefix = clean(stdin_for_dash(prefix), **cleaning)
     ids = loaded.vocab.encode(prefix, unknown, "the prefix")  # type: ignore[arg-type]
@@ -145,14 +159,14 @@ def generate(
         generators = [_generator(seed, k) for k in range(first, min(first + _BATCH, num_samples))]
         if num_samples == 1 and not backward:
             parts = sample.generate(*arguments, generators[0], quantize)
-            written.append(_show(itertools.chain([shown], parts))[len(shown) :])
+            written.append(show(itertools.chain([shown], parts))[len(shown) :])
             break
         texts = sample.generate_batch(*arguments, generators, quantize)
         for k, each in enumerate(texts, first):
             if k:
                 click.echo("-" * 20)
             # Of a backward text what is written last stands first.
-            _show([each[::-1] + shown if backward else shown + each])
+            show([each[::-1] + shown if backward else shown + each])
             written.append(each[::-1] if backward else each)
     if known:
         _show_novelty(written, known)
@@ -182,18 +196,6 @@ def _generator(seed: int | None, k: int) -> "torch.Generator":
     generator = torch.Generator()
     generator.manual_seed((seed + k) % 2**63) if seed is not None else generator.seed()
     return generator
-
-
-def _show(parts: Iterable[str]) -> str:
-    """Print a text as its parts come, and a line end if it has none; returns it."""
-    shown, last = [], ""
-    for part in parts:
-        click.echo(part, nl=False)  # flushes
-        shown.append(part)
-        last = part or last
-    if not last.endswith("\n"):
-        click.echo()
-    return "".join(shown)
 
 
 @click.command()

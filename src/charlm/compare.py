@@ -9,21 +9,19 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, fields
 from math import prod
-from pathlib import Path
 from typing import Literal
 
 from charlm import runs as run_folders
 from charlm.config import Config, CorpusConfig
 from charlm.corpus import Corpus
-from charlm.errors import CharlmError, ConfigError
-from charlm.files import write_atomically
+from charlm.errors import ConfigError
 from charlm.header import read_header
+from charlm.logs import evaluations
 from charlm.progress import Reporter, Row
 from charlm.runs import Run
 from charlm.train import Trainer
 
 Format = Literal["markdown", "csv", "json"]
-Curves = dict[str, list[tuple[int, float, float]]]
 
 # What must be the same for the figures to be comparable.
 _COMMON = [
@@ -121,51 +119,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def at_epochs(run: Run, epochs: Iterable[int]) -> dict[int, Row]:
     """The evaluations at the ends of `epochs`, by epoch; an epoch without one is absent."""
-    rows = {row["epoch"]: row for row in _evaluations(run)}
+    rows = {row["epoch"]: row for row in evaluations(run)}
     return {epoch: rows[epoch] for epoch in epochs if epoch in rows}
-
-
-def curves(runs: dict[str, Run]) -> Curves:
-    """For each run the points (step, train loss, val loss), in nats per character, one an evaluation."""
-    return {
-        name: [(row["step"], row["train_loss"], row["val_loss"]) for row in _evaluations(run)]
-        for name, run in runs.items()
-    }
-
-
-def plot(curves: Curves, path: Path) -> None:
-    """Draw `curves` to the image file `path`, in the format that its ending names.
-
-    Raises `CharlmError` as `check_plot` does, and for a file that cannot be written.
-    """
-    check_plot(path)
-    from matplotlib.figure import Figure  # not pyplot: a figure of its own draws with Agg, without a display
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for i, (name, points) in enumerate(curves.items()):
-        steps = [step for step, _, _ in points]
-        # Markers, because a run may have a single evaluation.
-        axes.plot(steps, [loss for _, _, loss in points], ".-", color=f"C{i}", label=name)
-        axes.plot(steps, [loss for _, loss, _ in points], ".--", color=f"C{i}", alpha=0.5)
-    axes.set(xlabel="step", ylabel="nats per character", title="val (solid) and train (dashed) loss")
-    axes.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=_ending(path)))
-
-
-def check_plot(path: Path) -> None:
-    """Raise `CharlmError` where `plot` could not draw to `path`: to be called before hours of training."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise CharlmError("a plot needs matplotlib: pip install 'charlm-torch[plot]'") from None
-    known = Figure().canvas.get_supported_filetypes()
-    if _ending(path) not in known:
-        raise ConfigError(f"{path} must be an image, its name ending in one of .{', .'.join(known)}")
-
-
-def _ending(path: Path) -> str:
-    return path.suffix.removeprefix(".").lower()
 
 
 def _refuse_differences(configs: dict[str, Config]) -> None:
@@ -195,8 +150,9 @@ def _comparison(name: str, run: Run) -> Comparison:
     """The figures of a finished run, from its log and its best model's header."""
     best = read_header(run.best)
     seconds, characters = 0.0, 0.0
-    for row in _evaluations(run):  # a row's rate is over the time since the row before it
-        characters += row["chars_per_second"] * (row["seconds"] - seconds)
+    for row in evaluations(run):  # a row's rate is over the time since the row before it
+        # Absent where no step since was fit to be taken.
+        characters += row.get("chars_per_second", 0.0) * (row["seconds"] - seconds)
         seconds = row["seconds"]
     return Comparison(
         name=name,
@@ -208,15 +164,3 @@ def _comparison(name: str, run: Run) -> Comparison:
         chars_per_second=characters / seconds,
         best_epoch=best.figures["epoch"],
     )
-
-
-def _evaluations(run: Run) -> list[Row]:
-    """The rows of the run's log that an evaluation wrote."""
-    try:
-        lines = run.metrics.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-    except OSError as error:
-        raise CharlmError(f"cannot read {run.metrics}: {error.strerror}") from None
-    except ValueError as error:
-        raise CharlmError(f"{run.metrics} is damaged: {error}") from None
-    return [row for row in rows if "train_loss" in row]

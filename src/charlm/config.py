@@ -166,6 +166,7 @@ class TrainConfig(Section):
     max_bad_steps: Positive = 10
     max_rollbacks: Annotated[int, Field(ge=0)] = 3
     sample_chars: Annotated[int, Field(ge=0)] = 0
+    tensorboard: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -366,7 +367,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "train": TrainConfig,
 }
-_KEYS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
+KEYS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
 
 
 def _misplaced(data: dict[Any, Any]) -> Iterator[str]:
@@ -374,13 +375,13 @@ def _misplaced(data: dict[Any, Any]) -> Iterator[str]:
     for section, values in data.items():
         if section not in _SECTIONS:
             yield f"unknown section {_shown(section)}" + _nearest(
-                str(section), [*_SECTIONS, *_KEYS], _SECTIONS
+                str(section), [*_SECTIONS, *KEYS], _SECTIONS
             )
         elif isinstance(values, dict):
             known = list(_SECTIONS[section].model_fields)
             for key in [key for key in values if key not in known]:
                 yield f"unknown key {section}.{_shown(key).strip(_QUOTES)}" + _nearest(
-                    str(key), [*known, *_KEYS], known
+                    str(key), [*known, *KEYS], known
                 )
         else:
             yield f"{section} is {_shown(values)}; it must be a mapping of keys to values"

@@ -6,7 +6,10 @@ from charlm.config import Config, ModelConfig
 from charlm.errors import ConfigError
 
 # A run goes on as it began, but for its budget, its device, and where its text now is.
-FREE = ("train.epochs", "train.max_steps", "train.early_stopping", "train.device", "corpus.source")
+FREE = (
+    *("train.epochs", "train.max_steps", "train.early_stopping", "train.device", "train.tensorboard"),
+    "corpus.source",
+)
 
 # Steps are not the same steps after these: the epoch is begun again.
 REORDERING = {

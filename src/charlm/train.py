@@ -43,6 +43,7 @@ from charlm.runs import Run
 from charlm.sample import generate
 from charlm.saves import Progress, Saves
 from charlm.signals import caught_signals
+from charlm.tensorboard import TensorBoard, check_tensorboard
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, corpus: Corpus, group: Group = ALONE):
+        if config.train.tensorboard:
+            check_tensorboard()
         self.config, self.corpus, self.group = config, corpus, group
         self.device = group.device(config.train.device)
         self.precision, self.precision_reason = choose_precision(config.train.precision, self.device)
@@ -155,6 +158,8 @@ class Trainer:
         `CharlmError` for a run that went back ``train.max_rollbacks`` times and files that cannot be written.
         """
         eval_every = self.config.train.eval_every or self.steps_per_epoch
+        if self.config.train.tensorboard and self.group.first:
+            reporter = TensorBoard(run.folder / "tensorboard", reporter)
         reporter.begin(self.progress.step, self.total_steps, self.steps_per_epoch)
         try:
             with caught_signals() as caught:
@@ -336,6 +341,8 @@ class Trainer:
             f"back from step {left.step} to {progress.step}: {why}; the learning rate is now half of what it "
             f"was ({progress.rollbacks} of {train.max_rollbacks} times)"
         )
+        reporter.end()
+        reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
         reporter.end()
         reporter.begin(progress.step, self.total_steps, self.steps_per_epoch)
 

@@ -1,0 +1,329 @@
+"""`LanguageModel`: a trained model as Python uses it; `charlm.load` gives one.
+
+The examples below are run by the tests, with a run named ``first`` in ``runs/``.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from charlm import fill, runs, sample
+from charlm.cells import State
+from charlm.checkpoint import Loaded, load_model
+from charlm.clean import clean
+from charlm.config import Config
+from charlm.device import choose_device
+from charlm.errors import CharlmError, ConfigError
+from charlm.evaluate import CHUNK, evaluate, text_surprisals
+from charlm.model import CharLM, FillLM
+from charlm.stepper import Quantize
+from charlm.vocab import Unknown, Vocab
+
+
+class LanguageModel:
+    """A trained model, ready to write, to score and to embed texts.
+
+    >>> import charlm
+    >>> model = charlm.load("runs/first")
+    >>> model
+    <charlm LanguageModel: lstm 1 × 12, forward, 10 characters, 1,092 parameters>
+
+    Texts are cleaned as the training text was (Unicode normal form, lower case, kept characters). `unknown`
+    says what becomes of characters that the model does not know: ``error`` raises `CharlmError` that names
+    them, ``skip`` leaves them out, ``replace`` puts a space for each.
+
+    model: the network itself, a `torch.nn.Module`: ids and a state in, logits and a state out.
+    vocab: the characters that it knows.
+    config: what it was made from.
+    figures: what training knew when it was saved: step, epoch, val_loss and so on.
+    """
+
+    def __init__(self, loaded: Loaded):
+        self.model: CharLM = loaded.model
+        self.vocab: Vocab = loaded.vocab
+        self.config: Config = loaded.config
+        self.figures: dict[str, Any] = loaded.figures
+
+    @classmethod
+    def load(
+        cls,
+        model: "str | PathLike[str] | None" = None,
+        *,
+        device: str = "auto",
+        implementation: str | None = None,
+    ) -> "LanguageModel":
+        """What `charlm.load` gives."""
+        path = runs.find_model(None if model is None else fspath(model))
+        return cls(load_model(path, implementation, choose_device(device)))
+
+    def __repr__(self) -> str:
+        shape, count = self.config.model, sum(each.numel() for each in self.model.parameters())
+        return (
+            f"<charlm LanguageModel: {shape.cell} {shape.num_layers} × {shape.hidden_size}, "
+            f"{shape.direction}, {len(self.vocab)} characters, {count:,} parameters>"
+        )
+
+    def generate(
+        self,
+        prefix: str = "",
+        length: int = 500,
+        *,
+        temperature: float = 0.7,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: str = "",
+        seed: int | None = None,
+        unknown: Unknown = "error",
+        quantize: Quantize | None = None,
+    ) -> str:
+        """A text that begins with `prefix` and goes on for up to `length` characters.
+
+        >>> text = model.generate("abc", length=20, temperature=0.5, seed=1)
+        >>> len(text), text[:3]
+        (23, 'abc')
+        >>> text == model.generate("abc", length=20, temperature=0.5, seed=1)
+        True
+
+        A model of ``model.direction: backward`` writes what stands before the prefix, which the text then
+        ends with.
+
+        temperature: below 1 plainer, above 1 wilder; 0 always takes the most probable character.
+        top_k, top_p: draw among the k most probable characters, among the fewest that hold p together.
+        stop: end once this text has been written.
+        seed: the same seed gives the same text; by default chance decides.
+        quantize: ``bf16`` or ``int8``: hold the weights in fewer bits, on the CPU.
+
+        Raises `CharlmError` for a model that fills in characters: use `fill`.
+        """
+        parts = self.stream(
+            prefix,
+            length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop,
+            seed=seed,
+            unknown=unknown,
+            quantize=quantize,
+        )
+        return "".join(parts)
+
+    def stream(
+        self,
+        prefix: str = "",
+        length: int = 500,
+        *,
+        temperature: float = 0.7,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: str = "",
+        seed: int | None = None,
+        unknown: Unknown = "error",
+        quantize: Quantize | None = None,
+    ) -> Iterator[str]:
+        """The parts of the text that `generate` gives, as they are made: the prefix, then each character.
+
+        >>> "".join(model.stream("abc", 20, seed=1)) == model.generate("abc", 20, seed=1)
+        True
+
+        What a backward model writes comes in one part: its last character stands first.
+        """
+        _check(length, temperature, top_k, top_p)
+        ids, generator = self._prefix(prefix, unknown), _generator(seed)
+        backward, stop = self.config.model.direction == "backward", self._stop(stop)
+        start, stop = (ids.flip(0), stop[::-1]) if backward else (ids, stop)
+        options = (start, length, temperature, top_k, top_p, stop, generator, quantize)
+        written = sample.generate(self.model, self.vocab, *options)
+        shown = self.vocab.decode(ids)
+
+        def parts() -> Iterator[str]:
+            if backward:
+                yield "".join(written)[::-1] + shown
+            else:
+                yield shown
+                yield from written
+
+        return parts()
+
+    def generate_batch(
+        self,
+        n: int,
+        prefix: str = "",
+        length: int = 500,
+        *,
+        temperature: float = 0.7,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: str = "",
+        seed: int | None = None,
+        unknown: Unknown = "error",
+        quantize: Quantize | None = None,
+    ) -> list[str]:
+        """`n` texts, written side by side, which is faster than one after the other.
+
+        >>> texts = model.generate_batch(3, "abc", length=20, seed=1)
+        >>> texts[1] == model.generate("abc", length=20, seed=2)
+        True
+
+        seed: text k is what `generate` gives with ``seed + k``.
+        """
+        _check(length, temperature, top_k, top_p)
+        ids = self._prefix(prefix, unknown)
+        backward, stop = self.config.model.direction == "backward", self._stop(stop)
+        start, stop = (ids.flip(0), stop[::-1]) if backward else (ids, stop)
+        generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
+        options = (start, length, temperature, top_k, top_p, stop, generators, quantize)
+        texts = sample.generate_batch(self.model, self.vocab, *options)
+        shown = self.vocab.decode(ids)
+        return [written[::-1] + shown if backward else shown + written for written in texts]
+
+    def _prefix(self, prefix: str, unknown: Unknown) -> Tensor:
+        """The ids of `prefix`, for a model that can go on from it."""
+        if isinstance(self.model, FillLM):
+            raise CharlmError(
+                "this model was trained with model.direction: both, to fill in characters between others; it "
+                "has no prediction of what follows a text: use fill, or another model"
+            )
+        return self._encode(prefix, unknown, "the prefix")
+
+    def _stop(self, stop: str) -> str:
+        """`stop` as the model would write it."""
+        stop = clean(stop, **{**self.config.corpus.cleaning, "keep": None})
+        if never := sorted(set(stop) - set(self.vocab.characters)):
+            raise ConfigError(f"stop {stop!r} can never be written: the model does not know {never}")
+        return stop
+
+    def fill(self, text: str, *, blank: str = "_", best: int = 5) -> list[tuple[str, float]]:
+        """The likeliest texts without the blanks in `text`, best first, with their probabilities.
+
+        >>> filling = charlm.load("runs/filling")
+        >>> [(text, probability), *_] = filling.fill("ab_de")
+        >>> len(text), 0 < probability < 1
+        (5, True)
+
+        Raises `CharlmError` for a model that was not trained with ``model.direction: both``.
+        """
+        parts = [self._clean(part) for part in text.split(blank)]
+        return [
+            (
+                parts[0] + "".join(char + part for char, part in zip(chars, parts[1:], strict=True)),
+                probability,
+            )
+            for chars, probability in fill.fill(self.model, self.vocab, parts, best)
+        ]
+
+    def score(self, text: str, *, unknown: Unknown = "error") -> list[tuple[str, float]]:
+        """Each character of `text` with its surprisal in bits: -log2 of its probability given all before it.
+
+        >>> scored = model.score("abcab")
+        >>> [character for character, bits in scored]
+        ['b', 'c', 'a', 'b']
+        >>> bits_per_character = sum(bits for _, bits in scored) / len(scored)
+        >>> abs(2**bits_per_character - model.perplexity("abcab")) < 1e-3
+        True
+
+        The first character has nothing before it and is left out; so is the last of a backward model, which
+        reads from the end. A model that fills in characters scores every one, given all the others: their
+        sum is a pseudo-likelihood, not to be compared with a likelihood.
+        """
+        ids = self._encode(text, unknown, "the text")
+        bits = text_surprisals(self.model, ids) / math.log(2)
+        direction = self.config.model.direction
+        scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
+        return list(zip(self.vocab.decode(ids[scored]), bits[scored].tolist(), strict=True))
+
+    def perplexity(self, text: str, *, unknown: Unknown = "error") -> float:
+        """The perplexity of `text`: e to the power of the mean surprisal, in nats, of its characters.
+
+        >>> model.perplexity("abcab") < len(model.vocab) * 2
+        True
+
+        Raises `CharlmError` for a text of fewer than two characters and a model that fills in characters,
+        whose score is no perplexity.
+        """
+        if isinstance(self.model, FillLM):
+            raise CharlmError(
+                "a model that fills in characters has no perplexity; the mean of score's bits is its "
+                "pseudo-score, which does not compare with one"
+            )
+        ids = self._encode(text, unknown, "the text")
+        if len(ids) < 2:
+            raise CharlmError(f"the text has {len(ids)} characters to score; it takes two or more")
+        return evaluate(self.model, ids).perplexity
+
+    def embed(self, text: str, *, unknown: Unknown = "error") -> Tensor:
+        """The hidden state h of the last recurrent layer after each character: float32 (N, H), on the CPU.
+
+        >>> model.embed("abcab").shape
+        torch.Size([5, 12])
+
+        Row t has read `text` up to and with character t; of a backward model, from the end down to it. A
+        model that fills in characters gives (N, 2 H): what the left-to-right stack has read up to and with
+        character t, then what the right-to-left stack has.
+        """
+        ids = self._encode(text, unknown, "the text")
+        model, state = self.model, self.model.initial_state(1)
+        if isinstance(model, FillLM):
+            half = len(state) // 2
+            left = _hidden(model, model.recurrent, ids, state[:half])
+            return torch.cat([left, _hidden(model, model.reverse, ids.flip(0), state[half:]).flip(0)], 1)
+        if self.config.model.direction == "backward":
+            return _hidden(model, model.recurrent, ids.flip(0), state).flip(0)
+        return _hidden(model, model.recurrent, ids, state)
+
+    def _clean(self, written: str) -> str:
+        return clean(written, **self.config.corpus.cleaning)
+
+    def _encode(self, written: str, unknown: Unknown, name: str) -> Tensor:
+        return self.vocab.encode(self._clean(written), unknown, name)
+
+
+def _check(length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise `ConfigError` for what a text cannot be drawn with."""
+    for fine, what, allowed in (
+        (length >= 0, f"length {length}", "0 or more"),
+        (0 <= temperature < math.inf, f"temperature {temperature}", "0 or more, and finite"),
+        (top_k is None or top_k >= 1, f"top_k {top_k}", "1 or more, or None"),
+        (top_p is None or 0 < top_p <= 1, f"top_p {top_p}", "above 0 and up to 1, or None"),
+    ):
+        if not fine:
+            raise ConfigError(f"{what} must be {allowed}")
+
+
+def _parts(ids: Tensor, size: int) -> tuple[Tensor, ...]:
+    """`ids` (N,) in parts of up to `size`; no part where there are none."""
+    return torch.split(ids, size) if len(ids) else ()
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    """A source of chance on the CPU."""
+    generator = torch.Generator()
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    return generator
+
+
+@contextmanager
+def _evaluating(model: CharLM) -> Iterator[None]:
+    """No dropout and no gradients meanwhile."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _hidden(model: CharLM, stack: nn.Module, ids: Tensor, state: State) -> Tensor:
+    """What `stack`, one of the model's, gives for ids (N,) from `state` on: float32 (N, H), on the CPU."""
+    found = [torch.empty(0, model.config.hidden_size)]
+    with _evaluating(model):
+        for part in _parts(ids.long().to(model.head.weight.device), CHUNK):
+            y, state = stack(model.embed(part[None]), state)
+            found.append(y[0].float().cpu())
+    return torch.cat(found)

@@ -1,0 +1,171 @@
+"""`charlm.load`: its examples run, and what it gives is what the commands and the network give."""
+
+import doctest
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import charlm as package
+from charlm import api, runs
+from charlm.checkpoint import save_model
+from charlm.config import from_data
+from charlm.errors import CharlmError, ConfigError
+from charlm.model import make_model
+from charlm.runs import Run
+from charlm.vocab import Vocab
+from conftest import TINY
+
+VOCAB = Vocab(" abcdefg\nñ")
+TEXT = "ab cd\nefgañ" * 9
+
+
+def made(folder, direction="forward", cell="lstm"):
+    """A model of small random weights in a run's folder."""
+    config = from_data({}, "", [*TINY, f"model.direction={direction}", f"model.cell={cell}", "train.seed=3"])
+    model = make_model(len(VOCAB), config.model).initialise(0)
+    run = runs.create(Run(folder / "runs" / direction), config)
+    save_model(run.best, model, VOCAB, config, {"step": 7})
+    return run.best
+
+
+@pytest.fixture(params=["forward", "backward", "both"])
+def direction(request):
+    return request.param
+
+
+def test_its_examples(folder):
+    made(folder).parent.rename("runs/first")
+    made(folder, "both").parent.rename("runs/filling")
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    shared: dict = {}
+    tests = sorted(doctest.DocTestFinder().find(api), key=lambda test: test.lineno or 0)
+    for test in tests:
+        test.globs = shared  # `model` comes from the class's own example
+        runner.run(test, clear_globs=False)
+    assert runner.summarize(verbose=False) == (0, runner.tries) and runner.tries > 15
+
+
+def test_load_takes_what_model_options_take(folder):
+    path = made(folder)
+    for given in (None, "forward", "runs/forward", path, str(path)):
+        assert package.load(given, device="cpu").figures == {"step": 7}
+    assert package.load(path, implementation="scratch").model.config.implementation == "scratch"
+    with pytest.raises(ConfigError, match="no model 'nothing'"):
+        package.load("nothing")
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_it_writes_what_the_command_writes(charlm, folder, way):
+    model = package.load(made(folder, way))
+    options = {"temperature": 1.3, "top_k": 8, "top_p": 0.9, "seed": 5, "unknown": "skip", "stop": "ad"}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    written = model.generate("abΩ", 40, **options)
+    assert charlm("generate", "-p", "abΩ", "-n", 40, *arguments).out.rstrip("\n") == written.rstrip("\n")
+    assert "".join(model.stream("abΩ", 40, **options)) == written
+    second = model.generate("abΩ", 40, **{**options, "seed": 6})
+    assert model.generate_batch(2, "abΩ", 40, **options) == [written, second] and written != second
+    assert (written.startswith if way == "forward" else written.endswith)("ab")
+
+
+def test_scores_are_the_commands(charlm, folder, direction, monkeypatch):
+    model = package.load(made(folder, direction))
+    scored = model.score(TEXT)
+    Path("text.txt").write_text(TEXT)
+    total = json.loads(charlm("eval", "text.txt", "--json").out)["total"]
+    assert len(scored) == total["characters"]
+    assert math.fsum(bits for _, bits in scored) * math.log(2) == pytest.approx(total["nats"], rel=1e-6)
+    first = 1 if direction == "forward" else 0
+    assert "".join(character for character, _ in scored) == TEXT[first : first + len(scored)]
+    if direction == "both":
+        with pytest.raises(CharlmError, match="has no perplexity"):
+            model.perplexity(TEXT)
+        return
+    assert model.perplexity(TEXT) == pytest.approx(total["perplexity"], rel=1e-6)
+    monkeypatch.setattr(api, "CHUNK", 7)
+    assert [bits for _, bits in model.score(TEXT)] == pytest.approx([bits for _, bits in scored], abs=1e-5)
+
+
+def test_each_bit_stands_at_its_character(folder, direction):
+    """Against the network, read from its own end."""
+    model = package.load(made(folder, direction))
+    ids = VOCAB.encode("abcañ").long()
+    network = model.model
+    read = ids.flip(0) if direction == "backward" else ids
+    with torch.no_grad():
+        logits, _ = network(read[None], network.initial_state(1))
+    log_p = F.log_softmax(logits[0], -1) / math.log(2)
+    if direction == "both":
+        expected = [-float(log_p[t, ids[t]]) for t in range(5)]
+    else:
+        expected = [-float(log_p[t, read[t + 1]]) for t in range(4)]
+        expected = expected[::-1] if direction == "backward" else expected
+    assert [bits for _, bits in model.score("abcañ")] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_embeddings_are_the_last_layers_states(folder, direction, cell, monkeypatch):
+    """The state after each prefix, read alone."""
+    model = package.load(made(folder, direction, cell))
+    network = model.model
+    found = model.embed(TEXT[:9])
+
+    def state_after(stack, text):
+        ids = VOCAB.encode(text).long()[None]
+        with torch.no_grad():
+            _, state = stack(network.embed(ids), network.initial_state(1)[: 2 if cell == "lstm" else 1])
+        return state[0][-1, 0]
+
+    rows = []
+    for t in range(9):
+        left = [state_after(network.recurrent, TEXT[: t + 1])] if direction != "backward" else []
+        stack = network.reverse if direction == "both" else network.recurrent
+        right = [state_after(stack, TEXT[t:9][::-1])] if direction != "forward" else []
+        rows.append(torch.cat([*left, *right]))
+    assert torch.allclose(found, torch.stack(rows), atol=1e-6)
+    assert found.dtype == torch.float32 and not found.is_inference()
+    monkeypatch.setattr(api, "CHUNK", 4)
+    assert torch.allclose(model.embed(TEXT[:9]), found, atol=1e-6)
+
+
+def test_short_texts(folder, direction):
+    model = package.load(made(folder, direction))
+    assert model.embed("").shape == (0, 24 if direction == "both" else 12)
+    assert model.score("") == [] and len(model.score("a")) == (direction == "both")
+    if direction != "both":
+        with pytest.raises(CharlmError, match="the text has 1 characters"):
+            model.perplexity("a")
+
+
+def test_texts_are_cleaned_as_the_training_text_was(folder):
+    path = made(folder)
+    model = package.load(path)
+    assert [character for character, _ in model.score("an\u0303")] == ["ñ"]
+    with pytest.raises(CharlmError, match=r"the text has characters .* 'Ω' \(U\+03A9\) at position 1"):
+        model.score("aΩ")
+    assert model.embed("aΩb", unknown="skip").shape == (2, 12)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0}, {"length": -1}]
+)
+def test_what_a_text_cannot_be_drawn_with(folder, wrong):
+    model = package.load(made(folder))
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        model.stream("a", **wrong)
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        model.generate_batch(2, "a", **wrong)
+
+
+def test_a_model_that_fills_in(folder):
+    model = package.load(made(folder, "both"))
+    answers = model.fill("ab_ña", best=3)
+    assert len(answers) == 3 and answers[0][1] == max(probability for _, probability in answers)
+    assert all(text[:2] + text[3:] == "abña" for text, _ in answers)
+    with pytest.raises(CharlmError, match="to fill in characters"):
+        model.generate("a")
+    with pytest.raises(CharlmError, match="direction: both"):
+        package.load(made(folder)).fill("a_")

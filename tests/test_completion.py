@@ -1,0 +1,67 @@
+"""What the shell offers, asked as it asks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.shell_completion import ShellComplete
+
+from charlm.cli import cli
+from conftest import ROOT
+
+
+def offered(*words):
+    """The values offered for the last of `words`, without the one that stands for files."""
+    completion = ShellComplete(cli, {}, "charlm", "_CHARLM_COMPLETE")
+    items = completion.get_completions(list(words[:-1]), words[-1])
+    return [item.value for item in items if item.type == "plain"]
+
+
+@pytest.fixture
+def runs(folder):
+    for age, name in enumerate(["new", "old", "other"]):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "config.yaml").touch()
+        os.utime(Path("runs", name), (1000 - age, 1000 - age))
+    Path("runs/nothing").mkdir()
+
+
+def test_recipes_that_ship_and_those_here(folder):
+    assert offered("train", "--config", "gru") == ["gru-scratch.yaml", "gru.yaml"]
+    assert "seeds/rnn.yaml" in offered("compare", "-c", "seeds/")
+    Path("configs").mkdir()
+    Path("configs/mine.yaml").touch()
+    assert offered("gradcheck", "--config", "mi") == ["mine.yaml"]
+
+
+COMMANDS = ["train --resume", "generate -m", "eval --model", "fill -m", "info", "log x", "plot"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_runs_the_newest_first(runs, command):
+    assert offered(*command.split(), "") == ["new", "old", "other"]
+    assert offered(*command.split(), "o") == ["old", "other"]
+
+
+def test_settings():
+    assert offered("train", "--set", "train.l") == ["train.loss_on=", "train.lr="]
+
+
+def test_a_shell_asks(folder):
+    """The installed command, in bash's way; without torch it answers at once."""
+    code = "import sys; from charlm.cli import main; sys.argv[0] = 'charlm'; main(); sys.stdout.flush(); "
+    code += "sys.exit('torch' in sys.modules)"
+    words = {"COMP_WORDS": "charlm train --config ls", "COMP_CWORD": "3", "_CHARLM_COMPLETE": "bash_complete"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **words}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["file,ls", "plain,lstm-scratch.yaml", "plain,lstm.yaml"]
+
+
+def test_the_readme_names_the_shells():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for shell in ("bash", "zsh", "fish"):
+        assert f"_CHARLM_COMPLETE={shell}_source charlm" in text

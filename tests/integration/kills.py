@@ -8,6 +8,7 @@ by byte: both models, the log but for its times, and the state but for its times
 """
 
 import argparse
+import codecs
 import contextlib
 import json
 import os
@@ -360,6 +361,7 @@ FAULTS = [file_size_limit, full_disk, read_only_folder, folder_gone, state_gone,
 def run_all(kills, signals, faults, seed, settings):
     """Print a line for each question."""
     torch.set_num_threads(1)
+    codecs.lookup("utf-8-sig")  # Python imports it late, which another user may not be allowed to
     native.kernels(torch.float32)
     draw, parent = random.Random(seed), tempfile.mkdtemp()
     os.chmod(parent, 0o755)  # noqa: PTH101

@@ -321,6 +321,8 @@ def folder_gone(parent, expected):
     """The run's folder is moved away under the training."""
     folder, run = _begun(parent)
     training = Training(folder, "windows builtin")
+    while "resumed" not in training.errors.read_text(encoding="utf-8"):
+        time.sleep(0.001)
     run.folder.rename(folder / "moved")
     _refused(training, "runs/k", "No such file or directory")
     check_loads(Run(folder / "moved"))

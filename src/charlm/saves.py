@@ -87,7 +87,6 @@ class Saves:
         branched: `state` is not what ``state.pt`` says, and is saved now.
         """
         run, train = self.run, self.config.train
-        run.remove_temporaries()
         if progress.best_step not in (0, progress.step) and not _is_best(run.best, progress):
             # The best model is gone, or from a time that the run was taken back from: it is found anew.
             kept = run.checkpoint(progress.best_step).last

@@ -350,6 +350,8 @@ class Trainer:
         """Save a new run for the first time, so that it can be resumed if it is killed; mend another."""
         self.saves = Saves(run, self.scored, self.corpus.vocab, self.config)
         self.progress.concluded = False
+        if self.group.first:
+            run.remove_temporaries()
         if not self.resumed:
             self._save(good=True)
             return

@@ -8,6 +8,7 @@ by byte: both models, the log but for its times, and the state but for its times
 """
 
 import argparse
+import codecs
 import contextlib
 import json
 import os
@@ -320,6 +321,8 @@ def folder_gone(parent, expected):
     """The run's folder is moved away under the training."""
     folder, run = _begun(parent)
     training = Training(folder, "windows builtin")
+    while "resumed" not in training.errors.read_text(encoding="utf-8"):
+        time.sleep(0.001)
     run.folder.rename(folder / "moved")
     _refused(training, "runs/k", "No such file or directory")
     check_loads(Run(folder / "moved"))
@@ -360,6 +363,7 @@ FAULTS = [file_size_limit, full_disk, read_only_folder, folder_gone, state_gone,
 def run_all(kills, signals, faults, seed, settings):
     """Print a line for each question."""
     torch.set_num_threads(1)
+    codecs.lookup("utf-8-sig")  # Python imports it late, which another user may not be allowed to
     native.kernels(torch.float32)
     draw, parent = random.Random(seed), tempfile.mkdtemp()
     os.chmod(parent, 0o755)  # noqa: PTH101

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from charlm import torchfile
 from charlm.checkpoint import load_model
 from charlm.errors import CharlmError, ConfigError
 from charlm.importing import import_model
@@ -312,6 +313,23 @@ def test_what_is_no_file_of_theirs_is_refused(tmp_path, origin, flair_dictionary
     path.unlink()
     with pytest.raises(CharlmError, match="No such file"):
         import_model(path, origin)
+
+
+def test_what_takes_more_memory_than_it_has_bytes_is_refused(tmp_path, monkeypatch):
+    path, packed = tmp_path / "m.pt", tmp_path / "packed.pt"
+    torch.save({"a": torch.zeros(9), "b": ["text" * 99] * 999}, path, pickle_protocol=4)
+    read_torch_file(path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+    with pytest.raises(CharlmError, match="parts of it are compressed"):
+        read_torch_file(packed)
+    monkeypatch.setattr(torchfile, "_MAX_SPELLED", 10**5)
+    with pytest.raises(CharlmError, match="its pickle takes more than 100,000 bytes"):
+        read_torch_file(path)
+    monkeypatch.setattr(torchfile, "_MAX_OPCODES", 999)
+    with pytest.raises(CharlmError, match="its pickle has more than 999 opcodes"):
+        read_torch_file(path)
 
 
 def test_two_pickles_in_an_archive_are_refused(tmp_path):

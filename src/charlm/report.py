@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from charlm import config as configuration
+from charlm import logs
 from charlm.checkpoint import Loaded, load_model
 from charlm.corpus import Corpus
 from charlm.errors import CharlmError
@@ -44,28 +45,17 @@ def write_report(run: Run, output: Path, source: str | None = None) -> None:
     """Write the page of `run` to `output`, atomically.
 
     source: where the training text is, if it has been moved.
-    Raises `CharlmError` for a model that fills in, a run without a model, and a text that is not there.
+    Raises `CharlmError` for a model that fills in, a run without a model, a damaged log, and a text that is
+    not there.
     """
     path = run.best if run.best.is_file() else run.last
     loaded = load_model(path)
     if loaded.config.model.direction == "both":
         raise CharlmError("a report shows what a model writes; one of model.direction: both only fills in")
     corpus = training_text(path, loaded.config, loaded.vocab.characters, source)
-    page = make_page(run.folder.resolve().name, loaded, corpus, read_log(run))
+    log = logs.read(run) if run.metrics.exists() else []
+    page = make_page(run.folder.resolve().name, loaded, corpus, log)
     write_atomically(output, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-
-
-def read_log(run: Run) -> list[dict[str, Any]]:
-    """The rows of the run's log that are whole."""
-    rows = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[dict[str, Any]]) -> str:

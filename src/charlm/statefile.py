@@ -20,6 +20,7 @@ import torch
 
 from charlm.errors import CharlmError, one_line
 from charlm.files import sha256, write_atomically
+from charlm.torchfile import check_parts
 
 FORMAT = 1
 
@@ -100,11 +101,13 @@ def _check_archive(file: io.BufferedReader, path: Path) -> None:
     """Refuse an archive that would take more memory than it has bytes, or that names more than it needs."""
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
+        try:
+            check_parts(archive, size)
+        except ValueError as error:
+            raise _refused(path, str(error)) from None
         entries = archive.infolist()
         names = [entry.filename.partition("/")[2] for entry in entries]
-        if any(entry.compress_type or entry.file_size != entry.compress_size for entry in entries):
-            raise _refused(path, "parts of it are compressed")
-        if len(set(names)) < len(names) or sum(entry.file_size for entry in entries) > size:
+        if len(set(names)) < len(names):
             raise _refused(path, "its parts overlap")
         if "data.pkl" not in names:
             raise _refused(path, "it has no data.pkl")

@@ -5,6 +5,7 @@ protocols, as Flair writes them, are first spelled in protocol 2, opcode by opco
 """
 
 import io
+import os
 import pickle
 import pickletools
 import re
@@ -34,6 +35,9 @@ def _defaultdict(*_: Any) -> dict[Any, Any]:
     """What stands for `collections.defaultdict`, which a dictionary that Flair has used holds."""
     return {}
 
+
+_MAX_OPCODES = 2**20  # thirty a tensor, four a character of a vocabulary
+_MAX_SPELLED = 2**26  # bytes of a pickle that is spelled in protocol 2
 
 _STAND_INS: list[Any] = [FlairDictionary, (_defaultdict, "collections.defaultdict"), int]
 
@@ -65,9 +69,19 @@ def read_torch_file(path: Path) -> Any:
         raise CharlmError(f"{path} is damaged or holds no model: {str(error).splitlines()[0]}") from None
 
 
+def check_parts(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise `ValueError` for an archive of `size` bytes that would take more memory than that."""
+    entries = archive.infolist()
+    if any(entry.compress_type or entry.file_size != entry.compress_size for entry in entries):
+        raise ValueError("parts of it are compressed")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("its parts overlap")
+
+
 def _readable_zip(file: BinaryIO) -> io.BytesIO | None:
     """A ``torch.save`` archive with its pickle in protocol 2; None where it is so already."""
     with zipfile.ZipFile(file) as archive:
+        check_parts(archive, os.fstat(file.fileno()).st_size)
         names = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
         if len(names) != 1:
             raise zipfile.BadZipFile(f"it holds {len(names)} files data.pkl where torch.save puts one")
@@ -103,13 +117,18 @@ def in_protocol_2(file: BinaryIO) -> bytes:
     Opcodes that have no such spelling stay: whoever reads the result refuses them.
     """
     start = file.tell()
-    operations: list[tuple[Any, Any, int | None]] = list(pickletools.genops(file))
+    operations: list[tuple[Any, Any, int | None]] = []
+    for operation in pickletools.genops(file):
+        operations.append(operation)
+        if len(operations) > _MAX_OPCODES:
+            raise ValueError(f"its pickle has more than {_MAX_OPCODES:,} opcodes")
     positions = [at for _, _, at in operations if at is not None] + [file.tell()]
     file.seek(start)
     data = file.read(positions[-1] - start)
     spelled: list[bytes] = []
     texts: list[str | None] = []  # for each of them, the text that it puts on the stack, if it does
     memo: dict[int, str | None] = {}
+    size = 0
     for (opcode, argument, _), at, end in zip(operations, positions, positions[1:], strict=False):
         name, text = opcode.name, None
         if name in ("PROTO", "FRAME"):
@@ -119,19 +138,22 @@ def in_protocol_2(file: BinaryIO) -> bytes:
             memo[index] = texts[-1] if texts else None
             if memo[index] is not None:
                 continue  # a text is spelled out wherever it is got, so that STACK_GLOBAL finds it
-            operation = pickle.LONG_BINPUT + struct.pack("<I", index)
+            spelling = pickle.LONG_BINPUT + struct.pack("<I", index)
         elif name in _TEXT or (name in _GET and memo.get(argument) is not None):
             text = argument if name in _TEXT else memo[argument]
-            operation = _text(str(text))
+            spelling = _text(str(text))
         elif name in _BYTES:
             latin = _text(argument.decode("latin-1")) + _text("latin-1")
-            operation = b"c_codecs\nencode\n" + latin + pickle.TUPLE2 + pickle.REDUCE
+            spelling = b"c_codecs\nencode\n" + latin + pickle.TUPLE2 + pickle.REDUCE
         elif name == "STACK_GLOBAL" and len(texts) > 1 and None not in texts[-2:]:
-            operation = "c{}\n{}\n".format(*texts[-2:]).encode()
+            spelling = "c{}\n{}\n".format(*texts[-2:]).encode()
             del spelled[-2:], texts[-2:]
         else:
-            operation = data[at - start : end - start]
-        spelled.append(operation)
+            spelling = data[at - start : end - start]
+        size += len(spelling)
+        if size > _MAX_SPELLED:  # a text may be got from the memo again and again
+            raise ValueError(f"its pickle takes more than {_MAX_SPELLED:,} bytes")
+        spelled.append(spelling)
         texts.append(text)
     return pickle.PROTO + b"\x02" + b"".join(spelled)
 

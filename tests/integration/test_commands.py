@@ -251,7 +251,7 @@ def test_no_command_shows_the_help(charlm):
     assert "\n    charlm train --config lstm.yaml\n" in done.out
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(folder):
+def test_ctrl_c_saves_and_says_how_to_resume(folder, charlm):
     running = process(
         "train", "--name", "c", *settings("corpus.source=corpus.txt", "train.epochs=9999"), cwd=folder
     )
@@ -262,9 +262,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder):
     out, err = running.communicate(timeout=60)
     assert running.returncode == 130 and out == ""
     assert "charlm train --resume runs/c" in err.splitlines()[-1] and "Traceback" not in err
-    with process("generate", "-m", "c", "-n", "5", cwd=folder) as writing:
-        out, err = writing.communicate(timeout=60)
-    assert writing.returncode == 0 and len(out) >= 5, err
+    written = charlm("generate", "-m", "c", "-n", "5")
+    assert written.code == 0 and len(written.out) >= 5, written.err
 
 
 def test_a_reader_that_leaves_is_no_error(folder, charlm, trained):

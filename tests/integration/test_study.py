@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from charlm.vocab import Vocab
-from conftest import process, settings
+from conftest import settings
 
 CORPUS = "corpus.source=corpus.txt"
 
@@ -128,15 +128,15 @@ def test_the_vocabulary_does_not_depend_on_the_direction(charlm, trained, words)
     assert found[0] == found[1] == Vocab.from_text(words[:1800]).characters
 
 
-def test_bench_prints_a_table_or_json(folder):
+def test_bench_prints_a_table_or_json(charlm):
     tiny = ["--cell", "rnn", "--hidden-size", "4", "--batch-size", "2", "--seq-len", "3", "--seconds", "0.01"]
-    both = [process("bench", *tiny, "--device", "cpu", *more, cwd=folder) for more in ([], ["--json"])]
-    (table, _), (found, _) = (each.communicate() for each in both)
-    assert [each.returncode for each in both] == [0, 0]
+    both = [charlm("bench", *tiny, "--device", "cpu", *more) for more in ([], ["--json"])]
+    assert [done.code for done in both] == [0, 0]
+    table, found = (done.out for done in both)
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| rnn")]
     assert [row[1].strip() for row in rows] == [row["implementation"] for row in json.loads(found)["rows"]]
     assert "torch" in table and json.loads(found)["products"].keys() == {"float32", "bfloat16"}
-    endless = process("bench", *tiny[:-2], "--seconds", "nan", cwd=folder)
-    assert "has no end" in endless.communicate(timeout=60)[1] and endless.returncode == 2
-    refused = process("bench", *tiny, "--device", "tpu", cwd=folder)
-    assert "tpu" in refused.communicate()[1] and refused.returncode == 2
+    endless = charlm("bench", *tiny[:-2], "--seconds", "nan")
+    assert "has no end" in endless.err and endless.code == 2
+    refused = charlm("bench", *tiny, "--device", "tpu")
+    assert "tpu" in refused.err and refused.code == 2

@@ -21,7 +21,7 @@ def train(charlm, name, *overrides):
 
 @pytest.fixture
 def filling(charlm):
-    return train(charlm, "both", "model.direction=both", "train.epochs=4", "train.lr=0.02")
+    return train(charlm, "both", "model.direction=both", "train.max_steps=9")
 
 
 def test_fill_restores_blanks_best_first(charlm, filling):

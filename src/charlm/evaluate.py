@@ -7,9 +7,8 @@ from torch.nn import functional as F
 from charlm.metrics import Score
 from charlm.model import CharLM, FillLM
 
-CHUNK = (
-    4096  # characters a forward pass: bounds the memory; the result does not depend on it but for rounding
-)
+# Characters a forward pass: bounds the memory; the result does not depend on it but for rounding.
+CHUNK = 4096
 
 
 @torch.inference_mode()

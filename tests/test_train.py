@@ -331,12 +331,30 @@ def test_other_batches_begin_the_epoch_again(train, words):
     assert other.progress.step == 80 and other.progress.rollbacks == 0
 
 
+@pytest.mark.parametrize("change", ["batches.seq_len=4", "train.max_rollbacks=1"])
+def test_a_run_that_was_changed_can_go_back_and_stops(train, words, tmp_path, change):
+    """In other batches the save to go back to is of another step; fewer rollbacks may be left than none."""
+    diverging = ["train.lr=1e30", "train.clip=none", "train.schedule=constant", "train.optimizer=sgd"]
+    begin = ["train.max_steps=77", "train.max_bad_steps=2"]
+    if "rollbacks" in change:
+        with pytest.raises(CharlmError, match="going back 3 times"):
+            train(*begin, *diverging)
+    else:
+        train(*begin)
+    run = Run(tmp_path / "run")
+    other = Trainer(configure("train.max_steps=400", *begin[1:], *diverging, change), Corpus.from_text(words))
+    other.restore(run)
+    with pytest.raises(CharlmError, match="diverged .* after going back 3 times"):
+        other.train(run, Silent())
+
+
 def test_a_run_can_go_back_to_the_saves_that_it_kept(train, words):
     overrides = ["train.max_steps=12", "train.eval_every=3", "train.keep_last=2"]
     whole, run, _ = train(*overrides)
     assert run.checkpoints() == [9, 12]
     assert load_model(run.checkpoint(9).last).figures["step"] == 9
-    end = run.last.read_bytes()
+    end, own = run.last.read_bytes(), run.checkpoint(9).folder.with_name("step-00000009-mine")
+    own.mkdir()
     again = Trainer(configure(*overrides), Corpus.from_text(words))
     with pytest.raises(CharlmError, match="no save of step 3; it has 9, 12"):
         again.restore(run, 3)
@@ -344,6 +362,7 @@ def test_a_run_can_go_back_to_the_saves_that_it_kept(train, words):
     again.train(run, Silent())
     assert run.last.read_bytes() == end and same_weights(whole, again)
     assert [row["step"] for row in rows(run) if "val_loss" in row] == [3, 6, 9, 12]
+    assert own.exists()
 
 
 def test_a_run_killed_before_its_first_evaluation_can_be_resumed(train):

@@ -17,11 +17,8 @@ from charlm.errors import CharlmError
 
 Batch = tuple[Tensor, Tensor]
 
-_SHUFFLED_AT_ONCE = (
-    2**14
-)  # windows: a few hundred small operations a batch take longer than a small model's step
-
-
+# Windows: a few hundred small operations a batch take longer than a small model's step.
+_SHUFFLED_AT_ONCE = 2**14
 _READ_AT_ONCE = 2**12  # windows whose memory is kept: of each the kernel maps 64 KiB
 
 
@@ -188,7 +185,6 @@ class ContiguousStreams(Dataset[Batch]):
     batch_size: streams, of all processes together.
     random_length: draw where each step ends, up to T/2 from its place, anew each epoch: the gradient is cut
         after T characters on average and not always at the same distance.
-    rank, size: of so many processes, whose share of the streams is read.
     Raises `CharlmError` for a text too short for one step of every stream.
     """
 

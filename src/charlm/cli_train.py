@@ -61,7 +61,7 @@ def train(
 
     with joined() as group, contextlib.ExitStack() as held:
         data, folder = group.told(
-            lambda: _prepare(recipe, overrides, name, resume, allow_changes, group.size)
+            lambda: _prepare(recipe, overrides, name, resume, at, allow_changes, group.size)
         )
         config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
         display = TrainingDisplay(silent=not group.first)
@@ -103,6 +103,7 @@ def _prepare(
     overrides: tuple[str, ...],
     name: str | None,
     resume: str | None,
+    at: int | None,
     allow_changes: bool,
     processes: int,
 ) -> tuple[dict[str, Any], str]:
@@ -120,7 +121,7 @@ def _prepare(
     run = runs.find_run(resume)
     before = run.load_config()
     if run.begun:
-        sequences = run.load_state()["sequences"]
+        sequences = (run if at is None else run.kept(at)).load_state()["sequences"]
         if sequences % processes:
             raise ConfigError(
                 f"the run {run.folder} reads {sequences} sequences a step, which {processes} processes "

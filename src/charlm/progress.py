@@ -60,7 +60,7 @@ class TrainingDisplay:
 
     def reading(self, count: int, total: int) -> None:
         """So many bytes more of the corpus were read, of `total`; a long one has a bar."""
-        if self.bar is None and total > _LONG and sys.stderr.isatty():
+        if self.bar is None and total > _LONG and sys.stderr.isatty() and not self.silent:
             self.bar = tqdm(
                 total=total, desc="reading", bar_format=_BAR, dynamic_ncols=True, leave=False, file=sys.stderr
             )

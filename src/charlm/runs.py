@@ -140,10 +140,22 @@ class Run:
         """An earlier save: a folder with a ``last.safetensors`` and a ``state.pt`` of its own."""
         return Run(self.folder / "checkpoints" / f"step-{step:08d}")
 
+    def kept(self, step: int) -> "Run":
+        """The save of `step` that was kept; raises `CharlmError` where it was not."""
+        if step not in self.checkpoints():
+            has = ", ".join(map(str, self.checkpoints())) or "none; train.keep_last says how many to keep"
+            raise CharlmError(f"the run {self.folder} kept no save of step {step}; it has {has}")
+        return self.checkpoint(step)
+
     def checkpoints(self) -> list[int]:
         """The steps of the saves that are kept, in order."""
-        found = (self.folder / "checkpoints").glob("step-*/state.pt")
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+        return sorted(step for step, path in self._checkpoint_folders() if (path / "state.pt").exists())
+
+    def _checkpoint_folders(self) -> Iterator[tuple[int, Path]]:
+        """The checkpoints' steps and folders; what a user put beside them is none."""
+        for path in (self.folder / "checkpoints").glob("step-*"):
+            if re.fullmatch(r"step-\d{8,18}", path.name, re.ASCII):
+                yield int(path.name.removeprefix("step-")), path
 
     def keep(self, step: int) -> None:
         """Keep the last save, which is of `step`, as a checkpoint: as links, so that it takes no room yet."""
@@ -165,13 +177,11 @@ class Run:
 
     def prune(self, kept: Collection[int]) -> None:
         """Remove all checkpoints but those of the steps `kept`."""
-        folder = self.folder / "checkpoints"
-        wanted = {self.checkpoint(step).folder.name for step in kept}
-        for path in folder.glob("step-*"):
-            if path.name not in wanted:
+        for step, path in list(self._checkpoint_folders()):
+            if step not in kept:
                 shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):  # there is none, or something is in it
-            folder.rmdir()
+            (self.folder / "checkpoints").rmdir()
 
 
 @contextlib.contextmanager

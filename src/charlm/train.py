@@ -178,7 +178,6 @@ class Trainer:
                     if self.finished:
                         break
                     if stop:
-                        self.group.wait()  # for the first process to have saved
                         raise Interrupted(
                             f"stopped at step {self.progress.step} of {self.total_steps}; "
                             f"go on with: charlm train --resume {shlex.quote(str(run.folder))}",
@@ -319,7 +318,7 @@ class Trainer:
     def _go_back(self, run: Run, reporter: Reporter, why: str) -> None:
         """Take up the last good save, with half the learning rate, and save that."""
         left, train = self.progress, self.config.train
-        if left.rollbacks == train.max_rollbacks:
+        if left.rollbacks >= train.max_rollbacks:
             tried = f", after going back {left.rollbacks} times with half the learning rate" * (
                 left.rollbacks > 0
             )
@@ -355,6 +354,8 @@ class Trainer:
         if not self.resumed:
             self._save(good=True)
             return
+        if self.branched:  # the save that was good may be of another count of steps, or gone
+            self.progress.good_step = self.progress.step
         state = self._snapshot()
         if self.group.first:
             self.saves.resume(self.progress, state, self.branched)
@@ -364,7 +365,8 @@ class Trainer:
         """Save where `stop` or ``train.checkpoint_every`` asks for it."""
         every, step = self.config.train.checkpoint_steps, self.progress.step
         if every and step % every == 0:
-            self._save(good=self._is_sound(self._scored(self.val[:1000])))
+            sound = not self.progress.bad_steps_in_a_row and self._is_sound(self._scored(self.val[:1000]))
+            self._save(good=sound)
         elif stop or (self.config.train.checkpoint_seconds and self.group.told(self.saves.due)):
             self._save(keep=not stop)
 
@@ -430,12 +432,9 @@ class Trainer:
 
         Raises `CharlmError` for a state that is missing, damaged, or of another corpus.
         """
-        source = run if step is None else run.checkpoint(step)
+        source = run if step is None else run.kept(step) if self.group.first else run.checkpoint(step)
         if step is None and not self.group.told(lambda: run.begun):
             return
-        if step is not None and self.group.first and not source.state.exists():
-            has = ", ".join(map(str, run.checkpoints())) or "none; train.keep_last says how many to keep"
-            raise CharlmError(f"the run {run.folder} kept no save of step {step}; it has {has}")
         self._load(self.group.state(source.load_state), source)
         self.resumed = True
         self.branched = self.branched or step is not None
@@ -449,8 +448,10 @@ class Trainer:
                 )
             before = configuration.from_data(state["config"], str(source.state))
             changed = set(differences(before, self.config))
-            if state["sequences"] == self.config.batches.batch_size * self.group.size:
-                changed -= {"batches.batch_size"}  # the same steps, shared by other processes
+            # Other processes may share the same steps, or as many others.
+            changed -= {"batches.batch_size"}
+            if state["sequences"] != self.config.batches.batch_size * self.group.size:
+                changed |= {"batches.batch_size"}
             self.progress, self.figures = Progress(**state["progress"]), state["figures"]
             self.branched = bool(changed)
             load_weights(self.model, state["weights"])

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from charlm import evaluate as scoring
+from charlm.runs import Run
 from conftest import process, settings
 
 
@@ -289,3 +290,17 @@ def test_the_score_in_training_is_eval_s(charlm, trained, words):
     figures = json.loads(charlm("info", "--json").out)["figures"]
     total = json.loads(charlm("eval", "val.txt", "--json").out)["total"]
     assert total["loss"] == pytest.approx(figures["val_loss"], rel=1e-6)
+
+
+def test_a_kept_save_is_resumed_from_without_the_last_state(charlm, folder):
+    changes = settings(
+        "corpus.source=corpus.txt", "train.max_steps=6", "train.eval_every=3", "train.keep_last=2"
+    )
+    assert charlm("train", "--name", "kept", *changes).code == 0
+    run = Run(folder / "runs/kept")
+    end = run.last.read_bytes()
+    run.state.unlink()
+    assert charlm("train", "--resume", "kept").code == 1
+    assert charlm("train", "--resume", "kept", "--at", "3").code == 0 and run.last.read_bytes() == end
+    done = charlm("train", "--resume", "kept", "--at", "4")
+    assert done.code == 1 and "no save of step 4; it has 3, 6" in done.err

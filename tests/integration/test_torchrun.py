@@ -47,7 +47,7 @@ def test_a_run_of_two_processes_goes_on_as_one(folder, charlm):
 
 
 def test_a_resumed_run_keeps_the_sequences_of_its_steps(trained):
-    data, _ = _prepare(None, (), None, "tiny", False, 2)
+    data, _ = _prepare(None, (), None, "tiny", None, False, 2)
     assert data["batches"]["batch_size"] == 2
     with pytest.raises(ConfigError, match="reads 4 sequences a step, which 3 processes cannot share"):
-        _prepare(None, (), None, "tiny", False, 3)
+        _prepare(None, (), None, "tiny", None, False, 3)

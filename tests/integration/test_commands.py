@@ -49,7 +49,6 @@ def test_on_a_terminal_there_is_a_bar(folder):
         [sys.executable, "-m", "charlm", "train", *settings("corpus.source=corpus.txt", "train.epochs=8")],
         cwd=folder,
         stderr=inner,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # two threads wait for each other on a busy machine
     )
     os.close(inner)
     shown = b""

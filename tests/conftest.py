@@ -52,6 +52,7 @@ def settings(*overrides):
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)  # tiny tensors; the tests' figures must not depend on the machine's cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes: two threads wait for each other on a busy machine
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +100,6 @@ def trained(charlm):
 
 def process(*args, cwd, stdin=None, **options):
     """Run the command as a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "charlm", *map(str, args)],
         cwd=cwd,
@@ -108,6 +108,5 @@ def process(*args, cwd, stdin=None, **options):
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env=environment,
         **options,
     )

@@ -96,13 +96,14 @@ def test_reading_in_pieces_is_reading_whole(
             content = text.decode((content if not framed else frame).encode(), "")
             content = text.strip_gutenberg(content)
             whole += content + "\n" * (content != "" and content[-1] != "\n")
-        whole = clean(whole[max(whole.find(start or ""), 0) :], normalize, lowercase, keep)[:max_chars]
+        begin = whole.find(start or "")  # in the text as it stands in the files
+        whole = clean(whole[begin:], normalize, lowercase, keep)[:max_chars] if begin >= 0 else ""
         config = CorpusConfig(
             source=name, normalize=normalize, lowercase=lowercase, keep=keep, start=start, max_chars=max_chars
         )
         try:
             expected = Corpus.from_text(whole)
-            assert whole.strip() and (start or "") in whole
+            assert whole.strip()
         except (CharlmError, AssertionError):
             with pytest.raises(CharlmError):
                 Corpus.load(config)

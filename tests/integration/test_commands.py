@@ -46,7 +46,7 @@ def test_on_a_terminal_there_is_a_bar(folder):
     outer, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
     running = subprocess.Popen(
-        [sys.executable, "-m", "charlm", "train", *settings("corpus.source=corpus.txt", "train.epochs=20")],
+        [sys.executable, "-m", "charlm", "train", *settings("corpus.source=corpus.txt", "train.epochs=8")],
         cwd=folder,
         stderr=inner,
     )

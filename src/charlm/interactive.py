@@ -1,6 +1,8 @@
 """`charlm generate --interactive`: a prompt at which each line is a prefix, and : changes a setting."""
 
 import contextlib
+import itertools
+import signal
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ import click
 
 from charlm import text
 from charlm.errors import CharlmError, ConfigError
+from charlm.signals import caught_signals
 
 if TYPE_CHECKING:
     from charlm.api import LanguageModel
@@ -45,7 +48,11 @@ def converse(model: "LanguageModel", context: click.Context) -> None:
                 continue
             arguments: dict[str, Any] = {name.replace("-", "_"): value for name, value in settings.items()}
             # A text that begins with a colon has two.
-            show(model.stream(line.removeprefix(":"), **arguments))
+            pieces = model.stream(line.removeprefix(":"), **arguments)
+            with caught_signals() as caught:  # raised anywhere, it could be lost
+                show(itertools.takewhile(lambda _: not caught, pieces))
+            if caught:
+                signal.raise_signal(caught[0])
         except (CharlmError, click.UsageError) as error:
             message = error.format_message() if isinstance(error, click.UsageError) else str(error)
             click.echo(f"charlm: {message}", err=True)

@@ -40,9 +40,9 @@ generate: $(STAMP)  ## write with the newest model: make generate PREFIX='Sancho
 	@$(BIN)/charlm generate --prefix '$(PREFIX)' $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-kill: $(STAMP)  ## kill trainings at random moments and resume them: an hour; make kill ARGS='--kills 5'
+kill: $(STAMP)  ## kill trainings at random moments and resume them: ten minutes; make kill ARGS='--kills 5'
 	OMP_NUM_THREADS=1 $(BIN)/python tests/integration/kills.py $(or $(ARGS),--kills 100 --signals 20 --faults)
 
 $(INTEROP)/.installed: pyproject.toml constraints.txt

@@ -36,7 +36,7 @@ def main(args: list[str] | None = None) -> int:
     except click.ClickException as error:
         # Every process of torchrun's has the same arguments: the first speaks for them.
         first = os.environ.get("RANK", "0") == "0"
-        return _fail(error.format_message().replace("\n", " ") if first else "", error.exit_code)
+        return _fail(" ".join(error.format_message().split()) if first else "", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except (BrokenPipeError, SystemExit):

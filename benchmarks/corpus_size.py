@@ -73,13 +73,13 @@ def measure(path, steps):
 
     from charlm.config import Config, CorpusConfig, TrainConfig
     from charlm.corpus import Corpus
-    from charlm.train import Trainer
+    from charlm.learner import Learner
 
     torch.set_num_threads(1)
     config = Config(
         corpus=CorpusConfig(source=str(path)), train=TrainConfig(device="cpu", precision="float32")
     )
-    Trainer(config, Corpus.from_text("a text that " * 999)).batches  # noqa: B018 - all is imported by then
+    Learner(config, Corpus.from_text("a text that " * 999)).batches  # noqa: B018 - all is imported by then
     base, megabytes, rows = memory(), path.stat().st_size / 1e6, []
     with Watch(base) as watch:
         corpus = Corpus.load(config.corpus)
@@ -92,10 +92,10 @@ def measure(path, steps):
         corpus = Corpus.load(config.corpus)
     rows.append(watch.row("found again", ""))
     with Watch(base) as watch:
-        trainer = Trainer(config, corpus)
-        batches = trainer.remaining_batches()
-        trainer.step(*next(batches))
-    rows.append(watch.row("first step", f"{trainer.steps_per_epoch:,} steps an epoch"))
+        learner = Learner(config, corpus)
+        batches = learner.remaining_batches()
+        learner.step(*next(batches))
+    rows.append(watch.row("first step", f"{learner.steps_per_epoch:,} steps an epoch"))
     with Watch(base) as watch:
         for _ in range(steps):
             x, _ = next(batches)

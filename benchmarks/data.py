@@ -22,7 +22,7 @@ from charlm.compare import markdown
 from charlm.config import BatchesConfig, Config, CorpusConfig, ModelConfig, TrainConfig
 from charlm.corpus import Corpus
 from charlm.encode import Encoder, smallest_dtype
-from charlm.train import Trainer
+from charlm.learner import Learner
 from charlm.vocab import Vocab
 
 
@@ -70,15 +70,15 @@ def loader_share(sampling, seconds):
     train = TrainConfig(device="cpu", schedule="constant", lr=1e-3)
     config = Config(model=ModelConfig(hidden_size=32), batches=batches, train=train)
     letters = torch.randint(97, 123, (1_200_000,), dtype=torch.uint8).numpy().tobytes().decode()
-    trainer = Trainer(config, Corpus.from_text(letters))
+    learner = Learner(config, Corpus.from_text(letters))
     loading, stepping = [], []
-    remaining = trainer.remaining_batches()
+    remaining = learner.remaining_batches()
 
     def one_step():
         began = time.perf_counter()
         x, y = next(remaining)
         loaded = time.perf_counter()
-        trainer.step(x, y)
+        learner.step(x, y)
         loading.append(loaded - began)
         stepping.append(time.perf_counter() - loaded)
         return 1

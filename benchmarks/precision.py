@@ -15,16 +15,16 @@ from charlm.config import BatchesConfig, Config, CorpusConfig, ModelConfig, Trai
 from charlm.corpus import Corpus
 from charlm.device import choose_precision
 from charlm.evaluate import evaluate
-from charlm.train import Trainer
+from charlm.learner import Learner
 
 
 def val_loss(config, corpus, precision):
     """Nats a character on val after all steps; `precision` whether or not the device is good at it."""
-    trainer = Trainer(config, corpus)
-    trainer.precision = precision
-    for x, y in trainer.remaining_batches():
-        trainer.step(x, y)
-    return evaluate(trainer.scored, trainer.val).loss
+    learner = Learner(config, corpus)
+    learner.precision = precision
+    for x, y in learner.remaining_batches():
+        learner.step(x, y)
+    return evaluate(learner.scored, corpus.val).loss
 
 
 def main():

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from charlm.bench import (
     CHARACTERS,
     implementations,
-    make_trainer,
+    make_learner,
     matrix_rate,
     operations,
     rate,
@@ -79,7 +79,7 @@ def plain_step(cell, size, bfloat16):
     return step
 
 
-def charlm_trainer(cell, size, implementation, precision):
+def charlm_learner(cell, size, implementation, precision):
     model = ModelConfig(
         cell=cell,
         implementation=implementation,
@@ -92,7 +92,7 @@ def charlm_trainer(cell, size, implementation, precision):
         batch_size=size["batch_size"], seq_len=size["seq_len"], stride=size["seq_len"], shuffle=False
     )
     train = TrainConfig(lr=1e-4, schedule="constant", device="cpu", precision=precision)
-    return make_trainer(Config(model=model, batches=batches, train=train))
+    return make_learner(Config(model=model, batches=batches, train=train))
 
 
 def work(contestant, cell, size):
@@ -102,8 +102,8 @@ def work(contestant, cell, size):
         step = plain_step(cell, size, precision == "bfloat16")
         return lambda seconds: rate(step, seconds)
     implementation = kind.removeprefix("charlm ") if kind != "charlm" else "auto"
-    trainer = charlm_trainer(cell, size, implementation, precision or "auto")
-    return lambda seconds: training_rate(trainer, seconds)
+    learner = charlm_learner(cell, size, implementation, precision or "auto")
+    return lambda seconds: training_rate(learner, seconds)
 
 
 def worker():
@@ -165,7 +165,7 @@ def ratio(rates, name, other):
 
 def report(cell, title, rates, products):
     size = SIZES[title]
-    flops = operations(charlm_trainer(cell, size, "builtin", "float32").model)
+    flops = operations(charlm_learner(cell, size, "builtin", "float32").model)
     limits = {name: statistics.median(found) for name, found in products.items()}
     rows = []
     for name in rates:

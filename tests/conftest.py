@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from charlm.cli import main
+from charlm.config import from_data
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +43,11 @@ PIECES = st.lists(
 def cut(whole, size):
     """`whole` in pieces of `size`."""
     return iter([whole[start : start + size] for start in range(0, len(whole), size)])
+
+
+def configure(*overrides):
+    """The configuration of a model that trains in a moment, with the given changes."""
+    return from_data({}, "", [*TINY, *overrides])
 
 
 def settings(*overrides):

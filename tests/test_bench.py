@@ -27,17 +27,17 @@ def test_a_rate_is_work_by_time(monkeypatch):
 
 
 def test_operations_are_those_of_the_products():
-    trainer = bench.make_trainer(Config(model=SMALL, batches=BATCHES, train=TrainConfig(device="cpu")))
+    learner = bench.make_learner(Config(model=SMALL, batches=BATCHES, train=TrainConfig(device="cpu")))
     H, V = 6, 65
-    assert len(trainer.corpus.vocab) == V
-    assert bench.operations(trainer.model) == 6 * (4 * H * H + 2 * 4 * H * H + H * V)
+    assert len(learner.corpus.vocab) == V
+    assert bench.operations(learner.model) == 6 * (4 * H * H + 2 * 4 * H * H + H * V)
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
 def test_the_text_fills_a_batch(sampling):
     batches = BatchesConfig(sampling=sampling, batch_size=7, seq_len=9, stride=20)
-    trainer = bench.make_trainer(Config(model=SMALL, batches=batches, train=TrainConfig(device="cpu")))
-    x, _ = next(iter(trainer.batches.loader(seed=1, epoch=0)))
+    learner = bench.make_learner(Config(model=SMALL, batches=batches, train=TrainConfig(device="cpu")))
+    x, _ = next(iter(learner.batches.loader(seed=1, epoch=0)))
     assert x.shape == (7, 9)
 
 

@@ -76,7 +76,8 @@ def close(first, second, tolerance=1e-6):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_do_what_one_does_with_twice_the_batch(two, words, tmp_path, name):
     trainer, expected = train(words, CASES[name], tmp_path / "one")
-    weights = [[p.detach() for p in model.parameters()] for model in (trainer.model, trainer.scored)]
+    models = trainer.learner.model, trainer.learner.scored
+    weights = [[p.detach() for p in model.parameters()] for model in models]
     for rank in (0, 1):
         steps, their_weights = load(two, f"{name}.{rank}")
         assert len(steps) == len(expected) > 7
@@ -108,7 +109,7 @@ def test_one_process_takes_up_a_run_of_two(two, words, name):
     resumed, steps = train(words, CASES[name], two.folder / f"{name}, stopped", resume=True)
     expected, (weights, _) = load(two, f"{name}.0")
     assert len(steps) == len(expected) - 7, "from the save at step 7"
-    assert close([p.detach() for p in resumed.model.parameters()], weights)
+    assert close([p.detach() for p in resumed.learner.model.parameters()], weights)
     assert [characters for _, characters, _ in steps] == [characters for _, characters, _ in expected[7:]]
 
 

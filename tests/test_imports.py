@@ -60,6 +60,7 @@ ROWS = {
     "fill": 5,
     "resume": 2,
     "signals": 1,
+    "learner": 6,
     "saves": 6,
     "interactive": 8,
     "compare": 8,

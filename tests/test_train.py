@@ -6,19 +6,18 @@ import signal
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from charlm import runs, saves
 from charlm import train as module
 from charlm.checkpoint import load_model
-from charlm.config import from_data
 from charlm.corpus import Corpus
 from charlm.errors import CharlmError, Interrupted
 from charlm.evaluate import evaluate
+from charlm.learner import Learner, Prediction
 from charlm.metrics import Score
 from charlm.runs import Run
-from charlm.train import Prediction, Trainer
-from conftest import TINY
+from charlm.train import Trainer
+from conftest import configure
 
 
 class Silent:
@@ -46,10 +45,6 @@ class Silent:
         pass
 
 
-def configure(*overrides):
-    return from_data({}, "", [*TINY, *overrides])
-
-
 @pytest.fixture
 def train(tmp_path, words):
     """Train on the made-up words: train("key=value", ..., name=...) -> (trainer, run, reporter)."""
@@ -74,6 +69,7 @@ def rows(run):
 
 
 def same_weights(first, second):
+    first, second = first.learner, second.learner
     pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
     averages = zip(first.scored.parameters(), second.scored.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in (*pairs, *averages))
@@ -84,7 +80,7 @@ def test_it_learns_and_logs(train, sampling):
     trainer, run, reporter = train("train.epochs=3", f"batches.sampling={sampling}", "train.lr=0.02")
     *evaluations, test = rows(run)
     assert [row["epoch"] for row in evaluations] == [1, 2, 3]
-    assert evaluations[2]["step"] == 3 * trainer.steps_per_epoch
+    assert evaluations[2]["step"] == 3 * trainer.learner.steps_per_epoch
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < math.log(12)
     assert evaluations[-1]["train_loss"] < evaluations[0]["train_loss"]
     named = {"step", "epoch", "train_loss", "val_loss", "lr", "grad_norm", "chars_per_second", "seconds"}
@@ -92,7 +88,7 @@ def test_it_learns_and_logs(train, sampling):
     best = load_model(run.best)
     assert evaluate(best.model, trainer.corpus.val).loss == min(row["val_loss"] for row in evaluations)
     assert test["test_loss"] == evaluate(best.model, trainer.corpus.test).loss
-    assert load_model(run.last).figures["step"] == trainer.total_steps
+    assert load_model(run.last).figures["step"] == trainer.learner.total_steps
 
 
 def test_train_loss_is_the_mean_over_the_characters_since_the_last_row(words, tmp_path):
@@ -106,7 +102,7 @@ def test_train_loss_is_the_mean_over_the_characters_since_the_last_row(words, tm
     trainer, run = Trainer(config, Corpus.from_text(words)), Run(tmp_path / "run")
     runs.create(run, config)
     trainer.train(run, Recorder())
-    n = trainer.steps_per_epoch
+    n = trainer.learner.steps_per_epoch
     assert len({characters for _, characters in seen}) == 2, "the last batch of an epoch is smaller"
     for row, part in zip(rows(run), (seen[:n], seen[n:]), strict=False):
         mean = sum(loss * size for loss, size in part) / sum(size for _, size in part)
@@ -197,7 +193,7 @@ def test_early_stopping_waits_for_its_patience(train, monkeypatch):
 def test_more_epochs_extend_a_finished_run(train):
     trainer, _, _ = train("train.epochs=2")
     longer, run, _ = train("train.epochs=3", resume=True)
-    assert longer.progress.step == 3 * trainer.steps_per_epoch
+    assert longer.learner.progress.step == 3 * trainer.learner.steps_per_epoch
     assert [row["epoch"] for row in rows(run) if "val_loss" in row] == [1, 2, 3]
 
 
@@ -208,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(train):
 
 def poison(monkeypatch, steps):
     """Make the loss NaN at `steps` of all that are tried; returns the learning rates of all."""
-    rates, training, step, forward = [], [], Trainer.step, Prediction.forward
+    rates, training, step, forward = [], [], Learner.step, Prediction.forward
 
     def noted(self, x, y):
         training[:] = [self]
@@ -219,21 +215,21 @@ def poison(monkeypatch, steps):
         rates.append(training[0].optimizer.param_groups[0]["lr"])
         return (logits * math.nan if len(rates) in steps else logits), y, state
 
-    monkeypatch.setattr(Trainer, "step", noted)
+    monkeypatch.setattr(Learner, "step", noted)
     monkeypatch.setattr(Prediction, "forward", poisoned)
     return rates
 
 
 def test_a_step_that_is_not_finite_is_not_taken(words, monkeypatch):
-    trainer = Trainer(configure("batches.sampling=contiguous", "train.ema=0.9"), Corpus.from_text(words))
+    learner = Learner(configure("batches.sampling=contiguous", "train.ema=0.9"), Corpus.from_text(words))
     poison(monkeypatch, {3})
-    batches = trainer.remaining_batches()
+    batches = learner.remaining_batches()
     for _ in range(2):
-        trainer.step(*next(batches))
-    before = copy.deepcopy(trainer._snapshot())
-    trainer.step(*next(batches))
-    after = trainer._snapshot()
-    assert "loss is nan" in trainer.problem and trainer.carried is None
+        learner.step(*next(batches))
+    before = copy.deepcopy(learner.state())
+    learner.step(*next(batches))
+    after = learner.state()
+    assert "loss is nan" in learner.problem and learner.carried is None
     for key in ("weights", "average"):
         assert all(torch.equal(after[key][name], before[key][name]) for name in before[key])
     for mine, theirs in zip(
@@ -243,8 +239,8 @@ def test_a_step_that_is_not_finite_is_not_taken(words, monkeypatch):
     same = {"train_nats", "train_characters", "grad_norm"}
     assert {k for k, v in after["progress"].items() if v == before["progress"][k]} >= same
     assert after["progress"]["step"] == 3 and after["progress"]["bad_steps"] == 1
-    trainer.step(*next(batches))
-    assert trainer.problem is None and trainer.progress.bad_steps_in_a_row == 0
+    learner.step(*next(batches))
+    assert learner.problem is None and learner.progress.bad_steps_in_a_row == 0
 
 
 def test_too_many_bad_steps_send_the_run_back_with_half_the_learning_rate(train, monkeypatch):
@@ -259,7 +255,7 @@ def test_too_many_bad_steps_send_the_run_back_with_half_the_learning_rate(train,
     assert [row.get("bad_steps") for row in evaluations] == [1, 4, 4]
     assert [row.get("rollbacks") for row in evaluations] == [None, 1, 1]
     assert any("back from step 10 to 5" in line for line in reporter.said) and len(reporter.said) == 5
-    assert trainer.progress.step == 12
+    assert trainer.learner.progress.step == 12
 
 
 @pytest.mark.parametrize("stop_at", [7, 9, 13])
@@ -315,7 +311,7 @@ def test_a_run_killed_between_its_writes_is_mended(train, monkeypatch):
 
 def test_a_run_killed_before_its_first_save_begins(train, tmp_path):
     runs.create(Run(tmp_path / "run"), configure())
-    assert train("train.max_steps=2", resume=True)[0].progress.step == 2
+    assert train("train.max_steps=2", resume=True)[0].learner.progress.step == 2
 
 
 def test_other_batches_begin_the_epoch_again(train, words):
@@ -325,10 +321,11 @@ def test_other_batches_begin_the_epoch_again(train, words):
     )
     other = Trainer(config, Corpus.from_text(words))
     other.restore(run)
-    assert 80 // trainer.steps_per_epoch == 1 and other.progress.step == other.steps_per_epoch == 28
-    assert other.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+    assert 80 // trainer.learner.steps_per_epoch == 1
+    assert other.learner.progress.step == other.learner.steps_per_epoch == 28
+    assert other.learner.optimizer.param_groups[0]["betas"] == (0.5, 0.9)
     other.train(run, Silent())
-    assert other.progress.step == 80 and other.progress.rollbacks == 0
+    assert other.learner.progress.step == 80 and other.learner.progress.rollbacks == 0
 
 
 @pytest.mark.parametrize("change", ["batches.seq_len=4", "train.max_rollbacks=1"])
@@ -381,31 +378,7 @@ def test_the_logged_lr_is_the_one_that_was_trained_with(train):
 
 
 def test_max_steps_rules_where_it_is_set(train):
-    assert train("train.epochs=1", "train.max_steps=70", "train.eval_every=70")[0].progress.step == 70
-
-
-def test_streams_carry_the_state_and_windows_do_not(words):
-    for sampling, carried in (("contiguous", True), ("sliding", False)):
-        trainer = Trainer(configure(f"batches.sampling={sampling}"), Corpus.from_text(words))
-        starts = []
-        forward = trainer.model.forward
-        trainer.model.forward = lambda x, state, f=forward, s=starts: (s.append(state), f(x, state))[1]
-        for _, (x, y) in zip(range(3), trainer.remaining_batches(), strict=False):
-            trainer.step(x, y)
-        assert not starts[0][0].any()
-        assert bool(starts[1][0].any()) == bool(starts[2][0].any()) == carried
-        assert not any(state[0].requires_grad for state in starts)
-
-
-def test_bfloat16_trains_float32_weights(words):
-    trainer = Trainer(configure("model.implementation=scratch", "train.lr=0.02"), Corpus.from_text(words))
-    trainer.precision = torch.bfloat16  # which `choose_precision` refuses on a CPU that emulates it
-    losses = []
-    for x, y in trainer.batches.loader(1, 0):
-        trainer.step(x, y)
-        losses.append(trainer.progress.train_nats / trainer.progress.train_characters)
-    assert losses[-1] < losses[0]
-    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert train("train.epochs=1", "train.max_steps=70", "train.eval_every=70")[0].learner.progress.step == 70
 
 
 def test_val_can_be_limited(words):
@@ -432,24 +405,6 @@ def test_another_model_is_not_resumed(train, words, tmp_path):
         other.restore(Run(tmp_path / "run"))
 
 
-def test_loss_on_last_trains_on_the_last_character_of_each_window(words):
-    trainer = Trainer(configure("train.loss_on=last", "model.dropout=0.0"), Corpus.from_text(words))
-    x, y = next(iter(trainer.batches.loader(1, 0)))
-    logits, _ = trainer.model.eval()(x, trainer.model.initial_state(len(x)))
-    expected = F.cross_entropy(logits[:, -1], y[:, -1]).item()
-    loss, characters, _ = trainer.step(x, y)
-    assert (loss, characters) == (pytest.approx(expected, rel=1e-5), len(x))
-
-
-def test_a_backward_model_trains_on_the_text_reversed(words):
-    forward, backward = (
-        Trainer(configure(f"model.direction={d}"), Corpus.from_text(words)) for d in ("forward", "backward")
-    )
-    for trainer, expected in ((forward, words[:9]), (backward, words[1799:1790:-1])):
-        x, y = trainer.batches[0]
-        assert trainer.corpus.vocab.decode(torch.cat([x, y[-1:]])) == expected
-
-
 def test_a_filling_model_s_figures_have_names_of_their_own(train):
     _, run, reporter = train(
         "model.direction=both", "train.epochs=3", "train.lr=0.02", "train.sample_chars=9"
@@ -461,6 +416,10 @@ def test_a_filling_model_s_figures_have_names_of_their_own(train):
     assert reporter.samples == []
 
 
+def parameters(trainer):
+    return [parameter.detach().clone() for parameter in trainer.learner.model.parameters()]
+
+
 @pytest.mark.parametrize(
     "more", [[], ["model.direction=both"], ["model.tie_weights=true", "model.embedding_size=12"]]
 )
@@ -470,11 +429,8 @@ def test_the_average_is_what_is_scored_and_saved_and_training_goes_on_from_the_w
         config = configure(f"train.ema={ema}", "train.max_steps=12", "train.eval_every=5", *more)
         trainer, run = Trainer(config, Corpus.from_text(words)), Run(tmp_path / ema)
         runs.create(run, config)
-        weights = [[p.detach().clone() for p in trainer.model.parameters()]]
-        trainer.train(
-            run,
-            Silent(lambda t=trainer, w=weights: w.append([p.detach().clone() for p in t.model.parameters()])),
-        )
+        weights = [parameters(trainer)]
+        trainer.train(run, Silent(lambda t=trainer, w=weights: w.append(parameters(t))))
         results.append((trainer, run, weights))
     (averaged, run, weights), (plain, _, _) = results
     expected = [tensor.double() for tensor in weights[0]]
@@ -486,7 +442,9 @@ def test_the_average_is_what_is_scored_and_saved_and_training_goes_on_from_the_w
         assert torch.allclose(saved.double(), mean, atol=1e-6)
     *_, final, _ = rows(run)
     assert final["val_loss"] == evaluate(last, averaged.corpus.val).loss
-    assert evaluate(averaged.model, averaged.corpus.val).loss != final["val_loss"]
-    assert plain.scored is plain.model
-    for ours, theirs in zip(averaged.model.parameters(), plain.model.parameters(), strict=True):
+    assert evaluate(averaged.learner.model, averaged.corpus.val).loss != final["val_loss"]
+    assert plain.learner.scored is plain.learner.model
+    for ours, theirs in zip(
+        averaged.learner.model.parameters(), plain.learner.model.parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs), "the training is the same"

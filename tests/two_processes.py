@@ -49,7 +49,7 @@ class Recorder:
         self.trainer, self.stop_after, self.signal_at, self.steps = trainer, stop_after, signal_at, []
 
     def step(self, loss, characters, seconds):
-        gradients = [parameter.grad.clone() for parameter in self.trainer.model.parameters()]
+        gradients = [parameter.grad.clone() for parameter in self.trainer.learner.model.parameters()]
         self.steps.append((loss, characters, gradients))
         if len(self.steps) == self.stop_after:
             raise InterruptedError
@@ -88,7 +88,8 @@ def main(folder):
         torch.set_num_threads(1)
         for name, overrides in CASES.items():
             trainer, steps = train(text, overrides, folder / name, group)
-            weights = [[p.detach() for p in model.parameters()] for model in (trainer.model, trainer.scored)]
+            models = trainer.learner.model, trainer.learner.scored
+            weights = [[p.detach() for p in model.parameters()] for model in models]
             torch.save((steps, weights), folder / f"{name}.{group.rank}")
         for name in ("windows", "streams"):
             train(text, [*CASES[name], "train.checkpoint_every=5"], folder / f"{name}, stopped", group, 8)

@@ -19,9 +19,9 @@ from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
 from charlm.corpus import Corpus
 from charlm.device import choose_device, choose_precision
 from charlm.errors import ConfigError
+from charlm.learner import Learner
 from charlm.model import CharLM
 from charlm.sample import generate
-from charlm.train import Trainer
 
 ROUNDS = 3
 CHARACTERS = "".join(map(chr, range(32, 97)))  # 65 of them, as in tiny Shakespeare
@@ -82,8 +82,8 @@ def bench(
     if not math.isfinite(seconds):
         raise ConfigError(f"--seconds {seconds} has no end; give a number, for example 3")
     train = TrainConfig(device=device, lr=1e-4, schedule="constant")
-    trainers = {
-        (cell, name): make_trainer(
+    learners = {
+        (cell, name): make_learner(
             Config(
                 model=ModelConfig(**{**model.model_dump(), "cell": cell, "implementation": name}),
                 batches=batches,
@@ -95,15 +95,15 @@ def bench(
     }
     where, each = choose_device(device), seconds / ROUNDS
     products: dict[str, list[float]] = {"float32": [], "bfloat16": []}
-    trained: dict[tuple[str, str], list[float]] = {key: [] for key in trainers}
-    written: dict[tuple[str, str], list[float]] = {key: [] for key in trainers}
+    trained: dict[tuple[str, str], list[float]] = {key: [] for key in learners}
+    written: dict[tuple[str, str], list[float]] = {key: [] for key in learners}
     for turn in range(ROUNDS + 1):  # the first warms up, and compiles what is compiled
         length = each if turn else 0.0
         for name, rates in products.items():
             rates.append(matrix_rate(where, getattr(torch, name), length / 3))
-        for key, trainer in trainers.items():
-            trained[key].append(training_rate(trainer, length))
-            written[key].append(writing_rate(trainer, length / 3))
+        for key, learner in learners.items():
+            trained[key].append(training_rate(learner, length))
+            written[key].append(writing_rate(learner, length / 3))
     limits = {name: statistics.median(rates[1:]) for name, rates in products.items()}
     precision = str(choose_precision("auto", where)[0]).removeprefix("torch.")
     medians = {key: statistics.median(rates[1:]) for key, rates in trained.items()}
@@ -113,33 +113,33 @@ def bench(
             name,
             medians[cell, name],
             medians[cell, name] / medians[cell, "builtin"],
-            medians[cell, name] * operations(trainer.model) / limits[precision],
+            medians[cell, name] * operations(learner.model) / limits[precision],
             statistics.median(written[cell, name][1:]),
         )
-        for (cell, name), trainer in trainers.items()
+        for (cell, name), learner in learners.items()
     ]
     return Report(machine(), str(where), precision, torch.get_num_threads(), limits, rows)
 
 
-def make_trainer(config: Config) -> Trainer:
-    """A trainer of `config` on a random text of `CHARACTERS`, long enough for one batch."""
+def make_learner(config: Config) -> Learner:
+    """A learner of `config` on a random text of `CHARACTERS`, long enough for one batch."""
     length = (config.batches.batch_size + 1) * (max(config.batches.seq_len, config.batches.stride) + 1)
     draws = torch.randint(len(CHARACTERS), (2 * length + 100,), generator=torch.Generator().manual_seed(0))
     text = CHARACTERS + "".join(CHARACTERS[i] for i in draws.tolist())
-    return Trainer(config, Corpus.from_text(text, (0.9, 0.1, 0.0)))
+    return Learner(config, Corpus.from_text(text, (0.9, 0.1, 0.0)))
 
 
-def training_rate(trainer: Trainer, seconds: float) -> float:
-    """Characters a second in `Trainer.step`, on one batch again and again."""
-    x, y = next(iter(trainer.batches.loader(seed=1, epoch=0)))
-    return rate(lambda: trainer.step(x, y)[1], seconds)
+def training_rate(learner: Learner, seconds: float) -> float:
+    """Characters a second in `Learner.step`, on one batch again and again."""
+    x, y = next(iter(learner.batches.loader(seed=1, epoch=0)))
+    return rate(lambda: learner.step(x, y)[1], seconds)
 
 
-def writing_rate(trainer: Trainer, seconds: float) -> float:
+def writing_rate(learner: Learner, seconds: float) -> float:
     """Characters a second in writing one text."""
-    vocab = trainer.corpus.vocab
+    vocab = learner.corpus.vocab
     prefix = vocab.encode(" ")
-    return rate(lambda: len(list(generate(trainer.model, vocab, prefix, _WRITTEN))), seconds)
+    return rate(lambda: len(list(generate(learner.model, vocab, prefix, _WRITTEN))), seconds)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:

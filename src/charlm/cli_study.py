@@ -100,8 +100,8 @@ def gradflow(
     from charlm.corpus import Corpus
     from charlm.gradflow import gradflow as flow
     from charlm.gradflow import plot
+    from charlm.learner import Learner
     from charlm.model import CharLM
-    from charlm.train import Trainer
 
     base = configuration.load(recipe, overrides)
     corpus = Corpus.load(base.corpus)
@@ -123,17 +123,17 @@ def gradflow(
             f"train.max_steps={max(train_steps, 1)}",
         ]
         config = configuration.override(base, changes)
-        trainer = Trainer(config, corpus)
-        look(cell, trainer.model)
+        learner = Learner(config, corpus)
+        look(cell, learner.model)
         if cell == "rnn":
-            large = Trainer(config, corpus).model
+            large = Learner(config, corpus).model
             weights = large.state_dict()
             large.load_state_dict({k: weights[k] * (scale if "weight_hh" in k else 1) for k in weights})
             look(f"rnn, W_hh × {scale:g}", large)
         if train_steps:
-            for x, y in itertools.islice(trainer.remaining_batches(), train_steps):
-                trainer.step(x, y)
-            look(f"{cell}, trained", trainer.model)
+            for x, y in itertools.islice(learner.remaining_batches(), train_steps):
+                learner.step(x, y)
+            look(f"{cell}, trained", learner.model)
     shown = [k for k in (0, 1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 200) if k <= steps]
     click.echo(f"{'steps back':<20}" + "".join(f"{k:>10}" for k in shown))
     for name, norms in curves.items():

@@ -68,6 +68,7 @@ def train(
         corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading))
         group.check_same("text", corpus.fingerprint)
         trainer = Trainer(config, corpus, group)
+        learner = trainer.learner
         if dry_run:
             if group.first:
                 click.echo(configuration.to_yaml(config))
@@ -86,13 +87,13 @@ def train(
             held.enter_context(runs.lock(run))
         if resume:
             trainer.restore(run, at)
-            if trainer.progress.concluded and trainer.finished:
+            if learner.progress.concluded and learner.finished:
                 raise ConfigError(
-                    f"the run {run.folder} is finished, at step {trainer.progress.step}, "
-                    f"by {trainer.finished}; to train on, raise that with --set"
+                    f"the run {run.folder} is finished, at step {learner.progress.step}, "
+                    f"by {learner.finished}; to train on, raise that with --set"
                 )
             group.told(lambda: runs.save_config(run, config))
-            display.say(f"resumed  {run.folder} at step {trainer.progress.step} of {trainer.total_steps}")
+            display.say(f"resumed  {run.folder} at step {learner.progress.step} of {learner.total_steps}")
         result = trainer.train(run, display)
         if group.first:
             display.finished(result.best, result.test, run.folder, trainer.suggested_prefix)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from charlm import config as configuration
 from charlm.corpus import Corpus
 from charlm.errors import CharlmError
-from charlm.train import Trainer
+from charlm.learner import Learner
 from conftest import PIECES, TINY
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "latin-1"]
@@ -41,10 +41,10 @@ def attempt(data, ending=".txt", cut_off=0, changes=()):
         path.write_bytes(packed[: len(packed) - cut_off])
         config = configuration.load(None, [*TINY, f"corpus.source={path}", "train.max_steps=1", *changes])
         try:
-            trainer = Trainer(config, Corpus.load(config.corpus))
+            learner = Learner(config, Corpus.load(config.corpus))
         except CharlmError as error:
             return str(error)
-        return trainer.step(*next(trainer.remaining_batches()))[0]
+        return learner.step(*next(learner.remaining_batches()))[0]
 
 
 @settings(max_examples=40, deadline=None)

@@ -134,15 +134,12 @@ class LanguageModel:
         What a backward model writes comes in one part: its last character stands first.
         """
         _check(length, temperature, top_k, top_p)
-        ids, generator = self._prefix(prefix, unknown), _generator(seed)
-        backward, stop = self.config.model.direction == "backward", self._stop(stop)
-        start, stop = (ids.flip(0), stop[::-1]) if backward else (ids, stop)
-        options = (start, length, temperature, top_k, top_p, stop, generator, quantize)
+        shown, start, stop = self._read(prefix, stop, unknown)
+        options = (start, length, temperature, top_k, top_p, stop, _generator(seed), quantize)
         written = sample.generate(self.model, self.vocab, *options)
-        shown = self.vocab.decode(ids)
 
         def parts() -> Iterator[str]:
-            if backward:
+            if self._backward:
                 yield "".join(written)[::-1] + shown
             else:
                 yield shown
@@ -173,30 +170,29 @@ class LanguageModel:
         seed: text k is what `generate` gives with ``seed + k``.
         """
         _check(length, temperature, top_k, top_p)
-        ids = self._prefix(prefix, unknown)
-        backward, stop = self.config.model.direction == "backward", self._stop(stop)
-        start, stop = (ids.flip(0), stop[::-1]) if backward else (ids, stop)
+        shown, start, stop = self._read(prefix, stop, unknown)
         generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
         options = (start, length, temperature, top_k, top_p, stop, generators, quantize)
         texts = sample.generate_batch(self.model, self.vocab, *options)
-        shown = self.vocab.decode(ids)
-        return [written[::-1] + shown if backward else shown + written for written in texts]
+        return [written[::-1] + shown if self._backward else shown + written for written in texts]
 
-    def _prefix(self, prefix: str, unknown: Unknown) -> Tensor:
-        """The ids of `prefix`, for a model that can go on from it."""
+    @property
+    def _backward(self) -> bool:
+        return self.config.model.direction == "backward"
+
+    def _read(self, prefix: str, stop: str, unknown: Unknown) -> tuple[str, Tensor, str]:
+        """`prefix` as the model knows it, its ids (N,) and `stop` in the order in which the model writes."""
         if isinstance(self.model, FillLM):
             raise CharlmError(
                 "this model was trained with model.direction: both, to fill in characters between others; it "
                 "has no prediction of what follows a text: use fill, or another model"
             )
-        return self._encode(prefix, unknown, "the prefix")
-
-    def _stop(self, stop: str) -> str:
-        """`stop` as the model would write it."""
+        ids = self._encode(prefix, unknown, "the prefix")
         stop = clean(stop, **{**self.config.corpus.cleaning, "keep": None})
         if never := sorted(set(stop) - set(self.vocab.characters)):
             raise ConfigError(f"stop {stop!r} can never be written: the model does not know {never}")
-        return stop
+        shown = self.vocab.decode(ids)
+        return (shown, ids.flip(0), stop[::-1]) if self._backward else (shown, ids, stop)
 
     def fill(self, text: str, *, blank: str = "_", best: int = 5) -> list[tuple[str, float]]:
         """The likeliest texts without the blanks in `text`, best first, with their probabilities.
@@ -272,7 +268,7 @@ class LanguageModel:
             half = len(state) // 2
             left = _hidden(model, model.recurrent, ids, state[:half])
             return torch.cat([left, _hidden(model, model.reverse, ids.flip(0), state[half:]).flip(0)], 1)
-        if self.config.model.direction == "backward":
+        if self._backward:
             return _hidden(model, model.recurrent, ids.flip(0), state).flip(0)
         return _hidden(model, model.recurrent, ids, state)
 

@@ -1,6 +1,5 @@
 """The commands that write with a model: generate, fill."""
 
-import itertools
 import json
 import math
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,11 @@ from charlm.cli_options import (
     stdin_for_dash,
     unknown_option,
 )
-from charlm.errors import CharlmError, ConfigError
+from charlm.errors import ConfigError
 from charlm.interactive import converse, show
 
 if TYPE_CHECKING:
-    import torch
-
+    from charlm.api import LanguageModel
     from charlm.corpus import Corpus
     from charlm.stepper import Quantize
 
@@ -113,9 +111,8 @@ def generate(
     With --interactive each line typed is a prefix, and lines such as ":temperature 0.5" change the settings;
     ":help" shows them. Ctrl-C stops a text, Ctrl-D leaves. Lines may come from a pipe.
     """
-    from charlm import runs, sample
+    from charlm import runs
     from charlm.api import LanguageModel
-    from charlm.clean import clean
     from charlm.stepper import Stepper
 
     if interactive and (prefix or num_samples > 1 or novelty):
@@ -125,51 +122,43 @@ def generate(
         )
     if quantize and device == "auto":
         device = "cpu"  # which alone has steps with fewer bits
-    loaded = load(model, implementation, device)
-    if loaded.config.model.direction == "both":
-        raise CharlmError(
-            "this model was trained with model.direction: both, to fill in characters between others; it "
-            "has no prediction of what follows a text: use charlm fill, or another --model"
-        )
+    writer = LanguageModel(load(model, implementation, device))
     if interactive:
-        converse(LanguageModel(loaded), click.get_current_context())
+        converse(writer, click.get_current_context())
         return
-    cleaning = loaded.config.corpus.cleaning
-    prefix = clean(stdin_for_dash(prefix), **cleaning)
-    ids = loaded.vocab.encode(prefix, unknown, "the prefix")  # type: ignore[arg-type]
-    shown = loaded.vocab.decode(ids)
-    stop = clean(stop, **{**cleaning, "keep": None})
-    if never := sorted(set(stop) - set(loaded.vocab.characters)):
-        raise ConfigError(f"--stop {stop!r} can never be written: the model does not know {never}")
+    options: dict[str, Any] = {
+        **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        **{"stop": stop, "unknown": unknown, "quantize": quantize},
+    }
+    prefix = stdin_for_dash(prefix)
+    start = writer.generate(prefix, 0, **options)  # what is wrong is told before anything is written
     if quantize:
-        Stepper(loaded.model, quantize)  # refuses before anything is written
+        Stepper(writer.model, quantize)
     known = None
     if novelty:
         from charlm.novelty import training_text
 
-        path = runs.find_model(model)
-        known = training_text(path, loaded.config, loaded.vocab.characters, corpus)
-    backward = loaded.config.model.direction == "backward"
-    written = []
-    arguments = (
-        *(loaded.model, loaded.vocab, ids.flip(0) if backward else ids, length),
-        *(temperature, top_k, top_p, stop[::-1] if backward else stop),
-    )
-    for first in range(0, num_samples, _BATCH):
-        generators = [_generator(seed, k) for k in range(first, min(first + _BATCH, num_samples))]
-        if num_samples == 1 and not backward:
-            parts = sample.generate(*arguments, generators[0], quantize)
-            written.append(show(itertools.chain([shown], parts))[len(shown) :])
-            break
-        texts = sample.generate_batch(*arguments, generators, quantize)
-        for k, each in enumerate(texts, first):
-            if k:
-                click.echo("-" * 20)
-            # Of a backward text what is written last stands first.
-            show([each[::-1] + shown if backward else shown + each])
-            written.append(each[::-1] if backward else each)
+        known = training_text(runs.find_model(model), writer.config, writer.vocab.characters, corpus)
+    if num_samples == 1:
+        written = [show(writer.stream(prefix, length, seed=seed, **options))]
+    else:
+        written = _show_many(writer, num_samples, seed, prefix=prefix, length=length, **options)
     if known:
-        _show_novelty(written, known)
+        backward = writer.config.model.direction == "backward"
+        parts = slice(0, -len(start) or None) if backward else slice(len(start), None)
+        _show_novelty([text[parts] for text in written], known)
+
+
+def _show_many(writer: "LanguageModel", count: int, seed: int | None, **options: Any) -> list[str]:
+    """Write texts side by side and print them, parted by lines of dashes; returns them."""
+    written: list[str] = []
+    for first in range(0, count, _BATCH):
+        together = min(_BATCH, count - first)
+        for text in writer.generate_batch(together, seed=None if seed is None else seed + first, **options):
+            if written:
+                click.echo("-" * 20)
+            written.append(show([text]))
+    return written
 
 
 def _show_novelty(texts: list[str], corpus: "Corpus") -> None:
@@ -187,15 +176,6 @@ def _show_novelty(texts: list[str], corpus: "Corpus") -> None:
         if name != "held-out text" and found.longest:
             stretch = corpus.vocab.decode(ids[found.start : found.start + found.longest])
             click.echo(f"  {stretch[:200]!r}{' ...' if len(stretch) > 200 else ''}", err=True)
-
-
-def _generator(seed: int | None, k: int) -> "torch.Generator":
-    """The source of chance for text `k`."""
-    import torch
-
-    generator = torch.Generator()
-    generator.manual_seed((seed + k) % 2**63) if seed is not None else generator.seed()
-    return generator
 
 
 @click.command()

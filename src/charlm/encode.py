@@ -23,6 +23,7 @@ from charlm.errors import CharlmError
 from charlm.vocab import CODE_POINTS, Vocab, code_points
 
 _CHUNK = 2**18  # characters that are looked at at once: all that is made on the way stays in the cache
+_UNKNOWN = 255  # stands for an id that a byte does not hold, or that there is none
 
 Split = tuple[float, float, float]
 
@@ -75,6 +76,7 @@ class Encoder:
         self._ids = torch.full((CODE_POINTS,), -1, dtype=torch.int32)  # by code point
         self._points = torch.empty(0, dtype=torch.int32)  # by id
         self._counts = torch.empty(0, dtype=torch.int64)  # by id
+        self._latin_ids = bytes([_UNKNOWN]) * 256  # by code point, as bytes
         self._digest = hashlib.sha256()
 
     def add(self, text: str) -> None:
@@ -82,20 +84,37 @@ class Encoder:
         for start in range(0, len(text), _CHUNK):
             piece = text[start : start + _CHUNK]
             self._digest.update(piece.encode("utf-8", "surrogatepass"))
-            points = code_points(piece)
-            ids = self._ids.index_select(0, points)  # ten times as fast as indexing
-            if ids.min() < 0:
-                self._learn(torch.unique(points[ids < 0]))
-                ids = self._ids.index_select(0, points)
-            ids = ids.to(smallest_dtype(len(self._points)))
-            self._counts += torch.bincount(ids, minlength=len(self._points))
+            ids, counts = self._latin(piece) or self._any(piece)
+            self._counts += counts
             self._put(ids)
+
+    def _latin(self, piece: str) -> tuple[Tensor, Tensor] | None:
+        """As `_any`, where all characters are known and below U+0100: twice as fast."""
+        try:
+            data = bytearray(piece, "latin-1")
+        except UnicodeEncodeError:
+            return None
+        ids = _tensor(data.translate(self._latin_ids), torch.uint8)
+        counts = torch.bincount(ids, minlength=256)
+        return None if counts[_UNKNOWN] else (ids, counts[: len(self._points)])
+
+    def _any(self, piece: str) -> tuple[Tensor, Tensor]:
+        """The ids of `piece` and how often each occurs in it; new characters are learned."""
+        points = code_points(piece)
+        ids = self._ids.index_select(0, points)  # ten times as fast as indexing
+        if ids.min() < 0:
+            self._learn(torch.unique(points[ids < 0]))
+            ids = self._ids.index_select(0, points)
+        ids = ids.to(smallest_dtype(len(self._points)))
+        return ids, torch.bincount(ids, minlength=len(self._points))
 
     def _learn(self, points: Tensor) -> None:
         known = len(self._points)
         self._points = torch.cat([self._points, points])
         self._counts = torch.cat([self._counts, torch.zeros(len(points), dtype=torch.int64)])
         self._ids[points] = torch.arange(known, known + len(points), dtype=torch.int32)
+        narrow = self._ids[:256]
+        self._latin_ids = bytes(narrow.where(narrow.ge(0) & narrow.lt(_UNKNOWN), _UNKNOWN).tolist())
 
     def _put(self, ids: Tensor) -> None:
         data = memory(ids)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlm.config import Config, from_data, load, override, parse_yaml, to_yaml
+from charlm.config import Config, ModelConfig, from_data, load, override, parse_yaml, to_yaml
 from charlm.errors import ConfigError
 from conftest import ROOT
 
@@ -176,8 +176,8 @@ def test_every_recipe_loads(path):
     assert isinstance(load(str(path)), Config)
 
 
-def test_the_defaults_are_the_lstm_recipe():
-    assert load("lstm.yaml") == Config()
+def test_the_defaults_are_the_lstm_recipe_but_for_the_first_weights():
+    assert load("lstm.yaml") == Config(model=ModelConfig(init="orthogonal"))
 
 
 def test_the_six_recipes_differ_in_what_they_say_only():

@@ -1,3 +1,5 @@
+import codecs
+import functools
 import io
 import json
 import os
@@ -5,6 +7,7 @@ import pickle
 import sys
 import types
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import charlm as package
 from charlm import torchfile
 from charlm.checkpoint import load_model
 from charlm.errors import CharlmError, ConfigError
@@ -252,7 +256,12 @@ def test_what_the_weights_do_not_say_is_set(tmp_path):
         (lambda state: state.update({"rnn.weight_hh_l0": torch.ones(5, H)}), CHARS, "one, 3 or 4 gates"),
         (lambda state: state.pop("rnn.weight_ih_l1"), CHARS, "weight_ih_l1 is missing"),
         (lambda state: state.update({"rnn.bias_hh_l2": torch.ones(8)}), CHARS, "bias_hh_l2 is .* need none"),
-        (lambda state: state.update({"n": torch.tensor(3)}), CHARS, "'n' among its weights"),
+        (lambda state: state.update({"n": torch.tensor(3)}), CHARS, "has n among its weights"),
+        (lambda state: state.update({"rnn.weight_hh_l0": torch.tensor(1.0)}), CHARS, "no tensor of numbers"),
+        (lambda state: state.update({7: torch.ones(2)}), CHARS, "a name among its weights is no text"),
+        (lambda state: state.update(a=torch.zeros(1).half().expand(9999)), CHARS, "more numbers than it has"),
+        (lambda state: state.update(a=torch.ones(3, device="meta")), CHARS, "asks for .*meta_tensor"),
+        (lambda state: state.update(a=torch.eye(3).to_sparse()), CHARS, "asks for .*sparse_tensor"),
         (lambda state: state.clear(), CHARS, "no state dict"),
         (lambda state: None, CHARS + "z", r"embedding \(7, 5\) and a head \(7, 8\).*encoder.weight \(6, 5\)"),
         (lambda state: None, "bab ñ😀", "'b' .* more than once"),
@@ -272,6 +281,15 @@ def test_what_is_no_plain_model_is_refused(tmp_path, change, vocab, reason):
     with pytest.raises(CharlmError, match=reason) as caught:
         import_model(tmp_path / "m.pt", "torch-char-rnn", vocab_file(tmp_path, vocab))
     assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_of_anything_but_texts_is_refused(tmp_path):
+    """A list that a few bytes spell may be as long as a book in a message."""
+    data = stanza_data(Plain(nn.LSTM, V=4 + len(CHARS)))
+    data["model"]["vocab"]["_id2unit"][3] = functools.reduce(lambda each, _: [each, each], range(9), "a")
+    torch.save(data, tmp_path / "m.pt")
+    with pytest.raises(CharlmError, match="no list of texts"):
+        import_model(tmp_path / "m.pt", "stanza")
 
 
 class Hostile:
@@ -332,6 +350,48 @@ def test_what_takes_more_memory_than_it_has_bytes_is_refused(tmp_path, monkeypat
         read_torch_file(path)
 
 
+class Large:
+    """Makes as many bytes as it says, of a few."""
+
+    def __init__(self, *made):
+        self.made = made
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_makes_much_of_little_is_refused(tmp_path, protocol, zipped):
+    path, options = tmp_path / "m.pt", {"_use_new_zipfile_serialization": zipped}
+    for large, reason in (
+        (Large(bytearray, (10**4,)), "asks for (__builtin__|builtins).bytearray"),
+        (Large(torch.Tensor, (10**4,)), "asks for torch.Tensor"),
+        (Large(codecs.encode, (Large(codecs.encode, ("a", "latin-1")), "hex")), "damaged or holds no model"),
+    ):
+        torch.save({"a": large}, path, pickle_protocol=protocol, **options)
+        with pytest.raises(CharlmError, match=reason):
+            read_torch_file(path)
+
+
+def test_a_pickle_that_claims_more_than_the_file_has_is_damaged(tmp_path):
+    """As an error of memory it would have been a fault of the machine."""
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"\x80\x04\x8e" + (2**45).to_bytes(8, "little"))
+    with pytest.raises(CharlmError, match="damaged or holds no model"):
+        read_torch_file(path)
+
+
+def test_files_of_the_older_format_cut_short_are_damaged(tmp_path):
+    path = tmp_path / "m.pt"
+    torch.save({"a": torch.zeros(9), "b": ["text"]}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in range(2, len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CharlmError, match="damaged or holds no model: ."):
+            read_torch_file(path)
+
+
 def test_two_pickles_in_an_archive_are_refused(tmp_path):
     path = tmp_path / "m.pt"
     torch.save({"a": 1}, path)
@@ -341,8 +401,9 @@ def test_two_pickles_in_an_archive_are_refused(tmp_path):
         read_torch_file(path)
 
 
-def test_a_pickle_spelled_in_protocol_2_says_the_same():
-    class_, text = Path, "ñ" * 300
+def test_a_pickle_spelled_in_protocol_2_says_the_same(monkeypatch):
+    monkeypatch.setattr(package, "latin1", torchfile._latin1, raising=False)
+    class_, text = OrderedDict, "ñ" * 300
     value = [
         text,
         {"a": (1, -5, 2**70, 1.5, None, True)},
@@ -352,7 +413,7 @@ def test_a_pickle_spelled_in_protocol_2_says_the_same():
         ("a", class_),
         set(),
     ]
-    for protocol in (3, 4, 5):
+    for protocol in (2, 3, 4, 5):
         data = io.BytesIO(pickle.dumps(value, protocol) + b"rest")
         spelled = in_protocol_2(data)
         assert spelled[:2] == b"\x80\x02" and pickle.loads(spelled) == value and data.read() == b"rest"

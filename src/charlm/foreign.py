@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from charlm.errors import CharlmError
+from charlm.errors import CharlmError, one_line
 from charlm.torchfile import FlairDictionary, read_torch_file
 
 _MOST = 0x200000  # ids in a vocabulary
@@ -44,13 +44,16 @@ def read_stanza(path: Path) -> Parts:
         data = _entry(data, "model", dict, path, "Stanza")
     weights = _weights(_entry(data, "state_dict", dict, path, "Stanza"), path)
     vocab, arguments = (_entry(data, key, dict, path, "Stanza") for key in ("vocab", "args"))
+    units = _entry(vocab, "_id2unit", list, path, "Stanza")
+    if not all(isinstance(unit, str) for unit in units):
+        raise CharlmError(f"{path} is damaged: its vocabulary is no list of texts")
     # With recurrent dropout Stanza has a module for each layer: cells.0.weight_ih is weight_ih_l0.
     weights = {
         re.sub(r"^charlstm\.lstm\.cells\.(\d+)\.(\w+)$", r"charlstm.lstm.\2_l\1", name): tensor
         for name, tensor in weights.items()
     }
     parts = Parts(
-        _entry(vocab, "_id2unit", list, path, "Stanza"),
+        units,
         _take(weights, "char_emb.weight", path),
         _take_stack(weights, "charlstm.lstm."),
         _take(weights, "decoder.weight", path),
@@ -211,10 +214,15 @@ def _state_dict(path: Path) -> Any:
 
 
 def _weights(data: Any, path: Path) -> dict[str, Tensor]:
-    """`data` as tensors by name, in float32; what is no tensor of floating point is refused."""
+    """`data` as tensors by name, in float32; what is no vector or matrix of floating point is refused."""
     for name, tensor in data.items():
-        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()):
-            raise CharlmError(f"{path} has {name!r} among its weights, which is no tensor of numbers")
+        if not isinstance(name, str):
+            raise CharlmError(f"{path} is damaged: a name among its weights is no text")
+        if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim()):
+            raise CharlmError(f"{path} has {one_line(name)} among its weights, which is no tensor of numbers")
+    # A view may repeat what is there.
+    if sum(tensor.numel() for tensor in data.values()) > path.stat().st_size:
+        raise CharlmError(f"{path} is damaged: its weights have more numbers than it has bytes")
     return {name: tensor.detach().float() for name, tensor in data.items()}
 
 

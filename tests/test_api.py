@@ -14,6 +14,7 @@ from charlm import api, runs
 from charlm.checkpoint import save_model
 from charlm.config import from_data
 from charlm.errors import CharlmError, ConfigError
+from charlm.evaluate import evaluate_each
 from charlm.model import make_model
 from charlm.runs import Run
 from charlm.vocab import Vocab
@@ -147,6 +148,31 @@ def test_texts_are_cleaned_as_the_training_text_was(folder):
     with pytest.raises(CharlmError, match=r"the text has characters .* 'Ω' \(U\+03A9\) at position 1"):
         model.score("aΩ")
     assert model.embed("aΩb", unknown="skip").shape == (2, 12)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+@pytest.mark.parametrize("implementation", ["auto", "builtin", "scratch"])
+def test_torch_s_defaults_do_not_matter(folder, direction, implementation, default):
+    path = made(folder, direction)
+
+    def used():
+        model = package.load(path, device="cpu", implementation=implementation)
+        if direction == "both":
+            return model.fill("ab_d_"), model.score(TEXT), model.embed("abc")
+        written = [model.generate("ab", 9, seed=1, quantize=how) for how in (None, "bf16", "int8")]
+        each = evaluate_each(model.model, [model.vocab.encode("abc"), model.vocab.encode(TEXT)])
+        texts = [*written, *model.generate_batch(2, length=9, seed=2, top_k=3)]
+        return texts, model.score(TEXT), model.embed("abc"), model.perplexity(TEXT), each
+
+    wanted = used()
+    try:
+        (torch.set_default_device if default == "meta" else torch.set_default_dtype)(default)
+        found = used()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[2], wanted[2]) and found[2].dtype == torch.float32
+    assert [*found[:2], *found[3:]] == [*wanted[:2], *wanted[3:]]
 
 
 @pytest.mark.parametrize(

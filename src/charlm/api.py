@@ -317,7 +317,7 @@ def _evaluating(model: CharLM) -> Iterator[None]:
 
 def _hidden(model: CharLM, stack: nn.Module, ids: Tensor, state: State) -> Tensor:
     """What `stack`, one of the model's, gives for ids (N,) from `state` on: float32 (N, H), on the CPU."""
-    found = [torch.empty(0, model.config.hidden_size)]
+    found = [torch.empty(0, model.config.hidden_size, dtype=torch.float32, device="cpu")]
     with _evaluating(model):
         for part in _parts(ids.long().to(model.head.weight.device), CHUNK):
             y, state = stack(model.embed(part[None]), state)

@@ -1,3 +1,4 @@
+import errno
 import json
 import pickletools
 import re
@@ -217,6 +218,34 @@ def test_files_are_named_after_the_run_and_not_written_over(charlm, folder):
     assert (folder / "char_rnn.py").read_text() == "mine" and not (folder / "new.pt").exists()
     assert charlm("export", "--to", "torch", "-o", "new.json").code == 2
     assert charlm("export", "--to", "torch", "-o", "no/folder.pt").code == 1
+
+
+@pytest.mark.parametrize("refused", ["m.pt", "m.json", "char_rnn.py"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_what_a_full_disk_cuts_short_leaves_no_mixed_files(charlm, folder, monkeypatch, refused, force):
+    save(make(), folder / "runs/first/model.safetensors")
+    names = ["m.pt", "m.json", "char_rnn.py"]
+    if force:
+        for name in names:
+            Path(name).write_text("older")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    write_bytes = Path.write_bytes
+
+    def full(path, content):
+        if refused in path.name:
+            write_bytes(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    done = charlm("export", "first", "--to", "torch", "--output", "m.pt", *force)
+    assert done.code == 1 and "No space left" in done.err
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    done = charlm("export", "first", "--to", "torch", "--output", "m.pt", *force)
+    assert done.code == 0 and done.err == "wrote m.pt, m.json, char_rnn.py\n"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "corpus.txt", "runs"])
 
 
 @pytest.mark.parametrize("options", [*OPTIONS[:3], OPTIONS[4]])

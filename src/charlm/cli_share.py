@@ -50,7 +50,7 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
     _refuse_existing([path for path in files if not is_module(path)], force)
     for remark in write(load_model(path), to, output):
         click.echo(remark, err=True)
-    click.echo(f"wrote {', '.join(map(str, reversed(files)))}", err=True)
+    click.echo(f"wrote {', '.join(map(str, files))}", err=True)
 
 
 @click.command("import")

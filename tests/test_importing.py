@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import charlm as package
-from charlm import torchfile
+from charlm import importing, torchfile
 from charlm.checkpoint import load_model
 from charlm.errors import CharlmError, ConfigError
 from charlm.importing import import_model
+from charlm.model import CharLM
 from charlm.torchfile import in_protocol_2, read_torch_file
 
 CHARS = "ba \nñ😀"
@@ -92,7 +93,7 @@ def test_stanza(charlm, folder, bare):
     assert done.code == 2 and "es.safetensors exists" in done.err
 
 
-def test_a_learned_initial_state_is_left_out_and_its_effect_told(tmp_path):
+def test_a_learned_initial_state_is_left_out_and_its_effect_told(tmp_path, monkeypatch):
     theirs, start = Plain(nn.LSTM, V=4 + len(CHARS)), torch.full((2, 1, H), 0.5)
     torch.save(stanza_data(theirs, start), tmp_path / "m.pt")
     loaded, said = import_model(tmp_path / "m.pt", "stanza")
@@ -105,6 +106,11 @@ def test_a_learned_initial_state_is_left_out_and_its_effect_told(tmp_path):
     bits = float((p.exp() * (p - q)).sum(-1).mean()) / 0.6931
     (told,) = [float(each.split("after the first differs by ")[1].split(" bits")[0]) for each in said[1:]]
     assert told == pytest.approx(bits, rel=0.3)
+    sizes = set()
+    forward = CharLM.forward
+    monkeypatch.setattr(CharLM, "forward", lambda *given: sizes.add(len(given[1])) or forward(*given))
+    monkeypatch.setattr(importing, "_LOGITS", 5 * 32 * len(CHARS))
+    assert import_model(tmp_path / "m.pt", "stanza")[1] == said and sizes == {5, 4}, "a few texts at a time"
     torch.save(stanza_data(theirs, start[:1]), tmp_path / "m.pt")
     with pytest.raises(CharlmError, match="initial state does not fit"):
         import_model(tmp_path / "m.pt", "stanza")
@@ -205,7 +211,8 @@ def without_biases(theirs):
 
 @pytest.mark.parametrize("change", [one_hot, tied, as_wide_as_deep, without_biases])
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
-def test_a_plain_model_of_another_build(tmp_path, change, kind):
+def test_a_plain_model_of_another_build(tmp_path, monkeypatch, change, kind):
+    monkeypatch.setattr(torch, "eye", None)  # of a large vocabulary it takes all memory
     theirs = Plain(nn.LSTM)
     change(theirs)
     state = theirs.state_dict()
@@ -234,6 +241,18 @@ def test_ids_of_no_character_are_left_out_with_their_rows(tmp_path):
     assert torch.allclose(logits_of(loaded, "abb"), wanted, atol=1e-6)
 
 
+def test_one_hot_ids_of_no_character_are_left_out_with_their_columns(tmp_path):
+    theirs = Plain(nn.GRU, V=4, E=4, L=1)
+    del theirs.encoder
+    theirs.encoder = lambda ids: nn.functional.one_hot(ids, 4).float()
+    torch.save(theirs.state_dict(), tmp_path / "m.pt")
+    vocab = vocab_file(tmp_path, {"<pad>": 0, "a": 1, "b": 3})
+    loaded, _ = import_model(tmp_path / "m.pt", "torch-char-rnn", vocab)
+    assert loaded.config.model.input == "one_hot" and loaded.model.recurrent.weight_ih_l0.shape[1] == 2
+    wanted = theirs.logits(torch.tensor([1, 3, 3]))[:, [1, 3]]
+    assert torch.allclose(logits_of(loaded, "abb"), wanted, atol=1e-6)
+
+
 def test_what_the_weights_do_not_say_is_set(tmp_path):
     theirs = Plain(nn.RNN, nonlinearity="relu")
     torch.save(theirs.state_dict(), tmp_path / "m.pt")
@@ -255,6 +274,7 @@ def test_what_the_weights_do_not_say_is_set(tmp_path):
         (lambda state: state.update({"rnn.weight_hh_l0_reverse": torch.ones(3)}), CHARS, "no place for"),
         (lambda state: state.update({"rnn.weight_hh_l0": torch.ones(5, H)}), CHARS, "one, 3 or 4 gates"),
         (lambda state: state.pop("rnn.weight_ih_l1"), CHARS, "weight_ih_l1 is missing"),
+        (lambda state: state.pop("rnn.bias_hh_l0"), CHARS, "bias_hh_l0 is missing"),
         (lambda state: state.update({"rnn.bias_hh_l2": torch.ones(8)}), CHARS, "bias_hh_l2 is .* need none"),
         (lambda state: state.update({"n": torch.tensor(3)}), CHARS, "has n among its weights"),
         (lambda state: state.update({"rnn.weight_hh_l0": torch.tensor(1.0)}), CHARS, "no tensor of numbers"),

@@ -135,7 +135,9 @@ def plain_weights(model: CharLM, extra: int = 0) -> dict[str, Tensor]:
     weights = {
         name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    table = weights.pop("embedding.weight", torch.eye(model.vocab_size))
+    table = weights.pop("embedding.weight", None)
+    if table is None:
+        table = torch.eye(model.vocab_size)
     head, bias = weights.pop("head.weight"), weights.pop("head.bias")
     return {
         "embedding.weight": F.pad(table, (0, 0, extra, 0)),

@@ -15,6 +15,7 @@ from charlm.errors import CharlmError, one_line
 from charlm.torchfile import FlairDictionary, read_torch_file
 
 _MOST = 0x200000  # ids in a vocabulary
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMED = 8  # how many weights a message names
 
 
@@ -81,7 +82,8 @@ def read_flair(path: Path) -> Parts:
     head, bias = _take(weights, "decoder.weight", path), _take(weights, "decoder.bias", path)
     if "proj.weight" in weights:  # a linear layer before the head, and nothing between: one product
         inner, inner_bias = _take(weights, "proj.weight", path), _take(weights, "proj.bias", path)
-        if not head.shape[-1:] == inner.shape[:1] == inner_bias.shape:
+        fits = head.dim() == inner.dim() == 2 and head.shape[1:] == inner.shape[:1] == inner_bias.shape
+        if not (fits and bias.shape == head.shape[:1]):
             raise CharlmError(f"{path} is damaged: its projection does not fit its decoder")
         head, bias = head @ inner, head @ inner_bias + bias
     parts = Parts(
@@ -149,7 +151,7 @@ def _find_ends(
             return heads[0], tables[0]
         if not tables and E in (V, H):
             return heads[0], None if E == V else heads[0]
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights.items())
+    shapes = one_line(", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights.items()))
     raise CharlmError(
         f"for the vocabulary's {V} ids {path} should have an embedding ({V}, {E}) and a head ({V}, {H}), one "
         f"each; besides the recurrent stack it has {shapes or 'nothing'}"
@@ -167,7 +169,7 @@ def read_vocab(path: Path) -> tuple[list[str | None], dict[str, Any]]:
     except OSError as error:
         raise CharlmError(f"cannot read the vocabulary {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CharlmError(f"the vocabulary {path} is no JSON: {error}") from None
+        raise CharlmError(f"the vocabulary {path} is no JSON: {one_line(str(error))}") from None
     settings: dict[str, Any] = {}
     if isinstance(data, dict) and isinstance(data.get("vocab"), list):  # charlm's own
         settings["model.direction"] = data.get("direction", "forward")
@@ -203,7 +205,7 @@ def _state_dict(path: Path) -> Any:
     except OSError as error:
         raise CharlmError(f"cannot read {path}: {error.strerror}") from None
     except SafetensorError as error:
-        raise CharlmError(f"{path} is damaged or cut short: {error}") from None
+        raise CharlmError(f"{path} is damaged or cut short: {one_line(str(error))}") from None
     data = read_torch_file(path)
     if isinstance(data, dict):
         inner = [value for value in data.values() if isinstance(value, dict)]
@@ -218,7 +220,7 @@ def _weights(data: Any, path: Path) -> dict[str, Tensor]:
     for name, tensor in data.items():
         if not isinstance(name, str):
             raise CharlmError(f"{path} is damaged: a name among its weights is no text")
-        if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim()):
+        if not (isinstance(tensor, Tensor) and tensor.dtype in _TYPES and tensor.dim()):
             raise CharlmError(f"{path} has {one_line(name)} among its weights, which is no tensor of numbers")
     # A view may repeat what is there.
     if sum(tensor.numel() for tensor in data.values()) > path.stat().st_size:
@@ -242,7 +244,7 @@ def _take(weights: dict[str, Tensor], name: str, path: Path) -> Tensor:
 def _refuse_rest(weights: dict[str, Tensor], path: Path) -> None:
     """Raise `CharlmError` for weights that charlm has no place for: without them it were another model."""
     if weights:
-        names = ", ".join(list(weights)[:_NAMED])
+        names = one_line(", ".join(list(weights)[:_NAMED]))
         raise CharlmError(
             f"{path} has weights that charlm has no place for ({names}): it takes an embedding, a recurrent "
             "stack in one direction, and a linear head"

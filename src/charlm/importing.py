@@ -18,7 +18,7 @@ from charlm.cells import GATES
 from charlm.checkpoint import Loaded, load_weights
 from charlm.config import Config
 from charlm.device import Uninitialised
-from charlm.errors import CharlmError, ConfigError
+from charlm.errors import CharlmError, ConfigError, one_line
 from charlm.foreign import Parts, read_flair, read_plain, read_stanza
 from charlm.model import CharLM, make_model
 from charlm.vocab import Vocab, ascii_name
@@ -61,7 +61,7 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
     if not vocab:
         raise CharlmError(f"the vocabulary of {path} has no characters")
     if len(kept) < len(parts.units):
-        others = [repr(unit) for unit in parts.units if not _is_character(unit)]
+        others = [one_line(repr(unit), 40) for unit in parts.units if not _is_character(unit)]
         named = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" * (len(others) > _NAMED))
         said.append(f"left out the ids that stand for no single character: {named}")
     weights = _weights_of(parts, kept, path)
@@ -76,8 +76,8 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
         have = tuple(weights[name].shape) if name in weights else None
         if have != shapes.get(name):
             raise CharlmError(
-                f"the tensors of {path} do not fit together: {name} is {have or 'missing'} where the others "
-                f"need {shapes.get(name, 'none')}"
+                f"the tensors of {path} do not fit together: {one_line(name)} is {have or 'missing'} where the "
+                f"others need {shapes.get(name, 'none')}"
             )
     with Uninitialised():
         model = make_model(len(vocab), config.model)

@@ -64,7 +64,7 @@ def remarks(to: str, config: Config, vocab: Vocab) -> list[str]:
     lost = [
         f"corpus.{key}: {value}"
         for key, value, held in (
-            ("normalize", cleaning.normalize, cleaning.normalize == "NFC"),
+            ("normalize", cleaning.normalize, cleaning.normalize in ("NFC", "none")),
             ("lowercase", "true", to == "stanza" or not cleaning.lowercase),
             ("keep", cleaning.keep, cleaning.keep is None),
         )
@@ -187,7 +187,7 @@ def stanza_state(loaded: Loaded) -> dict[str, Any]:
             "is_forward_lm": config.model.direction == "forward",
         },
         "epoch": 1,
-        "global_step": int(loaded.figures.get("step", 0)),
+        "global_step": loaded.figures.get("step") or 0,
     }
 
 

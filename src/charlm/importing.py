@@ -76,8 +76,8 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
         have = tuple(weights[name].shape) if name in weights else None
         if have != shapes.get(name):
             raise CharlmError(
-                f"the tensors of {path} do not fit together: {one_line(name)} is {have or 'missing'} where the "
-                f"others need {shapes.get(name, 'none')}"
+                f"the tensors of {path} do not fit together: {one_line(name)} is {have or 'missing'} where "
+                f"the others need {shapes.get(name, 'none')}"
             )
     with Uninitialised():
         model = make_model(len(vocab), config.model)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from charlm.errors import CharlmError
+from charlm.errors import NOT_FINITE, CharlmError
 from charlm.model import CharLM
 from charlm.native import kernels
 from charlm.stepper import Quantize, Stepper
@@ -150,9 +150,7 @@ def choose(
     kept = min(top_k or logits.shape[1], logits.shape[1])
     drawn = _drawn(logits, kept, temperature, 1.0 if top_p is None else top_p, chances)
     if drawn is None:
-        raise CharlmError(
-            "the model's predictions are not finite: its training diverged; train with a smaller lr"
-        )
+        raise CharlmError(NOT_FINITE)
     return drawn if ids is None else ids.gather(1, drawn[:, None])[:, 0]
 
 

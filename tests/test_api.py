@@ -44,7 +44,7 @@ def test_its_examples(folder):
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     shared: dict = {}
     tests = sorted(doctest.DocTestFinder().find(api), key=lambda test: test.lineno or 0)
-    for test in tests:
+    for test in (*doctest.DocTestFinder().find(package.load, "charlm.load"), *tests):
         test.globs = shared  # `model` comes from the class's own example
         runner.run(test, clear_globs=False)
     assert runner.summarize(verbose=False) == (0, runner.tries) and runner.tries > 15
@@ -55,8 +55,10 @@ def test_load_takes_what_model_options_take(folder):
     for given in (None, "forward", "runs/forward", path, str(path)):
         assert package.load(given, device="cpu").figures == {"step": 7}
     assert package.load(path, implementation="scratch").model.config.implementation == "scratch"
-    with pytest.raises(ConfigError, match="no model 'nothing'"):
-        package.load("nothing")
+    for nothing in ("nothing", "x" * 300, "a\nb", "a\0b"):
+        with pytest.raises(ConfigError, match="no model '(nothing|x{199}…|a.nb|a.x00b)") as caught:
+            package.load(nothing)
+        assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
@@ -145,7 +147,8 @@ def test_texts_are_cleaned_as_the_training_text_was(folder):
     path = made(folder)
     model = package.load(path)
     assert [character for character, _ in model.score("an\u0303")] == ["ñ"]
-    with pytest.raises(CharlmError, match=r"the text has characters .* 'Ω' \(U\+03A9\) at position 1"):
+    told = r"the text has characters .* 'Ω' \(U\+03A9\) at position 1; the option unknown takes skip"
+    with pytest.raises(CharlmError, match=told):
         model.score("aΩ")
     assert model.embed("aΩb", unknown="skip").shape == (2, 12)
 
@@ -176,7 +179,11 @@ def test_torch_s_defaults_do_not_matter(folder, direction, implementation, defau
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0}, {"length": -1}]
+    "wrong",
+    [
+        *[{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0}, {"length": -1}],
+        *[{"seed": -1}, {"seed": 2**63}, {"quantize": "int4"}, {"unknown": "ignore"}],
+    ],
 )
 def test_what_a_text_cannot_be_drawn_with(folder, wrong):
     model = package.load(made(folder))
@@ -184,6 +191,8 @@ def test_what_a_text_cannot_be_drawn_with(folder, wrong):
         model.stream("a", **wrong)
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         model.generate_batch(2, "a", **wrong)
+    with pytest.raises(ConfigError, match="n 0 must be 1 or more"):
+        model.generate_batch(0, "a")
 
 
 def test_a_model_that_fills_in(folder):
@@ -191,6 +200,11 @@ def test_a_model_that_fills_in(folder):
     answers = model.fill("ab_ña", best=3)
     assert len(answers) == 3 and answers[0][1] == max(probability for _, probability in answers)
     assert all(text[:2] + text[3:] == "abña" for text, _ in answers)
+    ((text, _),) = model.fill("aΩ_a", best=1, unknown="skip")
+    assert text[:2] + text[3:] == "aΩa"
+    for wrong in ({"blank": ""}, {"blank": "__"}, {"best": 0}, {"unknown": "ignore"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} .* must be"):
+            model.fill("ab_ña", **wrong)
     with pytest.raises(CharlmError, match="to fill in characters"):
         model.generate("a")
     with pytest.raises(CharlmError, match="direction: both"):

@@ -118,7 +118,7 @@ class Vocab:
         rest = f" and {len(first) - _NAMED} more" if len(first) > _NAMED else ""
         return (
             f"{name} has characters that the model does not know: {', '.join(named)}{rest}; "
-            "--unknown skip leaves them out, --unknown replace puts a space for each"
+            "the option unknown takes skip, to leave them out, and replace, to put a space for each"
         )
 
 

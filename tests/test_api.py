@@ -44,7 +44,9 @@ def test_its_examples(folder):
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     shared: dict = {}
     tests = sorted(doctest.DocTestFinder().find(api), key=lambda test: test.lineno or 0)
-    for test in (*doctest.DocTestFinder().find(package.load, "charlm.load"), *tests):
+    (loading,) = doctest.DocTestFinder().find(package.load, "charlm.load")
+    assert loading.examples
+    for test in (loading, *tests):
         test.globs = shared  # `model` comes from the class's own example
         runner.run(test, clear_globs=False)
     assert runner.summarize(verbose=False) == (0, runner.tries) and runner.tries > 15

@@ -49,7 +49,7 @@ $(INTEROP)/.installed: pyproject.toml constraints.txt
 	rm -rf $(INTEROP)
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e . pytest stanza flair
+	  -e . pytest hypothesis stanza flair
 	@touch $@
 
 test-interop: $(INTEROP)/.installed  ## test exports and imports with the real Stanza and Flair

@@ -14,6 +14,7 @@ from charlm import api, runs
 from charlm.checkpoint import save_model
 from charlm.config import from_data
 from charlm.errors import CharlmError, ConfigError
+from charlm.evaluate import evaluate_each
 from charlm.model import make_model
 from charlm.runs import Run
 from charlm.vocab import Vocab
@@ -43,7 +44,9 @@ def test_its_examples(folder):
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     shared: dict = {}
     tests = sorted(doctest.DocTestFinder().find(api), key=lambda test: test.lineno or 0)
-    for test in tests:
+    (loading,) = doctest.DocTestFinder().find(package.load, "charlm.load")
+    assert loading.examples
+    for test in (loading, *tests):
         test.globs = shared  # `model` comes from the class's own example
         runner.run(test, clear_globs=False)
     assert runner.summarize(verbose=False) == (0, runner.tries) and runner.tries > 15
@@ -54,8 +57,10 @@ def test_load_takes_what_model_options_take(folder):
     for given in (None, "forward", "runs/forward", path, str(path)):
         assert package.load(given, device="cpu").figures == {"step": 7}
     assert package.load(path, implementation="scratch").model.config.implementation == "scratch"
-    with pytest.raises(ConfigError, match="no model 'nothing'"):
-        package.load("nothing")
+    for nothing in ("nothing", "x" * 300, "a\nb", "a\0b"):
+        with pytest.raises(ConfigError, match="no model '(nothing|x{199}…|a.nb|a.x00b)") as caught:
+            package.load(nothing)
+        assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
@@ -144,13 +149,43 @@ def test_texts_are_cleaned_as_the_training_text_was(folder):
     path = made(folder)
     model = package.load(path)
     assert [character for character, _ in model.score("an\u0303")] == ["ñ"]
-    with pytest.raises(CharlmError, match=r"the text has characters .* 'Ω' \(U\+03A9\) at position 1"):
+    told = r"the text has characters .* 'Ω' \(U\+03A9\) at position 1; the option unknown takes skip"
+    with pytest.raises(CharlmError, match=told):
         model.score("aΩ")
     assert model.embed("aΩb", unknown="skip").shape == (2, 12)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+@pytest.mark.parametrize("implementation", ["auto", "builtin", "scratch"])
+def test_torch_s_defaults_do_not_matter(folder, direction, implementation, default):
+    path = made(folder, direction)
+
+    def used():
+        model = package.load(path, device="cpu", implementation=implementation)
+        if direction == "both":
+            return model.fill("ab_d_"), model.score(TEXT), model.embed("abc")
+        written = [model.generate("ab", 9, seed=1, quantize=how) for how in (None, "bf16", "int8")]
+        each = evaluate_each(model.model, [model.vocab.encode("abc"), model.vocab.encode(TEXT)])
+        texts = [*written, *model.generate_batch(2, length=9, seed=2, top_k=3)]
+        return texts, model.score(TEXT), model.embed("abc"), model.perplexity(TEXT), each
+
+    wanted = used()
+    try:
+        (torch.set_default_device if default == "meta" else torch.set_default_dtype)(default)
+        found = used()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[2], wanted[2]) and found[2].dtype == torch.float32
+    assert [*found[:2], *found[3:]] == [*wanted[:2], *wanted[3:]]
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0}, {"length": -1}]
+    "wrong",
+    [
+        *[{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0}, {"length": -1}],
+        *[{"seed": -1}, {"seed": 2**63}, {"quantize": "int4"}, {"unknown": "ignore"}],
+    ],
 )
 def test_what_a_text_cannot_be_drawn_with(folder, wrong):
     model = package.load(made(folder))
@@ -158,6 +193,8 @@ def test_what_a_text_cannot_be_drawn_with(folder, wrong):
         model.stream("a", **wrong)
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         model.generate_batch(2, "a", **wrong)
+    with pytest.raises(ConfigError, match="n 0 must be 1 or more"):
+        model.generate_batch(0, "a")
 
 
 def test_a_model_that_fills_in(folder):
@@ -165,6 +202,11 @@ def test_a_model_that_fills_in(folder):
     answers = model.fill("ab_ña", best=3)
     assert len(answers) == 3 and answers[0][1] == max(probability for _, probability in answers)
     assert all(text[:2] + text[3:] == "abña" for text, _ in answers)
+    ((text, _),) = model.fill("aΩ_a", best=1, unknown="skip")
+    assert text[:2] + text[3:] == "aΩa"
+    for wrong in ({"blank": ""}, {"blank": "__"}, {"best": 0}, {"unknown": "ignore"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} .* must be"):
+            model.fill("ab_ña", **wrong)
     with pytest.raises(CharlmError, match="to fill in characters"):
         model.generate("a")
     with pytest.raises(CharlmError, match="direction: both"):

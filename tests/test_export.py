@@ -1,4 +1,7 @@
+import dataclasses
+import errno
 import json
+import math
 import pickletools
 import re
 import sys
@@ -108,6 +111,36 @@ def test_an_onnx_file_holds_the_vocabulary_and_is_not_written_where_it_is_wrong(
     assert path.read_bytes() == first, "the same model is the same bytes"
 
 
+def test_an_onnx_file_of_what_is_no_number_is_not_written(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    loaded = make()
+    run = onnxruntime.InferenceSession.run
+
+    def one_nan(self, names, inputs):
+        logits, *state = run(self, names, inputs)
+        logits[1, 2, 3] = math.nan if inputs["ids"].shape[1] == 16 else 0
+        return logits, *state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime.InferenceSession, "run", one_nan)
+        with pytest.raises(CharlmError, match="differ from torch's by nan: nothing was written"):
+            export(loaded, "onnx", tmp_path / "m.onnx")
+    torch.nn.init.constant_(loaded.model.head.bias, math.inf)
+    with pytest.raises(CharlmError, match="predictions are not finite: its training diverged"):
+        export(loaded, "onnx", tmp_path / "m.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_beyond_what_onnx_holds_is_refused_before_its_graph_is_made(tmp_path, monkeypatch):
+    loaded = make(tie_weights=True, embedding_size=6)
+    size = 4 * sum(parameter.numel() for parameter in loaded.model.parameters())
+    monkeypatch.setattr(onnx_graph, "_LIMIT", size - 1)
+    monkeypatch.setattr(onnx_graph, "build", None)
+    with pytest.raises(CharlmError, match=f"weights take {size:,} bytes"):
+        export(loaded, "onnx", tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
 def test_onnx_without_its_packages(tmp_path, monkeypatch, missing):
     pytest.importorskip("onnx")
@@ -136,12 +169,18 @@ def by_hand(state, names, ids):
 
 
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"input": "one_hot"}])
-def test_what_stanza_and_flair_read_has_charlm_s_logits_and_leaves_their_own_ids_nothing(options):
+def test_what_stanza_and_flair_read_has_charlm_s_logits_and_leaves_their_own_ids_nothing(
+    monkeypatch, options
+):
+    if "input" not in options:
+        monkeypatch.setattr(torch, "eye", None)  # of a large vocabulary it takes all memory
     loaded = make({"lowercase": True}, **options)
     ids = VOCAB.encode("abba ñ😀").long()
     with torch.inference_mode():
         wanted = loaded.model(ids[None], loaded.model.initial_state(1))[0][0]
     stanza, flair = stanza_state(loaded)["model"], flair_state(loaded)
+    assert stanza_state(loaded)["global_step"] == 9
+    assert stanza_state(dataclasses.replace(loaded, figures={"step": None}))["global_step"] == 0
     assert stanza["vocab"]["_id2unit"] == ["<PAD>", "<UNK>", "<EMPTY>", "<ROOT>", *VOCAB.characters]
     assert stanza["vocab"]["_unit2id"]["a"] == 4 and stanza["vocab"]["lower"] is True
     assert flair["dictionary"].idx2item == [b"<unk>", *(char.encode() for char in VOCAB.characters)]
@@ -198,6 +237,9 @@ def test_what_a_format_loses_is_said(tmp_path):
     assert "corpus.lowercase: true" in said and "is_lower=True" in said
     assert export(loaded, "torch", tmp_path / "m.pt") == []
     assert export(make(), "stanza", tmp_path / "m.pt") == []
+    assert export(make({"normalize": "none"}), "stanza", tmp_path / "m.pt") == [], "nothing is done to texts"
+    (said,) = export(make({"normalize": "NFD"}), "stanza", tmp_path / "m.pt")
+    assert "corpus.normalize: NFD" in said
 
 
 def test_files_are_named_after_the_run_and_not_written_over(charlm, folder):
@@ -217,6 +259,37 @@ def test_files_are_named_after_the_run_and_not_written_over(charlm, folder):
     assert (folder / "char_rnn.py").read_text() == "mine" and not (folder / "new.pt").exists()
     assert charlm("export", "--to", "torch", "-o", "new.json").code == 2
     assert charlm("export", "--to", "torch", "-o", "no/folder.pt").code == 1
+    for command in (("export", "--to", "torch"), ("import", "first.pt", "--from", "stanza")):
+        done = charlm(*command, "--output", "", "--force")
+        assert done.code == 2 and "--output '' names no file" in done.err
+
+
+@pytest.mark.parametrize("refused", ["m.pt", "m.json", "char_rnn.py"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_what_a_full_disk_cuts_short_leaves_no_mixed_files(charlm, folder, monkeypatch, refused, force):
+    save(make(), folder / "runs/first/model.safetensors")
+    names = ["m.pt", "m.json", "char_rnn.py"]
+    if force:
+        for name in names:
+            Path(name).write_text("older")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    write_bytes = Path.write_bytes
+
+    def full(path, content):
+        if refused in path.name:
+            write_bytes(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    done = charlm("export", "first", "--to", "torch", "--output", "m.pt", *force)
+    assert done.code == 1 and "No space left" in done.err
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    done = charlm("export", "first", "--to", "torch", "--output", "m.pt", *force)
+    assert done.code == 0 and done.err == "wrote m.pt, m.json, char_rnn.py\n"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "corpus.txt", "runs"])
 
 
 @pytest.mark.parametrize("options", [*OPTIONS[:3], OPTIONS[4]])

@@ -1,3 +1,5 @@
+import codecs
+import functools
 import io
 import json
 import os
@@ -5,6 +7,7 @@ import pickle
 import sys
 import types
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from charlm import torchfile
+import charlm as package
+from charlm import importing, torchfile
 from charlm.checkpoint import load_model
 from charlm.errors import CharlmError, ConfigError
 from charlm.importing import import_model
+from charlm.model import CharLM
 from charlm.torchfile import in_protocol_2, read_torch_file
 
 CHARS = "ba \nñ😀"
@@ -88,7 +93,7 @@ def test_stanza(charlm, folder, bare):
     assert done.code == 2 and "es.safetensors exists" in done.err
 
 
-def test_a_learned_initial_state_is_left_out_and_its_effect_told(tmp_path):
+def test_a_learned_initial_state_is_left_out_and_its_effect_told(tmp_path, monkeypatch):
     theirs, start = Plain(nn.LSTM, V=4 + len(CHARS)), torch.full((2, 1, H), 0.5)
     torch.save(stanza_data(theirs, start), tmp_path / "m.pt")
     loaded, said = import_model(tmp_path / "m.pt", "stanza")
@@ -101,6 +106,11 @@ def test_a_learned_initial_state_is_left_out_and_its_effect_told(tmp_path):
     bits = float((p.exp() * (p - q)).sum(-1).mean()) / 0.6931
     (told,) = [float(each.split("after the first differs by ")[1].split(" bits")[0]) for each in said[1:]]
     assert told == pytest.approx(bits, rel=0.3)
+    sizes = set()
+    forward = CharLM.forward
+    monkeypatch.setattr(CharLM, "forward", lambda *given: sizes.add(len(given[1])) or forward(*given))
+    monkeypatch.setattr(importing, "_LOGITS", 5 * 32 * len(CHARS))
+    assert import_model(tmp_path / "m.pt", "stanza")[1] == said and sizes == {5, 4}, "a few texts at a time"
     torch.save(stanza_data(theirs, start[:1]), tmp_path / "m.pt")
     with pytest.raises(CharlmError, match="initial state does not fit"):
         import_model(tmp_path / "m.pt", "stanza")
@@ -154,6 +164,10 @@ def test_flair_s_projection_is_multiplied_into_the_head(tmp_path, flair_dictiona
     flair_dictionary({"state_dict": state, "nout": H}, tmp_path / "lm.pt")
     wanted = theirs.logits(torch.tensor([1, 2, 3]))[:, 1 : 1 + len(CHARS)]
     assert torch.allclose(logits_of(import_model(tmp_path / "lm.pt", "flair")[0], "ba "), wanted, atol=1e-6)
+    for wrong in ({"decoder.bias": torch.ones(2)}, {"decoder.weight": torch.ones(H)}):
+        flair_dictionary({"state_dict": {**state, **wrong}}, tmp_path / "lm.pt")
+        with pytest.raises(CharlmError, match="its projection does not fit"):
+            import_model(tmp_path / "lm.pt", "flair")
     flair_dictionary({"state_dict": state, "has_decoder": False}, tmp_path / "lm.pt")
     with pytest.raises(CharlmError, match="without its decoder"):
         import_model(tmp_path / "lm.pt", "flair")
@@ -201,7 +215,8 @@ def without_biases(theirs):
 
 @pytest.mark.parametrize("change", [one_hot, tied, as_wide_as_deep, without_biases])
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
-def test_a_plain_model_of_another_build(tmp_path, change, kind):
+def test_a_plain_model_of_another_build(tmp_path, monkeypatch, change, kind):
+    monkeypatch.setattr(torch, "eye", None)  # of a large vocabulary it takes all memory
     theirs = Plain(nn.LSTM)
     change(theirs)
     state = theirs.state_dict()
@@ -223,9 +238,21 @@ def test_a_plain_model_of_another_build(tmp_path, change, kind):
 def test_ids_of_no_character_are_left_out_with_their_rows(tmp_path):
     theirs = Plain(nn.GRU, V=4)
     torch.save(theirs.state_dict(), tmp_path / "m.pt")
-    vocab = vocab_file(tmp_path, {"<pad>": 0, "a": 1, "b": 3})
+    vocab = vocab_file(tmp_path, {"<pad>" + "d" * 999: 0, "a": 1, "b": 3})
     loaded, said = import_model(tmp_path / "m.pt", "torch-char-rnn", vocab)
-    assert loaded.vocab.characters == "ab" and "'<pad>', None" in said[0]
+    assert loaded.vocab.characters == "ab" and said[0].endswith(": '<pad>" + "d" * 34 + "…, None")
+    wanted = theirs.logits(torch.tensor([1, 3, 3]))[:, [1, 3]]
+    assert torch.allclose(logits_of(loaded, "abb"), wanted, atol=1e-6)
+
+
+def test_one_hot_ids_of_no_character_are_left_out_with_their_columns(tmp_path):
+    theirs = Plain(nn.GRU, V=4, E=4, L=1)
+    del theirs.encoder
+    theirs.encoder = lambda ids: nn.functional.one_hot(ids, 4).float()
+    torch.save(theirs.state_dict(), tmp_path / "m.pt")
+    vocab = vocab_file(tmp_path, {"<pad>": 0, "a": 1, "b": 3})
+    loaded, _ = import_model(tmp_path / "m.pt", "torch-char-rnn", vocab)
+    assert loaded.config.model.input == "one_hot" and loaded.model.recurrent.weight_ih_l0.shape[1] == 2
     wanted = theirs.logits(torch.tensor([1, 3, 3]))[:, [1, 3]]
     assert torch.allclose(logits_of(loaded, "abb"), wanted, atol=1e-6)
 
@@ -247,12 +274,25 @@ def test_what_the_weights_do_not_say_is_set(tmp_path):
     ("change", "vocab", "reason"),
     [
         (lambda state: state.update({"norm.weight": torch.ones(3)}), CHARS, r"no place for \(norm.weight\)"),
+        (
+            lambda state: state.update({"a\n\x1b[31m" + "b" * 999: torch.ones(3)}),
+            CHARS,
+            r"a \\x1b\[31mb*\\u2026",
+        ),
+        (lambda state: state.update({"\n\x1b[31m": torch.ones(6, 5)}), CHARS, r"stack it has .*\\x1b\[31m"),
+        (lambda state: state.update({"rnn.bias_hh_l" + "7" * 999: torch.ones(8)}), CHARS, "fit.*7… is"),
         (lambda state: state.update({"b.weight_hh_l0": torch.ones(3)}), CHARS, "2 recurrent stacks"),
         (lambda state: state.update({"rnn.weight_hh_l0_reverse": torch.ones(3)}), CHARS, "no place for"),
         (lambda state: state.update({"rnn.weight_hh_l0": torch.ones(5, H)}), CHARS, "one, 3 or 4 gates"),
         (lambda state: state.pop("rnn.weight_ih_l1"), CHARS, "weight_ih_l1 is missing"),
+        (lambda state: state.pop("rnn.bias_hh_l0"), CHARS, "bias_hh_l0 is missing"),
         (lambda state: state.update({"rnn.bias_hh_l2": torch.ones(8)}), CHARS, "bias_hh_l2 is .* need none"),
-        (lambda state: state.update({"n": torch.tensor(3)}), CHARS, "'n' among its weights"),
+        (lambda state: state.update({"n": torch.tensor(3)}), CHARS, "has n among its weights"),
+        (lambda state: state.update({"rnn.weight_hh_l0": torch.tensor(1.0)}), CHARS, "no tensor of numbers"),
+        (lambda state: state.update({7: torch.ones(2)}), CHARS, "a name among its weights is no text"),
+        (lambda state: state.update(a=torch.zeros(1).half().expand(9999)), CHARS, "more numbers than it has"),
+        (lambda state: state.update(a=torch.ones(3, device="meta")), CHARS, "asks for .*meta_tensor"),
+        (lambda state: state.update(a=torch.eye(3).to_sparse()), CHARS, "asks for .*sparse_tensor"),
         (lambda state: state.clear(), CHARS, "no state dict"),
         (lambda state: None, CHARS + "z", r"embedding \(7, 5\) and a head \(7, 8\).*encoder.weight \(6, 5\)"),
         (lambda state: None, "bab ñ😀", "'b' .* more than once"),
@@ -271,7 +311,17 @@ def test_what_is_no_plain_model_is_refused(tmp_path, change, vocab, reason):
     torch.save(dict(state), tmp_path / "m.pt")
     with pytest.raises(CharlmError, match=reason) as caught:
         import_model(tmp_path / "m.pt", "torch-char-rnn", vocab_file(tmp_path, vocab))
-    assert "\n" not in str(caught.value)
+    told = str(caught.value).replace(str(tmp_path), "")
+    assert told.isprintable() and len(told) < 500
+
+
+def test_a_vocabulary_of_anything_but_texts_is_refused(tmp_path):
+    """A list that a few bytes spell may be as long as a book in a message."""
+    data = stanza_data(Plain(nn.LSTM, V=4 + len(CHARS)))
+    data["model"]["vocab"]["_id2unit"][3] = functools.reduce(lambda each, _: [each, each], range(9), "a")
+    torch.save(data, tmp_path / "m.pt")
+    with pytest.raises(CharlmError, match="no list of texts"):
+        import_model(tmp_path / "m.pt", "stanza")
 
 
 class Hostile:
@@ -332,6 +382,48 @@ def test_what_takes_more_memory_than_it_has_bytes_is_refused(tmp_path, monkeypat
         read_torch_file(path)
 
 
+class Large:
+    """Makes as many bytes as it says, of a few."""
+
+    def __init__(self, *made):
+        self.made = made
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_makes_much_of_little_is_refused(tmp_path, protocol, zipped):
+    path, options = tmp_path / "m.pt", {"_use_new_zipfile_serialization": zipped}
+    for large, reason in (
+        (Large(bytearray, (10**4,)), "asks for (__builtin__|builtins).bytearray"),
+        (Large(torch.Tensor, (10**4,)), "asks for torch.Tensor"),
+        (Large(codecs.encode, (Large(codecs.encode, ("a", "latin-1")), "hex")), "damaged or holds no model"),
+    ):
+        torch.save({"a": large}, path, pickle_protocol=protocol, **options)
+        with pytest.raises(CharlmError, match=reason):
+            read_torch_file(path)
+
+
+def test_a_pickle_that_claims_more_than_the_file_has_is_damaged(tmp_path):
+    """As an error of memory it would have been a fault of the machine."""
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"\x80\x04\x8e" + (2**45).to_bytes(8, "little"))
+    with pytest.raises(CharlmError, match="damaged or holds no model"):
+        read_torch_file(path)
+
+
+def test_files_of_the_older_format_cut_short_are_damaged(tmp_path):
+    path = tmp_path / "m.pt"
+    torch.save({"a": torch.zeros(9), "b": ["text"]}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in range(2, len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CharlmError, match="damaged or holds no model: ."):
+            read_torch_file(path)
+
+
 def test_two_pickles_in_an_archive_are_refused(tmp_path):
     path = tmp_path / "m.pt"
     torch.save({"a": 1}, path)
@@ -341,8 +433,9 @@ def test_two_pickles_in_an_archive_are_refused(tmp_path):
         read_torch_file(path)
 
 
-def test_a_pickle_spelled_in_protocol_2_says_the_same():
-    class_, text = Path, "ñ" * 300
+def test_a_pickle_spelled_in_protocol_2_says_the_same(monkeypatch):
+    monkeypatch.setattr(package, "latin1", torchfile._latin1, raising=False)
+    class_, text = OrderedDict, "ñ" * 300
     value = [
         text,
         {"a": (1, -5, 2**70, 1.5, None, True)},
@@ -352,7 +445,7 @@ def test_a_pickle_spelled_in_protocol_2_says_the_same():
         ("a", class_),
         set(),
     ]
-    for protocol in (3, 4, 5):
+    for protocol in (2, 3, 4, 5):
         data = io.BytesIO(pickle.dumps(value, protocol) + b"rest")
         spelled = in_protocol_2(data)
         assert spelled[:2] == b"\x80\x02" and pickle.loads(spelled) == value and data.read() == b"rest"

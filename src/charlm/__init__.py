@@ -20,6 +20,11 @@ def load(
 ) -> "LanguageModel":
     """A trained model: `api.LanguageModel`.
 
+    >>> import charlm
+    >>> model = charlm.load("runs/first", device="cpu")
+    >>> len(model.generate("abc", length=20, seed=1))
+    23
+
     model: a model file, a run's folder or name; by default the newest run's.
     device: auto, cpu, cuda, cuda:N or mps.
     implementation: auto, scratch, builtin or fused; by default as it was trained.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class LanguageModel:
 
         What a backward model writes comes in one part: its last character stands first.
         """
-        _check(length, temperature, top_k, top_p)
+        _check(length, temperature, top_k, top_p, seed, quantize)
         shown, start, stop = self._read(prefix, stop, unknown)
         options = (start, length, temperature, top_k, top_p, stop, _generator(seed), quantize)
         written = sample.generate(self.model, self.vocab, *options)
@@ -169,7 +169,8 @@ class LanguageModel:
 
         seed: text k is what `generate` gives with ``seed + k``.
         """
-        _check(length, temperature, top_k, top_p)
+        _check(length, temperature, top_k, top_p, seed, quantize)
+        _require(n >= 1, f"n {n}", "1 or more")
         shown, start, stop = self._read(prefix, stop, unknown)
         generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
         options = (start, length, temperature, top_k, top_p, stop, generators, quantize)
@@ -194,7 +195,9 @@ class LanguageModel:
         shown = self.vocab.decode(ids)
         return (shown, ids.flip(0), stop[::-1]) if self._backward else (shown, ids, stop)
 
-    def fill(self, text: str, *, blank: str = "_", best: int = 5) -> list[tuple[str, float]]:
+    def fill(
+        self, text: str, *, blank: str = "_", best: int = 5, unknown: Unknown = "error"
+    ) -> list[tuple[str, float]]:
         """The likeliest texts without the blanks in `text`, best first, with their probabilities.
 
         >>> filling = charlm.load("runs/filling")
@@ -204,13 +207,16 @@ class LanguageModel:
 
         Raises `CharlmError` for a model that was not trained with ``model.direction: both``.
         """
+        _require(len(blank) == 1, f"blank {blank!r}", "one character")
+        _require(best >= 1, f"best {best}", "1 or more")
+        _check_unknown(unknown)
         parts = [self._clean(part) for part in text.split(blank)]
         return [
             (
                 parts[0] + "".join(char + part for char, part in zip(chars, parts[1:], strict=True)),
                 probability,
             )
-            for chars, probability in fill.fill(self.model, self.vocab, parts, best)
+            for chars, probability in fill.fill(self.model, self.vocab, parts, best, unknown=unknown)
         ]
 
     def score(self, text: str, *, unknown: Unknown = "error") -> list[tuple[str, float]]:
@@ -276,19 +282,34 @@ class LanguageModel:
         return clean(written, **self.config.corpus.cleaning)
 
     def _encode(self, written: str, unknown: Unknown, name: str) -> Tensor:
+        _check_unknown(unknown)
         return self.vocab.encode(self._clean(written), unknown, name)
 
 
-def _check(length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(
+    length: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    quantize: Quantize | None,
+) -> None:
     """Raise `ConfigError` for what a text cannot be drawn with."""
-    for fine, what, allowed in (
-        (length >= 0, f"length {length}", "0 or more"),
-        (0 <= temperature < math.inf, f"temperature {temperature}", "0 or more, and finite"),
-        (top_k is None or top_k >= 1, f"top_k {top_k}", "1 or more, or None"),
-        (top_p is None or 0 < top_p <= 1, f"top_p {top_p}", "above 0 and up to 1, or None"),
-    ):
-        if not fine:
-            raise ConfigError(f"{what} must be {allowed}")
+    _require(length >= 0, f"length {length}", "0 or more")
+    _require(0 <= temperature < math.inf, f"temperature {temperature}", "0 or more, and finite")
+    _require(top_k is None or top_k >= 1, f"top_k {top_k}", "1 or more, or None")
+    _require(top_p is None or 0 < top_p <= 1, f"top_p {top_p}", "above 0 and up to 1, or None")
+    _require(seed is None or 0 <= seed < 2**63, f"seed {seed}", "from 0 to 2**63 - 1, or None")
+    _require(quantize in (None, *get_args(Quantize)), f"quantize {quantize!r}", "bf16, int8 or None")
+
+
+def _check_unknown(unknown: Unknown) -> None:
+    _require(unknown in get_args(Unknown), f"unknown {unknown!r}", "error, skip or replace")
+
+
+def _require(fine: bool, what: str, allowed: str) -> None:
+    if not fine:
+        raise ConfigError(f"{what} must be {allowed}")
 
 
 def _parts(ids: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -317,7 +338,7 @@ def _evaluating(model: CharLM) -> Iterator[None]:
 
 def _hidden(model: CharLM, stack: nn.Module, ids: Tensor, state: State) -> Tensor:
     """What `stack`, one of the model's, gives for ids (N,) from `state` on: float32 (N, H), on the CPU."""
-    found = [torch.empty(0, model.config.hidden_size)]
+    found = [torch.empty(0, model.config.hidden_size, dtype=torch.float32, device="cpu")]
     with _evaluating(model):
         for part in _parts(ids.long().to(model.head.weight.device), CHUNK):
             y, state = stack(model.embed(part[None]), state)

@@ -93,8 +93,8 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
                 f"{path} is damaged: its tensors do not fit its configuration "
                 f"({', '.join(map(one_line, wrong[:4]))}{more})"
             )
-        with Uninitialised():
-            model = make_model(len(header.vocab), config.model, torch.device(device))
+        with Uninitialised(), torch.device("cpu"):  # the file's bytes go there, whatever torch's defaults are
+            model = make_model(len(header.vocab), config.model, torch.device(device)).float()
         parameters = dict(model.named_parameters())
         digest = hashlib.sha256()
         for name in header.tensors:

@@ -39,6 +39,7 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
     from charlm.export import export as write
     from charlm.header import read_header
 
+    _check_name(output)
     path = runs.find_model(model)
     refuse(to, read_header(path).config)
     if output is None:
@@ -50,7 +51,7 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
     _refuse_existing([path for path in files if not is_module(path)], force)
     for remark in write(load_model(path), to, output):
         click.echo(remark, err=True)
-    click.echo(f"wrote {', '.join(map(str, reversed(files)))}", err=True)
+    click.echo(f"wrote {', '.join(map(str, files))}", err=True)
 
 
 @click.command("import")
@@ -99,6 +100,7 @@ def import_model(
             if vocab is None
             else f"--vocab goes with --from torch-char-rnn; a file of {origin}'s holds its vocabulary"
         )
+    _check_name(output)
     from charlm.checkpoint import save_model
     from charlm.importing import import_model as read
 
@@ -116,6 +118,11 @@ def import_model(
         f"{len(loaded.vocab)} characters; use it with --model {output}",
         err=True,
     )
+
+
+def _check_name(output: Path | None) -> None:
+    if output is not None and not output.name:
+        raise ConfigError("--output '' names no file; give the one to write, or leave --output out")
 
 
 def _refuse_existing(files: list[Path], force: bool) -> None:

@@ -154,7 +154,9 @@ def _show_many(writer: "LanguageModel", count: int, seed: int | None, **options:
     written: list[str] = []
     for first in range(0, count, _BATCH):
         together = min(_BATCH, count - first)
-        for text in writer.generate_batch(together, seed=None if seed is None else seed + first, **options):
+        for text in writer.generate_batch(
+            together, seed=None if seed is None else (seed + first) % 2**63, **options
+        ):
             if written:
                 click.echo("-" * 20)
             written.append(show([text]))

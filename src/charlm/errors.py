@@ -1,5 +1,7 @@
 """What a user did or met that stops the work, said in one sentence with the fix."""
 
+NOT_FINITE = "the model's predictions are not finite: its training diverged; train with a smaller lr"
+
 
 class CharlmError(Exception):
     """Shown as one line on stderr, with no traceback; the command exits with `exit_code`."""

@@ -72,11 +72,11 @@ def _side_by_side(model: CharLM, texts: list[Tensor], on_scored: OnScored) -> Te
     if model.config.direction == "backward":
         texts = [ids.flip(0) for ids in texts]
     device, lengths = model.head.weight.device, [len(ids) - 1 for ids in texts]
-    state, nats = model.initial_state(len(texts)), torch.zeros(len(texts), dtype=torch.float64)
+    state, nats = model.initial_state(len(texts)), torch.zeros(len(texts), dtype=torch.float64, device="cpu")
     steps = max(CHUNK // len(texts), 1)
     for start in range(0, lengths[0], steps):
         rows = sum(length > start for length in lengths)
-        windows = torch.full((rows, min(steps, lengths[0] - start) + 1), -1)
+        windows = torch.full((rows, min(steps, lengths[0] - start) + 1), -1, device="cpu")
         for window, ids in zip(windows, texts, strict=False):
             part = ids[start : start + len(window)]
             window[: len(part)] = part
@@ -100,13 +100,11 @@ def surprisals(model: CharLM, blocks: Iterable[Tensor], on_scored: OnScored = _n
     with _evaluating(model):
         for block in blocks:
             if not len(block):
-                yield torch.empty(0, dtype=torch.float64)
+                yield torch.empty(0, dtype=torch.float64, device="cpu")
                 continue
             ids = block.long() if last is None else torch.cat([last, block.long()])
             nats, state, fast = segments.read(model, ids, state, CHUNK, fast, on_scored)
-            yield (
-                torch.cat([torch.full((1,), torch.nan, dtype=torch.float64), nats]) if last is None else nats
-            )
+            yield torch.cat([nats.new_full((1,), torch.nan), nats]) if last is None else nats
             last = ids[-1:]
 
 
@@ -117,7 +115,7 @@ def text_surprisals(model: CharLM, ids: Tensor, on_scored: OnScored = _nobody) -
     NaN for the one that has no prediction: the first, or for ``direction: backward`` the last.
     """
     if not len(ids):
-        return torch.empty(0, dtype=torch.float64)
+        return torch.empty(0, dtype=torch.float64, device="cpu")
     if isinstance(model, FillLM):
         return torch.cat(list(_filling(model, ids)))
     nats = torch.cat(list(surprisals(model, _as_read(model, ids), on_scored)))

@@ -7,7 +7,6 @@ embeddings of zeros and logits so low that the other characters' probabilities s
 import io
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,7 +64,7 @@ def remarks(to: str, config: Config, vocab: Vocab) -> list[str]:
     lost = [
         f"corpus.{key}: {value}"
         for key, value, held in (
-            ("normalize", cleaning.normalize, cleaning.normalize == "NFC"),
+            ("normalize", cleaning.normalize, cleaning.normalize in ("NFC", "none")),
             ("lowercase", "true", to == "stanza" or not cleaning.lowercase),
             ("keep", cleaning.keep, cleaning.keep is None),
         )
@@ -84,14 +83,14 @@ def remarks(to: str, config: Config, vocab: Vocab) -> list[str]:
 
 
 def files_of(to: str, output: Path) -> list[Path]:
-    """The files that `export` writes for `output`, which comes last."""
+    """The files that `export` writes for `output`, which comes first."""
     if to == "torch":
-        return [output.with_name("char_rnn.py"), output.with_suffix(".json"), output]
+        return [output, output.with_suffix(".json"), output.with_name("char_rnn.py")]
     return [output]
 
 
 def export(loaded: Loaded, to: str, output: Path) -> list[str]:
-    """Write the model to `output`, for ``torch`` with two files beside it; each whole or not at all.
+    """Write the model to `output`, for ``torch`` with two files beside it; all of them whole, or none.
 
     Returns what whoever uses the file should know. Raises `CharlmError` for a model that the format cannot
     hold.
@@ -107,16 +106,24 @@ def export(loaded: Loaded, to: str, output: Path) -> list[str]:
             else f"compared in onnxruntime: the logits differ from torch's by {difference:.1e} at most"
         )
     elif to == "torch":
-        contents = [module_source(), _about(loaded), _saved(plain_weights(loaded.model))]
+        contents = [_saved(plain_weights(loaded.model)), _about(loaded), module_source()]
     else:
         contents = [_saved((stanza_state if to == "stanza" else flair_state)(loaded))]
-    for path, content in zip(files_of(to, output), contents, strict=True):
-        write_atomically(path, _writer(content))
+    _write_all(list(zip(files_of(to, output), contents, strict=True)))
     return said
 
 
-def _writer(content: bytes) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(content)
+def _write_all(files: list[tuple[Path, bytes]]) -> None:
+    """Write each path's content; none is put in its place before all fit on the disk."""
+    if not files:
+        return
+    (path, content), *rest = files
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+        _write_all(rest)
+
+    write_atomically(path, write)
 
 
 def plain_weights(model: CharLM, extra: int = 0) -> dict[str, Tensor]:
@@ -128,7 +135,9 @@ def plain_weights(model: CharLM, extra: int = 0) -> dict[str, Tensor]:
     weights = {
         name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    table = weights.pop("embedding.weight", torch.eye(model.vocab_size))
+    table = weights.pop("embedding.weight", None)
+    if table is None:
+        table = torch.eye(model.vocab_size)
     head, bias = weights.pop("head.weight"), weights.pop("head.bias")
     return {
         "embedding.weight": F.pad(table, (0, 0, extra, 0)),
@@ -178,7 +187,7 @@ def stanza_state(loaded: Loaded) -> dict[str, Any]:
             "is_forward_lm": config.model.direction == "forward",
         },
         "epoch": 1,
-        "global_step": int(loaded.figures.get("step", 0)),
+        "global_step": loaded.figures.get("step") or 0,
     }
 
 

@@ -29,10 +29,11 @@ def fill(
         raise CharlmError("there is no blank in the text to fill in")
     device = model.head.weight.device
     pieces = [vocab.encode(part, unknown).long() for part in parts]
-    found, scores = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1)  # (K, blanks so far), (K,)
+    found = torch.zeros(1, 0, dtype=torch.long, device="cpu")  # (K, blanks so far)
+    scores = torch.zeros(1, dtype=torch.float32, device="cpu")  # (K,)
     for i in range(1, len(pieces)):
         rest = torch.cat(pieces[i:])
-        rows = [torch.cat([_join(pieces[:i], row), torch.tensor([0]), rest]) for row in found]
+        rows = [torch.cat([_join(pieces[:i], row), row.new_zeros(1), rest]) for row in found]
         at = len(rows[0]) - len(rest) - 1
         logits, _ = model(torch.stack(rows).to(device), model.initial_state(len(rows)))
         candidates = scores[:, None] + logits[:, at].float().cpu().log_softmax(-1)  # (K, V)
@@ -56,8 +57,8 @@ def _join(pieces: list[Tensor], row: Tensor) -> Tensor:
 def _rescore(model: FillLM, pieces: list[Tensor], found: Tensor) -> Tensor:
     """For each row of `found` (K, blanks) the sum over its blanks of ln p(blank | all else): (K,)."""
     texts = torch.stack([_join(pieces, row) for row in found]).to(model.head.weight.device)
-    lengths = torch.tensor([len(piece) for piece in pieces[:-1]])
-    places = lengths.cumsum(0) + torch.arange(len(lengths))
+    lengths = torch.tensor([len(piece) for piece in pieces[:-1]], device="cpu")
+    places = lengths.cumsum(0) + torch.arange(len(lengths), device="cpu")
     logits, _ = model(texts, model.initial_state(len(texts)))
     log_p = logits[:, places].float().cpu().log_softmax(-1)  # (K, blanks, V)
     return torch.gather(log_p, 2, found[..., None]).sum((1, 2))

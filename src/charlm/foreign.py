@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from charlm.errors import CharlmError
+from charlm.errors import CharlmError, one_line
 from charlm.torchfile import FlairDictionary, read_torch_file
 
 _MOST = 0x200000  # ids in a vocabulary
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMED = 8  # how many weights a message names
 
 
@@ -44,13 +45,16 @@ def read_stanza(path: Path) -> Parts:
         data = _entry(data, "model", dict, path, "Stanza")
     weights = _weights(_entry(data, "state_dict", dict, path, "Stanza"), path)
     vocab, arguments = (_entry(data, key, dict, path, "Stanza") for key in ("vocab", "args"))
+    units = _entry(vocab, "_id2unit", list, path, "Stanza")
+    if not all(isinstance(unit, str) for unit in units):
+        raise CharlmError(f"{path} is damaged: its vocabulary is no list of texts")
     # With recurrent dropout Stanza has a module for each layer: cells.0.weight_ih is weight_ih_l0.
     weights = {
         re.sub(r"^charlstm\.lstm\.cells\.(\d+)\.(\w+)$", r"charlstm.lstm.\2_l\1", name): tensor
         for name, tensor in weights.items()
     }
     parts = Parts(
-        _entry(vocab, "_id2unit", list, path, "Stanza"),
+        units,
         _take(weights, "char_emb.weight", path),
         _take_stack(weights, "charlstm.lstm."),
         _take(weights, "decoder.weight", path),
@@ -78,7 +82,8 @@ def read_flair(path: Path) -> Parts:
     head, bias = _take(weights, "decoder.weight", path), _take(weights, "decoder.bias", path)
     if "proj.weight" in weights:  # a linear layer before the head, and nothing between: one product
         inner, inner_bias = _take(weights, "proj.weight", path), _take(weights, "proj.bias", path)
-        if not head.shape[-1:] == inner.shape[:1] == inner_bias.shape:
+        fits = head.dim() == inner.dim() == 2 and head.shape[1:] == inner.shape[:1] == inner_bias.shape
+        if not (fits and bias.shape == head.shape[:1]):
             raise CharlmError(f"{path} is damaged: its projection does not fit its decoder")
         head, bias = head @ inner, head @ inner_bias + bias
     parts = Parts(
@@ -146,7 +151,7 @@ def _find_ends(
             return heads[0], tables[0]
         if not tables and E in (V, H):
             return heads[0], None if E == V else heads[0]
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights.items())
+    shapes = one_line(", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights.items()))
     raise CharlmError(
         f"for the vocabulary's {V} ids {path} should have an embedding ({V}, {E}) and a head ({V}, {H}), one "
         f"each; besides the recurrent stack it has {shapes or 'nothing'}"
@@ -164,7 +169,7 @@ def read_vocab(path: Path) -> tuple[list[str | None], dict[str, Any]]:
     except OSError as error:
         raise CharlmError(f"cannot read the vocabulary {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CharlmError(f"the vocabulary {path} is no JSON: {error}") from None
+        raise CharlmError(f"the vocabulary {path} is no JSON: {one_line(str(error))}") from None
     settings: dict[str, Any] = {}
     if isinstance(data, dict) and isinstance(data.get("vocab"), list):  # charlm's own
         settings["model.direction"] = data.get("direction", "forward")
@@ -200,7 +205,7 @@ def _state_dict(path: Path) -> Any:
     except OSError as error:
         raise CharlmError(f"cannot read {path}: {error.strerror}") from None
     except SafetensorError as error:
-        raise CharlmError(f"{path} is damaged or cut short: {error}") from None
+        raise CharlmError(f"{path} is damaged or cut short: {one_line(str(error))}") from None
     data = read_torch_file(path)
     if isinstance(data, dict):
         inner = [value for value in data.values() if isinstance(value, dict)]
@@ -211,10 +216,15 @@ def _state_dict(path: Path) -> Any:
 
 
 def _weights(data: Any, path: Path) -> dict[str, Tensor]:
-    """`data` as tensors by name, in float32; what is no tensor of floating point is refused."""
+    """`data` as tensors by name, in float32; what is no vector or matrix of floating point is refused."""
     for name, tensor in data.items():
-        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()):
-            raise CharlmError(f"{path} has {name!r} among its weights, which is no tensor of numbers")
+        if not isinstance(name, str):
+            raise CharlmError(f"{path} is damaged: a name among its weights is no text")
+        if not (isinstance(tensor, Tensor) and tensor.dtype in _TYPES and tensor.dim()):
+            raise CharlmError(f"{path} has {one_line(name)} among its weights, which is no tensor of numbers")
+    # A view may repeat what is there.
+    if sum(tensor.numel() for tensor in data.values()) > path.stat().st_size:
+        raise CharlmError(f"{path} is damaged: its weights have more numbers than it has bytes")
     return {name: tensor.detach().float() for name, tensor in data.items()}
 
 
@@ -234,7 +244,7 @@ def _take(weights: dict[str, Tensor], name: str, path: Path) -> Tensor:
 def _refuse_rest(weights: dict[str, Tensor], path: Path) -> None:
     """Raise `CharlmError` for weights that charlm has no place for: without them it were another model."""
     if weights:
-        names = ", ".join(list(weights)[:_NAMED])
+        names = one_line(", ".join(list(weights)[:_NAMED]))
         raise CharlmError(
             f"{path} has weights that charlm has no place for ({names}): it takes an embedding, a recurrent "
             "stack in one direction, and a linear head"

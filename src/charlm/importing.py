@@ -5,24 +5,27 @@ stand for no single character, as ``<UNK>``, are left out: the other characters 
 """
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from charlm import config as configuration
 from charlm.cells import GATES
 from charlm.checkpoint import Loaded, load_weights
 from charlm.config import Config
 from charlm.device import Uninitialised
-from charlm.errors import CharlmError, ConfigError
+from charlm.errors import CharlmError, ConfigError, one_line
 from charlm.foreign import Parts, read_flair, read_plain, read_stanza
 from charlm.model import CharLM, make_model
 from charlm.vocab import Vocab, ascii_name
 
 _NAMED = 8  # how many ids a message names
 _TEXTS, _STEPS = 64, 32  # over which the effect of an initial state is measured
+_LOGITS = 2**24  # so many are computed at once
 _CHANGEABLE = ("corpus.", "model.direction", "model.nonlinearity", "model.gru_reset", "model.dropout")
 
 
@@ -53,12 +56,12 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
     said: list[str] = []
     kept = [n for n, unit in enumerate(parts.units) if _is_character(unit)]
     vocab = "".join(str(parts.units[n]) for n in kept)
-    if doubled := [ascii_name(char) for char in sorted(set(vocab)) if vocab.count(char) > 1]:
-        raise CharlmError(f"the vocabulary of {path} has {doubled[0]} more than once")
+    if doubled := [char for char, count in Counter(vocab).items() if count > 1]:
+        raise CharlmError(f"the vocabulary of {path} has {ascii_name(doubled[0])} more than once")
     if not vocab:
         raise CharlmError(f"the vocabulary of {path} has no characters")
     if len(kept) < len(parts.units):
-        others = [repr(unit) for unit in parts.units if not _is_character(unit)]
+        others = [one_line(repr(unit), 40) for unit in parts.units if not _is_character(unit)]
         named = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" * (len(others) > _NAMED))
         said.append(f"left out the ids that stand for no single character: {named}")
     weights = _weights_of(parts, kept, path)
@@ -73,8 +76,8 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
         have = tuple(weights[name].shape) if name in weights else None
         if have != shapes.get(name):
             raise CharlmError(
-                f"the tensors of {path} do not fit together: {name} is {have or 'missing'} where the others "
-                f"need {shapes.get(name, 'none')}"
+                f"the tensors of {path} do not fit together: {one_line(name)} is {have or 'missing'} where "
+                f"the others need {shapes.get(name, 'none')}"
             )
     with Uninitialised():
         model = make_model(len(vocab), config.model)
@@ -91,26 +94,31 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
 
 def _weights_of(parts: Parts, kept: list[int], path: Path) -> dict[str, Tensor]:
     """The weights by charlm's names, with the rows of the ids `kept` alone."""
-    V = len(parts.units)
-    embedding = torch.eye(V) if parts.embedding is None else parts.embedding
-    if not (embedding.dim() == parts.head.dim() == 2 and len(embedding) == len(parts.head) == V):
-        raise CharlmError(
-            f"{path} has a vocabulary of {V} ids, but an embedding of shape {tuple(embedding.shape)} and a "
-            f"head of {tuple(parts.head.shape)}"
-        )
+    V, embedding = len(parts.units), parts.embedding
+    for name, tensor in (("an embedding", embedding), ("a head", parts.head)):
+        if tensor is not None and not (tensor.dim() == 2 and len(tensor) == V):
+            raise CharlmError(
+                f"{path} has a vocabulary of {V} ids, but {name} of shape {tuple(tensor.shape)}"
+            )
     if parts.bias.shape != (V,):
         raise CharlmError(f"the head of {path} has a bias of shape {tuple(parts.bias.shape)}, not {(V,)}")
-    embedding, head, bias = embedding[kept], parts.head[kept], parts.bias[kept]
     weights = {f"recurrent.{name}": tensor for name, tensor in parts.recurrent.items()}
-    for name in list(weights):  # of a stack without biases
-        if "weight_hh" in name:
+    if not any("bias" in name for name in weights):
+        for name in [name for name in weights if "weight_hh" in name]:
             for kind in ("ih", "hh"):
-                zeros = torch.zeros(len(weights[name]))
-                weights.setdefault(name.replace("weight_hh", f"bias_{kind}"), zeros)
-    weights |= {"head.weight": head, "head.bias": bias}
-    if not torch.equal(embedding, torch.eye(len(kept))):
-        weights["embedding.weight"] = embedding
+                weights[name.replace("weight_hh", f"bias_{kind}")] = torch.zeros(len(weights[name]))
+    weights |= {"head.weight": parts.head[kept], "head.bias": parts.bias[kept]}
+    if embedding is None:  # one column for each id
+        weights["recurrent.weight_ih_l0"] = weights["recurrent.weight_ih_l0"][..., kept]
+    elif not _is_identity(table := embedding[kept]):
+        weights["embedding.weight"] = table
     return weights
+
+
+def _is_identity(matrix: Tensor) -> bool:
+    """Whether `matrix` (N, K) is the identity, which is not made for it: of a large vocabulary it is huge."""
+    N, K = matrix.shape
+    return N == K == int(matrix.count_nonzero()) and bool((matrix.diagonal() == 1).all())
 
 
 def _config_of(weights: dict[str, Tensor], settings: dict[str, Any], source: str, path: Path) -> Config:
@@ -157,16 +165,22 @@ def _effect(model: CharLM, start: tuple[Tensor, ...], path: Path) -> tuple[float
 
     Those from `start`, (L, 1, H) each, against those from zeros, over characters drawn evenly.
     """
-    zeros = model.initial_state(_TEXTS)
+    zeros = model.initial_state(1)
     L, _, H = zeros[0].shape
     if [tensor.shape for tensor in start] != [(L, 1, H)] * len(zeros):
         raise CharlmError(f"{path} is damaged: its initial state does not fit its weights")
     ids = torch.randint(model.vocab_size, (_TEXTS, _STEPS), generator=torch.Generator().manual_seed(1))
-    theirs, _ = model(ids, tuple(tensor.repeat(1, _TEXTS, 1) for tensor in start))
-    ours, _ = model(ids, zeros)
-    p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
-    bits = (p.exp() * (p - q)).sum(-1).mean(0) / math.log(2)
-    return float(bits[0]), float(bits[-1])
+
+    def predicted(ids: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        """The logarithms of the probabilities after the first and the last of `ids` (B, T): (B, 2, V)."""
+        logits, _ = model(ids, tuple(tensor.repeat(1, len(ids), 1) for tensor in state))
+        return F.log_softmax(logits[:, [0, -1]].double(), -1)
+
+    bits = torch.zeros(2)
+    for part in torch.split(ids, max(_LOGITS // (_STEPS * model.vocab_size), 1)):
+        p, q = predicted(part, start), predicted(part, zeros)
+        bits += (p.exp() * (p - q)).sum((0, 2)) / (_TEXTS * math.log(2))
+    return float(bits[0]), float(bits[1])
 
 
 def _is_character(unit: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from charlm.cells import GATES, STATES
 from charlm.checkpoint import Loaded
 from charlm.config import ModelConfig
-from charlm.errors import CharlmError
+from charlm.errors import NOT_FINITE, CharlmError
 
 if TYPE_CHECKING:
     import onnx
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OPSET, IR_VERSION = 17, 8  # of 2022: what all runtimes now in use read
 TOLERANCE = 1e-4
 _ROUNDING = 1e-5  # of the largest logit, which counts where that is more
-_LIMIT = 2**31 - 1  # bytes in a protocol buffer
+_LIMIT = 2**31 - 2**25  # bytes of weights in a protocol buffer's 2 GiB, with room for the vocabulary
 
 # Where ONNX's gates stand among torch's: i, o, f, c of i, f, g, o; z, r, h of r, z, n.
 _ORDER = {"rnn": [0], "lstm": [0, 3, 1, 2], "gru": [1, 0, 2]}
@@ -36,14 +36,18 @@ def checked_onnx(
     The difference is None where there is no onnxruntime. Raises `CharlmError` without the package onnx, for a
     model beyond a file's 2 GiB, and for a difference of more than 1e-4 and than 1e-5 of the largest logit.
     """
+    tied = {"head.weight"} if loaded.config.model.tie_weights else set()
+    size = 4 * sum(tensor.numel() for name, tensor in weights.items() if name not in tied)
+    if size > _LIMIT:
+        raise CharlmError(
+            f"the model's weights take {size:,} bytes, more than the 2 GiB of an ONNX file hold"
+        )
     try:
         model = build(loaded, weights, metadata)
     except ImportError as error:
         raise CharlmError(
             f"--to onnx needs the package {error.name}: pip install 'charlm-torch[onnx]'"
         ) from None
-    if model.ByteSize() > _LIMIT:
-        raise CharlmError(f"the model takes {model.ByteSize():,} bytes, more than the 2 GiB of an ONNX file")
     content = bytes(model.SerializeToString())
     compared = compare(content, loaded)
     if compared and not compared[0] <= max(TOLERANCE, _ROUNDING * compared[1]):
@@ -140,7 +144,7 @@ def _constant(name: str, tensor: Tensor) -> "onnx.TensorProto":
 def compare(content: bytes, loaded: Loaded) -> tuple[float, float] | None:
     """The largest difference of a logit from torch's, and the largest logit, over two texts in two parts.
 
-    None where there is no onnxruntime.
+    None where there is no onnxruntime. Raises `CharlmError` for a model whose logits are not finite.
     """
     try:
         from onnxruntime import InferenceSession, SessionOptions
@@ -152,11 +156,13 @@ def compare(content: bytes, loaded: Loaded) -> tuple[float, float] | None:
     ids = torch.randint(len(loaded.vocab), (2, 24), generator=torch.Generator().manual_seed(1))
     state = loaded.model.initial_state(2)
     theirs = [tensor.numpy() for tensor in state]
-    difference = largest = 0.0
+    differences, largest = [], []
     for part in (ids[:, :16], ids[:, 16:]):
         logits, state = loaded.model(part, state)
         names = ["ids", "h", "c"]
         found, *theirs = session.run(None, dict(zip(names, [part.numpy(), *theirs], strict=False)))
-        difference = max(difference, float((torch.from_numpy(found) - logits).abs().max()))
-        largest = max(largest, float(logits.abs().max()))
-    return difference, largest
+        if not logits.isfinite().all():
+            raise CharlmError(NOT_FINITE)
+        differences.append((torch.from_numpy(found) - logits).abs().max())
+        largest.append(logits.abs().max())
+    return float(torch.stack(differences).max()), float(torch.stack(largest).max())  # NaN stays NaN

@@ -24,7 +24,7 @@ from typing import Any
 
 from charlm import config as configuration
 from charlm.config import Config
-from charlm.errors import CharlmError, ConfigError
+from charlm.errors import CharlmError, ConfigError, one_line
 from charlm.files import write_atomically
 
 RUNS = Path("runs")
@@ -295,12 +295,14 @@ def find_model(name: str | None) -> Path:
     there is none.
     """
     if name is not None:
-        for path in (Path(name), RUNS / name):
-            if path.is_file():
-                return path
-            if found := _model_of(Run(path)):
-                return found
-        raise ConfigError(f"no model {name!r}: it is neither a model file nor a run with one in it")
+        with contextlib.suppress(OSError):  # a name that is too long for the file system
+            for path in (Path(name), RUNS / name):
+                if path.is_file():
+                    return path
+                if found := _model_of(Run(path)):
+                    return found
+        named = one_line(repr(name))
+        raise ConfigError(f"no model {named}: it is neither a model file nor a run with one in it")
     models = [model for path in RUNS.glob("*/config.yaml") if (model := _model_of(Run(path.parent)))]
     if not models:
         raise ConfigError("there is no model in runs/ yet: train one with charlm train, or give --model PATH")

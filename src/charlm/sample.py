@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from charlm.errors import CharlmError
+from charlm.errors import NOT_FINITE, CharlmError
 from charlm.model import CharLM
 from charlm.native import kernels
 from charlm.stepper import Quantize, Stepper
@@ -88,7 +88,7 @@ def _choices(
     """Yield the ids that come next, one for each of the generators, up to `length` times."""
     device, B = model.head.weight.device, len(generators)
     if not len(prefix):
-        prefix = torch.tensor([max(vocab.characters.find("\n"), 0)])
+        prefix = torch.tensor([max(vocab.characters.find("\n"), 0)], device="cpu")
     was_training = model.training
     model.eval()
     try:
@@ -98,9 +98,7 @@ def _choices(
             stepper = Stepper(model, quantize)
         for n in range(length):
             if n % _CHANCES == 0 and (temperature or not n):
-                chances = torch.stack(
-                    [torch.rand(_CHANCES, dtype=torch.float64, generator=each) for each in generators], 1
-                ).unbind()
+                chances = torch.stack([_random(_CHANCES, each) for each in generators], 1).unbind()
             choices = choose(logits.cpu(), chances[n % _CHANCES], temperature, top_k, top_p)
             yield choices.tolist()
             if n < length - 1:
@@ -125,8 +123,12 @@ def draw(
     generator: torch.Generator | None = None,
 ) -> int:
     """Draw an id from logits (V,), as `choose` does."""
-    chance = torch.rand(1, dtype=torch.float64, generator=generator)
-    return int(choose(logits[None], chance, temperature, top_k, top_p))
+    return int(choose(logits[None], _random(1, generator), temperature, top_k, top_p))
+
+
+def _random(count: int, generator: torch.Generator | None) -> Tensor:
+    """Numbers (count,) drawn evenly from [0, 1)."""
+    return torch.rand(count, dtype=torch.float64, generator=generator, device="cpu")
 
 
 def choose(
@@ -148,9 +150,7 @@ def choose(
     kept = min(top_k or logits.shape[1], logits.shape[1])
     drawn = _drawn(logits, kept, temperature, 1.0 if top_p is None else top_p, chances)
     if drawn is None:
-        raise CharlmError(
-            "the model's predictions are not finite: its training diverged; train with a smaller lr"
-        )
+        raise CharlmError(NOT_FINITE)
     return drawn if ids is None else ids.gather(1, drawn[:, None])[:, 0]
 
 

@@ -63,7 +63,7 @@ def _straight(
     chunk: int,
     on_read: Callable[[int], object] = lambda count: None,
 ) -> tuple[Tensor, State]:
-    nats, device = torch.empty(len(ids) - 1, dtype=torch.float64), model.head.weight.device
+    nats, device = torch.empty(len(ids) - 1, dtype=torch.float64, device="cpu"), model.head.weight.device
     for start in range(0, len(ids) - 1, chunk):
         window = ids[start : start + chunk + 1].long().to(device)
         logits, state = model(window[None, :-1], state)
@@ -92,13 +92,13 @@ class _Segments:
         self.windows = ids.long().unfold(0, S + 1, S).to(model.head.weight.device)  # (P, S + 1)
         P = len(self.windows)
         self.first, self.chunk = state, chunk
-        self.nats = torch.empty(P, S, dtype=torch.float64)
+        self.nats = torch.empty(P, S, dtype=torch.float64, device="cpu")
         self.before = tuple(part.clone() for part in model.initial_state(P))
         for mine, given in zip(self.before, state, strict=True):
             mine[:, 0] = given[:, 0]
         self.after = tuple(part.clone() for part in self.before)
         self.marks: list[State] = []
-        self._read(torch.arange(P), on_read)
+        self._read(torch.arange(P, device="cpu"), on_read)
 
     def settle(self) -> int:
         """Read again what began from a wrong state; returns how many, from the first on, are right."""

@@ -20,7 +20,7 @@ import torch
 
 from charlm.errors import CharlmError, one_line
 from charlm.files import sha256, write_atomically
-from charlm.torchfile import check_parts
+from charlm.torchfile import TENSOR_NAMES, check_parts
 
 FORMAT = 1
 
@@ -28,10 +28,6 @@ _SEAL = re.compile(rb"charlm state (\d{1,9}), (\d{1,18}) bytes, sha256 ([0-9a-f]
 _NEWER = re.compile(rb"charlm state (\d{1,9})\b[^\n]*\n\Z")
 _MAX_SEAL = 200  # bytes
 _MAX_PICKLE = 2**23  # bytes: 1,000 layers take 4 MB; the tensors' numbers stand outside
-_NAMES = re.compile(
-    r"torch (\w+Storage|Size|device|u?int\d+|b?float\d+|bool)|torch\._utils _rebuild_(tensor_v2|parameter)"
-    r"|collections (OrderedDict|Counter|defaultdict)"
-)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -117,7 +113,7 @@ def _check_archive(file: io.BufferedReader, path: Path) -> None:
         for opcode, argument, _ in pickletools.genops(archive.read(program)):
             if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
                 raise _refused(path, f"its data.pkl has the opcode {opcode.name}")
-            if opcode.name == "GLOBAL" and not _NAMES.fullmatch(str(argument)):
+            if opcode.name == "GLOBAL" and not re.fullmatch(TENSOR_NAMES, str(argument)):
                 raise _refused(path, f"it asks for {one_line(str(argument))!r}")
 
 

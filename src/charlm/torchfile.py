@@ -1,7 +1,9 @@
 """Files that other programs wrote with ``torch.save``, read without running what they might hold.
 
-``torch.load(weights_only=True)`` alone builds the objects. It reads pickles of protocol 2; those of newer
-protocols, as Flair writes them, are first spelled in protocol 2, opcode by opcode, without being carried out.
+``torch.load(weights_only=True)`` alone builds the objects. Every pickle is first spelled anew, opcode by
+opcode, without being carried out: in protocol 2, as torch reads no newer ones, such as Flair's; and with no
+names but those that a state dict needs: with the others on torch's list a file of a few bytes could take any
+memory.
 """
 
 import io
@@ -16,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from charlm.errors import CharlmError
+from charlm.errors import CharlmError, one_line
 
 
 class FlairDictionary:
@@ -36,10 +38,28 @@ def _defaultdict(*_: Any) -> dict[Any, Any]:
     return {}
 
 
+def _latin1(text: str, _: str) -> bytes:
+    """What stands for `_codecs.encode`, which makes the bytes of protocol 2; other codecs could make many."""
+    return text.encode("latin-1")
+
+
 _MAX_OPCODES = 2**20  # thirty a tensor, four a character of a vocabulary
 _MAX_SPELLED = 2**26  # bytes of a pickle that is spelled in protocol 2
 
-_STAND_INS: list[Any] = [FlairDictionary, (_defaultdict, "collections.defaultdict"), int]
+_STAND_INS: list[Any] = [
+    FlairDictionary,
+    (_defaultdict, "collections.defaultdict"),
+    (_latin1, "charlm.latin1"),
+    int,
+]
+
+TENSOR_NAMES = (  # what a pickle names for tensors and plain values: "module name"
+    r"torch (\w+Storage|Size|device|u?int\d+|b?float\d+|bool)|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"|collections (OrderedDict|Counter|defaultdict)"
+)
+_NAMES = re.compile(
+    TENSOR_NAMES + r"|flair\.data Dictionary|_codecs encode|(__builtin__|builtins) (int|long|set)"
+)
 
 
 def read_torch_file(path: Path) -> Any:
@@ -55,7 +75,7 @@ def read_torch_file(path: Path) -> Any:
                 raise CharlmError(f"{path} was not written by torch.save: it begins with {start!r}")
             readable = _readable_zip(file) if start == b"PK" else _readable_sequence(file)
         with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(readable or path, map_location="cpu", weights_only=True)
+            return torch.load(readable, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CharlmError(f"cannot read {path}: {error.strerror or error}") from None
     except (CharlmError, MemoryError):
@@ -63,10 +83,11 @@ def read_torch_file(path: Path) -> Any:
     except Exception as error:  # a damaged file makes torch, pickletools and zipfile raise many kinds
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise CharlmError(
-                f"{path} asks for {wanted[1]}, which is no part of a state dict; it was not read, as charlm "
-                "runs no code that a file names: if it is yours, save the model's state_dict() alone"
+                f"{path} asks for {one_line(wanted[1])}, which is no part of a state dict; it was not read, "
+                "as charlm runs no code that files name: if it is yours, save the model's state_dict() alone"
             ) from None
-        raise CharlmError(f"{path} is damaged or holds no model: {str(error).splitlines()[0]}") from None
+        why = one_line(str(error)) or type(error).__name__
+        raise CharlmError(f"{path} is damaged or holds no model: {why}") from None
 
 
 def check_parts(archive: zipfile.ZipFile, size: int) -> None:
@@ -78,16 +99,14 @@ def check_parts(archive: zipfile.ZipFile, size: int) -> None:
         raise ValueError("its parts overlap")
 
 
-def _readable_zip(file: BinaryIO) -> io.BytesIO | None:
-    """A ``torch.save`` archive with its pickle in protocol 2; None where it is so already."""
+def _readable_zip(file: BinaryIO) -> io.BytesIO:
+    """A ``torch.save`` archive with its pickle spelled anew."""
     with zipfile.ZipFile(file) as archive:
         check_parts(archive, os.fstat(file.fileno()).st_size)
         names = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
         if len(names) != 1:
             raise zipfile.BadZipFile(f"it holds {len(names)} files data.pkl where torch.save puts one")
         text = archive.read(names[0])
-        if text[:2] == b"\x80\x02":
-            return None
         copy = io.BytesIO()
         with zipfile.ZipFile(copy, "w") as other:
             for name in archive.namelist():
@@ -97,12 +116,10 @@ def _readable_zip(file: BinaryIO) -> io.BytesIO | None:
     return copy
 
 
-def _readable_sequence(file: BinaryIO) -> io.BytesIO | None:
+def _readable_sequence(file: BinaryIO) -> io.BytesIO:
     """The same of the older format: five pickles one after the other, then the tensors' bytes."""
-    if file.read(2) == b"\x80\x02":
-        return None
-    file.seek(0)
-    return io.BytesIO(b"".join(in_protocol_2(file) for _ in range(5)) + file.read())
+    whole = io.BytesIO(file.read())  # which gives no more than it has, whatever length a pickle claims
+    return io.BytesIO(b"".join(in_protocol_2(whole) for _ in range(5)) + whole.read())
 
 
 _TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
@@ -114,7 +131,8 @@ _GET = {"BINGET", "LONG_BINGET"}
 def in_protocol_2(file: BinaryIO) -> bytes:
     """The pickle that begins where `file` stands, its opcodes spelled in protocol 2; nothing is carried out.
 
-    Opcodes that have no such spelling stay: whoever reads the result refuses them.
+    Opcodes that have no such spelling stay: whoever reads the result refuses them. Raises
+    `pickle.UnpicklingError` for the name of a class or function that no state dict needs.
     """
     start = file.tell()
     operations: list[tuple[Any, Any, int | None]] = []
@@ -144,10 +162,12 @@ def in_protocol_2(file: BinaryIO) -> bytes:
             spelling = _text(str(text))
         elif name in _BYTES:
             latin = _text(argument.decode("latin-1")) + _text("latin-1")
-            spelling = b"c_codecs\nencode\n" + latin + pickle.TUPLE2 + pickle.REDUCE
+            spelling = _global("_codecs encode") + latin + pickle.TUPLE2 + pickle.REDUCE
         elif name == "STACK_GLOBAL" and len(texts) > 1 and None not in texts[-2:]:
-            spelling = "c{}\n{}\n".format(*texts[-2:]).encode()
+            spelling = _global(f"{texts[-2]} {texts[-1]}")
             del spelled[-2:], texts[-2:]
+        elif name == "GLOBAL":
+            spelling = _global(argument)
         else:
             spelling = data[at - start : end - start]
         size += len(spelling)
@@ -156,6 +176,14 @@ def in_protocol_2(file: BinaryIO) -> bytes:
         spelled.append(spelling)
         texts.append(text)
     return pickle.PROTO + b"\x02" + b"".join(spelled)
+
+
+def _global(name: str) -> bytes:
+    """The opcode that gets the class or function `name`, "module name", where a state dict may need it."""
+    if not _NAMES.fullmatch(name):
+        raise pickle.UnpicklingError("GLOBAL " + name.replace(" ", "."))
+    module, name = ("charlm latin1" if name == "_codecs encode" else name).split(" ")
+    return f"c{module}\n{name}\n".encode()
 
 
 def _text(text: str) -> bytes:

@@ -18,7 +18,7 @@ _NAMED = 8  # how many unknown characters an error names
 def code_points(text: str) -> Tensor:
     """The Unicode code points of `text`: int32 of shape (len(text),)."""
     if not text:
-        return torch.empty(0, dtype=torch.int32)
+        return torch.empty(0, dtype=torch.int32, device="cpu")
     # Command-line arguments can hold lone surrogates.
     return torch.frombuffer(bytearray(text, "utf-32-le", "surrogatepass"), dtype=torch.int32)
 
@@ -36,8 +36,9 @@ class Vocab:
         self.characters = characters
         self._points = code_points(characters)
         # By code point; the last stands for all that are larger.
-        self._ids = torch.full((max(map(ord, characters), default=0) + 2,), -1, dtype=torch.int32)
-        self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32)
+        rows = max(map(ord, characters), default=0) + 2
+        self._ids = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+        self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32, device="cpu")
 
     @classmethod
     def from_text(cls, text: str) -> "Vocab":
@@ -80,7 +81,7 @@ class Vocab:
         name: what the error calls the text.
         begin: where in a longer text it stands, for the error.
         """
-        ids, kept = torch.empty(len(text), dtype=dtype), 0
+        ids, kept = torch.empty(len(text), dtype=dtype, device="cpu"), 0
         for points in _chunks(text):
             chunk = self.look_up(points)
             if chunk.min() < 0:
@@ -117,7 +118,7 @@ class Vocab:
         rest = f" and {len(first) - _NAMED} more" if len(first) > _NAMED else ""
         return (
             f"{name} has characters that the model does not know: {', '.join(named)}{rest}; "
-            "--unknown skip leaves them out, --unknown replace puts a space for each"
+            "the option unknown takes skip, to leave them out, and replace, to put a space for each"
         )
 
 

@@ -52,6 +52,12 @@ def test_the_error_names_each_character_and_its_place():
     message.encode()  # can be printed
 
 
+def test_the_bytes_of_a_text():
+    vocab = Vocab("añ€\U0001f469\n")
+    ids = vocab.encode("a€€\n\U0001f469ñ" * 50)
+    assert vocab.num_bytes(ids) == len(vocab.decode(ids).encode()) and vocab.num_bytes(ids[:0]) == 0
+
+
 def test_empty():
     assert Vocab("ab").encode("").shape == (0,)
     assert Vocab("ab").encode("").dtype == torch.int32

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from charlm.checkpoint import Loaded
     from charlm.header import Header
     from charlm.metrics import Score
-    from charlm.score import Kind, Unit
+    from charlm.score import Kind, Tally, Unit
     from charlm.vocab import Unknown
 
 _TEXTS = 256  # that eval has in memory at once,
@@ -39,7 +40,7 @@ _LINES = 1000  # that score prints at once
 def evaluate(
     files: tuple[str, ...],
     as_json: bool,
-    unknown: str,
+    unknown: "Unknown",
     model: str | None,
     implementation: str | None,
     device: str,
@@ -49,24 +50,25 @@ def evaluate(
     Each file is cleaned as the model's training text was and scored by itself, whole, the state carried:
     every character after the first once. The total is over all of these. FILE may be compressed, a
     folder, a glob, or - for stdin. charlm score shows what each character costs.
+
+    A file is read piece by piece and may be of any length. Held in memory is all of stdin, and of a file for
+    a model that reads from the end, or fills in.
     """
     from charlm.evaluate import evaluate_each
     from charlm.metrics import Score
 
     loaded = load(model, implementation, device)
-    direction = loaded.config.model.direction
-    kind = "pseudo_" if direction == "both" else ""  # not to be taken for the others' figures
-    scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
+    kind = "pseudo_" if loaded.config.model.direction == "both" else ""  # not to be taken for the others'
     rows, total, total_bytes = [], Score(), 0
     texts = _texts(files, loaded, unknown)
     with _bar() as bar:
         # So many at a time that there is a batch, and no more than that in memory.
         while group := list(itertools.islice(_filling_up(texts), _TEXTS)):
-            results = evaluate_each(loaded.model, [ids for _, ids, _ in group], bar)
-            for (path, ids, strange), result in zip(group, results, strict=True):
-                num_bytes = len(loaded.vocab.decode(ids[scored]).encode())
-                rows.append({**_score_row(path, result, num_bytes, kind), "unknown": strange})
-                total, total_bytes = total + result, total_bytes + num_bytes
+            results = evaluate_each(loaded.model, [each.ids for each in group], bar)
+            for each, result in zip(group, results, strict=True):
+                row = _score_row(each.path, result, each.num_bytes, kind)
+                rows.append({**row, "unknown": each.tally.unknown})
+                total, total_bytes = total + result, total_bytes + each.num_bytes
     total_row = _score_row("total", total, total_bytes, kind)
     total_row["unknown"] = sum(row["unknown"] for row in rows)
     if as_json:
@@ -84,30 +86,76 @@ def evaluate(
         click.echo("".join(f"{cell:>{max(len(head), 11) + 1}}" for head, cell in pairs) + f"  {row['path']}")
 
 
-def _texts(files: Iterable[str], loaded: "Loaded", unknown: str) -> "Iterator[tuple[str, Tensor, int]]":
-    """Each text's name, its ids, and how many of its characters the model does not know."""
-    from charlm import text
+@dataclass
+class _Text:
+    """A text to score. What came of it is whole once it has been read.
+
+    ids: (N,), or of a long one that is read forward, blocks of them.
+    held: how many characters of it are in memory.
+    tally: counts those that the model does not know.
+    num_bytes: that the scored characters take in UTF-8.
+    """
+
+    path: str
+    ids: "Tensor | Iterable[Tensor]"
+    held: int
+    tally: "Tally"
+    num_bytes: int = 0
+
+
+def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterator[_Text]:
+    from charlm import stream, text
     from charlm.clean import clean
 
+    cleaning = loaded.config.corpus.cleaning
     for name in files:
         paths = [Path("-")] if name == "-" else text.find_files(name)
         for path in paths:
-            content = text.decode(sys.stdin.buffer.read(), "stdin") if name == "-" else text.read_file(path)
-            content = clean(text.strip_gutenberg(content), **loaded.config.corpus.cleaning)
-            ids = loaded.vocab.encode(content, unknown, str(path))  # type: ignore[arg-type]
-            if len(ids) < 2 and len(paths) > 1:
-                click.echo(f"left out: {path} has {len(ids)} characters, too few to score", err=True)
+            if name == "-":
+                content = text.strip_gutenberg(text.decode(sys.stdin.buffer.read(), "stdin"))
+                pieces = iter([clean(content, **cleaning)])
+            else:
+                pieces = stream.read_file(path, cleaning)
+            found = _text(path, pieces, loaded, unknown)
+            if found.held < 2 and len(paths) > 1:
+                click.echo(f"left out: {path} has {found.held} characters, too few to score", err=True)
                 continue
-            if len(ids) < 2:
-                raise CharlmError(f"{path} has {len(ids)} characters to score; it takes two or more")
-            yield str(path), ids, 0 if unknown == "error" else loaded.vocab.count_unknown(content)
+            if found.held < 2:
+                raise CharlmError(f"{path} has {found.held} characters to score; it takes two or more")
+            yield found
 
 
-def _filling_up(texts: "Iterator[tuple[str, Tensor, int]]") -> "Iterator[tuple[str, Tensor, int]]":
+def _text(path: Path, pieces: Iterator[str], loaded: "Loaded", unknown: "Unknown") -> _Text:
+    """The clean text that comes in `pieces`."""
+    import torch
+
+    from charlm.evaluate import in_blocks
+    from charlm.score import Tally, encoded
+
+    vocab, direction, tally = loaded.vocab, loaded.config.model.direction, Tally()
+    blocks = in_blocks(encoded(vocab, pieces, unknown, str(path), tally))
+    begun = list(itertools.islice(blocks, 2 if direction == "forward" else None))
+    ids = torch.cat(begun) if begun else torch.empty(0, dtype=torch.int32)
+    found = _Text(str(path), ids, len(ids), tally)
+
+    def counted(blocks: "Iterable[Tensor]") -> "Iterator[Tensor]":
+        for k, block in enumerate(blocks):
+            found.num_bytes += vocab.num_bytes(block[1:] if k == 0 else block)
+            yield block
+
+    if direction == "forward" and len(begun) > 1:
+        found.ids = counted(itertools.chain(begun, blocks))
+    else:
+        scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
+        found.num_bytes = vocab.num_bytes(ids[scored])
+    return found
+
+
+def _filling_up(texts: Iterator[_Text]) -> Iterator[_Text]:
     """From `texts` until they are as long together as is good to have in memory."""
     size = 0
     while size < _TOGETHER and (one := next(texts, None)):
-        size += len(one[1])
+        size += one.held
         yield one
 
 

@@ -66,10 +66,10 @@ def score(
     Raises `UnknownCharactersError` as `Vocab.encode` does, on the way.
     """
     tally = Tally() if tally is None else tally
-    encoded = _encoded(vocab, pieces, unknown, name, tally)
+    blocks = encoded(vocab, pieces, unknown, name, tally)
     if model.config.direction == "forward":
-        return _units(_streamed(model, vocab, encoded), kind, tally)
-    return _units(_whole(model, vocab, encoded), kind, tally)
+        return _units(_streamed(model, vocab, blocks), kind, tally)
+    return _units(_whole(model, vocab, blocks), kind, tally)
 
 
 def most_surprising(
@@ -85,9 +85,10 @@ def _surprise(unit: Unit, each_character: bool) -> float:
     return unit.bits / unit.characters if each_character else unit.bits
 
 
-def _encoded(
+def encoded(
     vocab: Vocab, pieces: Iterable[str], unknown: Unknown, name: str, tally: Tally
 ) -> Iterator[Tensor]:
+    """The ids (n,) of each of `pieces` of a clean text; raises as `score` does. tally: counts the unknown."""
     begin = 0
     for piece in pieces:
         ids = vocab.encode(piece, unknown, name, begin=begin)

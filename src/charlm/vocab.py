@@ -38,6 +38,8 @@ class Vocab:
         # By code point; the last stands for all that are larger.
         self._ids = torch.full((max(map(ord, characters), default=0) + 2,), -1, dtype=torch.int32)
         self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32)
+        sizes = [len(char.encode("utf-8", "surrogatepass")) for char in characters]
+        self._sizes = torch.tensor(sizes, dtype=torch.uint8)  # in UTF-8
 
     @classmethod
     def from_text(cls, text: str) -> "Vocab":
@@ -102,6 +104,10 @@ class Vocab:
     def decode(self, ids: Tensor) -> str:
         """The text of `ids`, integers of shape (N,)."""
         return "".join(self.characters[i] for i in ids.tolist())
+
+    def num_bytes(self, ids: Tensor) -> int:
+        """How many bytes the text of `ids` (N,) takes in UTF-8."""
+        return int(self._sizes.index_select(0, ids).sum(dtype=torch.int64))
 
     def look_up(self, points: Tensor) -> Tensor:
         """The ids of code points (N,), -1 where there is none; `points` are used up."""

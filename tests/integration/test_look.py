@@ -1,6 +1,7 @@
 """What is looked at after a training: eval, score, info, novelty."""
 
 import io
+import itertools
 import json
 import math
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from charlm import evaluate as scoring
+from charlm import stream
 from conftest import process, settings
 
 
@@ -46,6 +49,29 @@ def test_eval_counts_what_it_does_not_know(charlm, trained):
         assert (total["unknown"], total["characters"]) == (3, characters)
     assert "unknown" in charlm("eval", "b.txt", "--unknown", "skip").out
     assert "unknown" not in charlm("eval", "corpus.txt").out
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_eval_of_a_long_file_gives_what_it_gave_whole(charlm, words, monkeypatch, direction):
+    """Forward it is scored as it is read; a model that reads from the end needs all of it first."""
+    options = settings("corpus.source=corpus.txt", "train.max_steps=1", f"model.direction={direction}")
+    assert charlm("train", *options).code == 0
+    Path("long.txt").write_text(words.replace("b", "Ω"), encoding="utf-8")
+    whole = json.loads(charlm("eval", "long.txt", "--json", "--unknown", "skip").out)["files"][0]
+    turns, read, scored = [], stream.read_file, scoring.segments.read
+
+    def read_file(path, cleaning):
+        for piece in itertools.chain.from_iterable(read(path, cleaning)):
+            turns.append("read")
+            yield piece
+
+    monkeypatch.setattr(stream, "read_file", read_file)
+    monkeypatch.setattr(scoring.segments, "read", lambda *args: turns.append("scored") or scored(*args))
+    monkeypatch.setattr(scoring, "BLOCK", 300)
+    cut = json.loads(charlm("eval", "long.txt", "--json", "--unknown", "skip").out)["files"][0]
+    assert cut.pop("path") == whole.pop("path") and cut == pytest.approx(whole, rel=1e-6)
+    ahead = "".join("." if turn == "read" else " " for turn in turns).split()
+    assert max(map(len, ahead)) < 1000 if direction == "forward" else len(ahead) == 1
 
 
 @pytest.mark.parametrize("unit", ["char", "word", "line"])

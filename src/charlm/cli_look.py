@@ -14,7 +14,7 @@ import click
 
 from charlm.cli_options import device_option, implementation_option, load, model_option, unknown_option
 from charlm.completion import complete_runs
-from charlm.errors import CharlmError
+from charlm.errors import CharlmError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,7 +196,8 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     "--unit",
     "-u",
     type=click.Choice(["char", "word", "line"]),
-    help="What has a row: each character, word or line.  [default: char; with --top: line]",
+    help="What has a row: each character, word or line.  [default: char; with --top: line, or word where the "
+    "model knows no line ends]",
 )
 @click.option(
     "--top",
@@ -242,7 +243,13 @@ def score_texts(
     from charlm.score import Tally, most_surprising, score
 
     loaded = load(model, implementation, device)
-    kind: Kind = unit or ("line" if top else "char")
+    lines_end = "\n" in loaded.vocab.characters
+    if unit == "line" and not lines_end:
+        raise ConfigError(
+            "--unit line: this model knows no line ends, a text is one line (corpus.keep may have made "
+            "spaces of them); take --unit word"
+        )
+    kind: Kind = unit or (("line" if lines_end else "word") if top else "char")
     bits = "pseudo_bits" if loaded.config.model.direction == "both" else "bits"
     cleaning, tally = loaded.config.corpus.cleaning, Tally()
 

@@ -97,6 +97,17 @@ def test_top_has_the_most_surprising_first(charlm, trained):
     assert "2 characters that the model does not know were left out" in done.err
 
 
+def test_without_line_ends_the_words_are_ranked(charlm):
+    """corpus.keep makes spaces of them: the whole text would be one line."""
+    options = settings("corpus.source=corpus.txt", "corpus.keep=a-zñé", "train.max_steps=1")
+    assert charlm("train", *options).code == 0
+    Path("b.txt").write_text("ab ca\nfed\n")
+    _, rows = rows_of(charlm("score", "b.txt", "--top", "9").out)
+    assert sorted(row[4] for row in rows) == ["ab ", "ca ", "fed "]
+    done = charlm("score", "b.txt", "--unit", "line")
+    assert done.code == 2 and "knows no line ends" in done.err and done.out == ""
+
+
 def test_rows_come_while_the_text_still_comes(folder, trained):
     running = process("score", "-", "--unit", "line", cwd=folder, stdin=subprocess.PIPE)
     running.stdin.write("abc\n")

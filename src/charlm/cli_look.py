@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ import click
 from charlm.cli_options import device_option, implementation_option, load, model_option, unknown_option
 from charlm.completion import complete_runs
 from charlm.errors import CharlmError, ConfigError
+from charlm.json_text import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +72,7 @@ def evaluate(
     total_row = _score_row("total", total, total_bytes, kind)
     total_row["unknown"] = sum(row["unknown"] for row in rows)
     if as_json:
-        finite = [{k: v if v != math.inf else None for k, v in row.items()} for row in (*rows, total_row)]
-        click.echo(json.dumps({"files": finite[:-1], "total": finite[-1]}, indent=2))
+        click.echo(json_text({"files": rows, "total": total_row}, indent=2))
         return
     heads = ["characters", "nats/char", f"{kind}perplexity", f"{kind}bits/char", f"{kind}bits/byte"]
     heads += ["unknown"] * (unknown != "error")
@@ -109,7 +108,7 @@ def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterat
 
     cleaning = loaded.config.corpus.cleaning
     for name in files:
-        paths = [Path("-")] if name == "-" else text.find_files(name)
+        paths, some = [Path("-")] if name == "-" else text.find_files(name), False
         for path in paths:
             if name == "-":
                 content = text.strip_gutenberg(text.decode(sys.stdin.buffer.read(), "stdin"))
@@ -123,6 +122,9 @@ def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterat
             if found.held < 2:
                 raise CharlmError(f"{path} has {found.held} characters to score; it takes two or more")
             yield found
+            some = True
+        if not some:
+            raise CharlmError(f"no file of {name} has two characters or more to score")
 
 
 def _text(path: Path, pieces: Iterator[str], loaded: "Loaded", unknown: "Unknown") -> _Text:
@@ -288,9 +290,8 @@ def score_texts(
 def _unit_row(path: str, unit: "Unit", bits: str, as_json: bool) -> str:
     """A unit as a line of JSON or of tab-separated columns."""
     if as_json:
-        value = unit.bits if unit.bits is not None and math.isfinite(unit.bits) else None
-        row = {"path": path, "start": unit.start, "characters": unit.characters, bits: value}
-        return json.dumps({**row, "text": unit.text}, ensure_ascii=False)
+        row = {"path": path, "start": unit.start, "characters": unit.characters, bits: unit.bits}
+        return json_text({**row, "text": unit.text}, ensure_ascii=False)
     shown = "" if unit.bits is None else f"{unit.bits:.6f}"
     columns = (path.translate(_ESCAPES), str(unit.start), str(unit.characters), shown)
     return "\t".join((*columns, unit.text.translate(_ESCAPES)))
@@ -317,7 +318,7 @@ def info(models: tuple[str, ...], as_json: bool) -> None:
         if len(paths) > 1:
             different = {key: list(values) for key, values in _differences(headers).items()}
             found = {"models": shown, "differences": different}
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        click.echo(json_text(found, indent=2, ensure_ascii=False))
         return
     if len(paths) > 1:
         _side_by_side(paths, headers)

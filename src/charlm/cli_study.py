@@ -1,7 +1,6 @@
 """The commands that study models and machines: gradcheck, gradflow, compare, bench."""
 
 import itertools
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import click
 
 from charlm.completion import complete_recipes, complete_settings
 from charlm.errors import CharlmError, ConfigError
+from charlm.json_text import json_text
 
 SIX = ["rnn.yaml", "rnn-scratch.yaml", "lstm.yaml", "lstm-scratch.yaml", "gru.yaml", "gru-scratch.yaml"]
 
@@ -240,7 +240,7 @@ def bench(
         seconds,
     )
     if as_json:
-        click.echo(json.dumps(asdict(report), indent=2))
+        click.echo(json_text(asdict(report), indent=2))
         return
     rates = ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in report.products.items())
     click.echo(

@@ -1,6 +1,5 @@
 """The commands that write with a model: generate, fill."""
 
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from charlm.cli_options import (
 )
 from charlm.errors import ConfigError
 from charlm.interactive import converse, show
+from charlm.json_text import json_text
 
 if TYPE_CHECKING:
     from charlm.api import LanguageModel
@@ -222,7 +222,7 @@ def fill(
         for chars, probability in answers
     ]
     if as_json:
-        click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+        click.echo(json_text(shown, indent=2, ensure_ascii=False))
         return
     for row in shown:
         click.echo(f"{row['probability']:7.4f}  {row['text']}")

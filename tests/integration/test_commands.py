@@ -263,6 +263,11 @@ def test_eval_leaves_out_what_a_folder_has_too_little_of(charlm, trained):
     done = charlm("eval", "texts", "--json")
     assert [row["path"] for row in json.loads(done.out)["files"]] == ["texts/a.txt"]
     assert "left out: texts/b.txt" in done.err
+    Path("texts/a.txt").write_text("a")
+    for options in ((), ("--json",)):
+        done = charlm("eval", "corpus.txt", "texts", *options)
+        assert done.code == 1 and done.out == ""
+        assert done.err.splitlines()[-1] == "charlm: no file of texts has two characters or more to score"
 
 
 def test_no_command_shows_the_help(charlm):

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from charlm import evaluate as scoring
 from charlm import stream
+from charlm.checkpoint import load_model, save_model
 from conftest import process, settings
 
 
@@ -127,6 +129,26 @@ def test_info_of_two_shows_what_differs(charlm, trained):
     found = json.loads(charlm("info", "tiny", "other", "--json").out)
     assert found["differences"]["model.cell"] == ["lstm", "gru"] and len(found["models"]) == 2
     assert found["differences"]["step"] == [3, 2] and "vocabulary" not in found["differences"]
+
+
+def strict(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_no_number_is_null_in_json(charlm, trained):
+    loaded = load_model(trained / "model.safetensors")
+    with torch.no_grad():
+        loaded.model.head.bias.fill_(math.nan)
+    figures = {**loaded.figures, "val_perplexity": math.inf}
+    save_model(Path("nan.safetensors"), loaded.model, loaded.vocab, loaded.config, figures)
+    found = strict(charlm("eval", "corpus.txt", "-m", "nan.safetensors", "--json").out)["total"]
+    assert found["nats"] is found["loss"] is found["perplexity"] is found["bits_per_byte"] is None
+    rows = charlm("score", "corpus.txt", "-m", "nan.safetensors", "--json", "--unit", "line").out
+    assert {strict(row)["bits"] for row in rows.splitlines()} == {None}
+    assert strict(charlm("info", "nan.safetensors", "--json").out)["figures"]["val_perplexity"] is None
 
 
 def test_info_needs_no_torch(trained):

@@ -97,16 +97,21 @@ def gradflow(
     import torch
 
     from charlm import config as configuration
+    from charlm import plot as plotting
     from charlm.corpus import Corpus
     from charlm.gradflow import gradflow as flow
     from charlm.gradflow import plot
     from charlm.learner import Learner
     from charlm.model import CharLM
 
+    if picture:
+        plotting.check_plot(Path(picture))
     base = configuration.load(recipe, overrides)
     corpus = Corpus.load(base.corpus)
-    if len(corpus.val) <= steps:
-        raise ConfigError(f"--steps {steps} is longer than the val split's {len(corpus.val)} characters")
+    if len(corpus.val) < steps + 2:
+        raise ConfigError(
+            f"--steps {steps} needs {steps + 2} characters, and the val split has {len(corpus.val)}"
+        )
     starts = torch.linspace(0, len(corpus.val) - steps - 2, 32).long()
     ids = corpus.val.unfold(0, steps + 2, 1)[starts].long()
     curves: dict[str, list[float]] = {}

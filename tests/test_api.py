@@ -66,6 +66,8 @@ def test_it_writes_what_the_command_writes(charlm, folder, way):
     written = model.generate("abΩ", 40, **options)
     assert charlm("generate", "-p", "abΩ", "-n", 40, *arguments).out.rstrip("\n") == written.rstrip("\n")
     assert "".join(model.stream("abΩ", 40, **options)) == written
+    parts = list(model.stream("ab", 9))
+    assert len(parts) == 10 and (way == "forward" or not any(parts[:-1])), "each is a chance to stop"
     second = model.generate("abΩ", 40, **{**options, "seed": 6})
     assert model.generate_batch(2, "abΩ", 40, **options) == [written, second] and written != second
     assert (written.startswith if way == "forward" else written.endswith)("ab")

@@ -131,7 +131,8 @@ class LanguageModel:
         >>> "".join(model.stream("abc", 20, seed=1)) == model.generate("abc", 20, seed=1)
         True
 
-        What a backward model writes comes in one part: its last character stands first.
+        What a backward model writes comes in one part at the end, as its last character stands first; empty
+        parts come meanwhile.
         """
         _check(length, temperature, top_k, top_p)
         shown, start, stop = self._read(prefix, stop, unknown)
@@ -140,7 +141,11 @@ class LanguageModel:
 
         def parts() -> Iterator[str]:
             if self._backward:
-                yield "".join(written)[::-1] + shown
+                end = ""
+                for part in written:
+                    end += part
+                    yield ""  # whoever reads can stop here
+                yield end[::-1] + shown
             else:
                 yield shown
                 yield from written

@@ -123,15 +123,15 @@ def generate(
     if quantize and device == "auto":
         device = "cpu"  # which alone has steps with fewer bits
     writer = LanguageModel(load(model, implementation, device))
-    if interactive:
-        converse(writer, click.get_current_context())
-        return
     options: dict[str, Any] = {
         **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
         **{"stop": stop, "unknown": unknown, "quantize": quantize},
     }
     prefix = stdin_for_dash(prefix)
     start = writer.generate(prefix, 0, **options)  # what is wrong is told before anything is written
+    if interactive:
+        converse(writer, click.get_current_context())
+        return
     if quantize:
         Stepper(writer.model, quantize)
     known = None

@@ -50,6 +50,9 @@ def test_the_error_names_each_character_and_its_place():
     )
     assert message.count("U+03A9") == 1
     message.encode()  # can be printed
+    assert message.endswith("replace puts ' ' for each")
+    with pytest.raises(UnknownCharactersError, match="replace puts 'b' for each"):
+        Vocab("ba").encode("Ω")
 
 
 def test_the_bytes_of_a_text():

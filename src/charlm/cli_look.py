@@ -13,7 +13,7 @@ import click
 
 from charlm.cli_options import device_option, implementation_option, load, model_option, unknown_option
 from charlm.completion import complete_runs
-from charlm.errors import CharlmError, ConfigError
+from charlm.errors import CharlmError, ConfigError, one_line
 from charlm.json_text import json_text
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def score_texts(
             flush()
     flush()
     if tally.unknown:
-        what = "left out" if unknown == "skip" else "read as spaces"
+        what = "left out" if unknown == "skip" else f"read as {loaded.vocab.replacement!r}"
         click.echo(f"{tally.unknown:,} characters that the model does not know were {what}", err=True)
 
 
@@ -326,9 +326,11 @@ def info(models: tuple[str, ...], as_json: bool) -> None:
     path, header = paths[0], headers[0]
     click.echo(f"{path}: {_parameters(header):,} parameters")
     for name, shape in header.tensors.items():
-        click.echo(f"  {name:<28} {' × '.join(map(str, shape))}")
+        click.echo(f"  {one_line(name):<28} {' × '.join(map(str, shape))}")
     click.echo(f"\nvocabulary: {len(header.vocab)} characters, the most frequent first\n  {header.vocab!r}")
-    click.echo("\nfigures" + "".join(f"\n  {key:<28} {value}" for key, value in header.figures.items()))
+    click.echo("\nfigures")
+    for key, value in header.figures.items():
+        click.echo(f"  {one_line(key):<28} {one_line(str(value))}")
     click.echo(f"\nconfiguration\n{to_yaml(header.config)}", nl=False)
 
 
@@ -383,7 +385,7 @@ def _side_by_side(paths: list[Path], headers: list["Header"]) -> None:
         )
 
     rows = [("", *(str(path) for path in paths))]
-    rows += [(name, *map(cell, values)) for name, values in _differences(headers).items()]
+    rows += [(one_line(name), *map(cell, values)) for name, values in _differences(headers).items()]
     widths = [max(len(row[k]) for row in rows) for k in range(len(paths) + 1)]
     for row in rows:
         click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

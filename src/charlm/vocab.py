@@ -66,6 +66,11 @@ class Vocab:
     def __len__(self) -> int:
         return len(self.characters)
 
+    @property
+    def replacement(self) -> str:
+        """The character put for an unknown one: a space, or the most frequent where none is known."""
+        return " " if " " in self.characters else self.characters[:1]
+
     def encode(
         self,
         text: str,
@@ -78,7 +83,7 @@ class Vocab:
 
         unknown: what becomes of characters that are not in the vocabulary. ``error`` raises
             `UnknownCharactersError`, which names each with its position; ``skip`` leaves them out;
-            ``replace`` puts a space for each, or the most frequent character where no space is known.
+            ``replace`` puts `replacement` for each.
         name: what the error calls the text.
         begin: where in a longer text it stands, for the error.
         """
@@ -92,7 +97,7 @@ class Vocab:
                 if unknown == "skip":
                     chunk = chunk[~missing]
                 else:
-                    chunk = chunk.masked_fill(missing, max(self.characters.find(" "), 0))
+                    chunk = chunk.masked_fill(missing, self.characters.index(self.replacement))
             ids[kept : kept + len(chunk)] = chunk
             kept += len(chunk)
         return ids[:kept]
@@ -123,7 +128,7 @@ class Vocab:
         rest = f" and {len(first) - _NAMED} more" if len(first) > _NAMED else ""
         return (
             f"{name} has characters that the model does not know: {', '.join(named)}{rest}; "
-            "--unknown skip leaves them out, --unknown replace puts a space for each"
+            f"--unknown skip leaves them out, --unknown replace puts {self.replacement!r} for each"
         )
 
 

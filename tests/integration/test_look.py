@@ -97,6 +97,8 @@ def test_top_has_the_most_surprising_first(charlm, trained):
     found = rows_of(done.out)[1]
     assert found == sorted(every, key=lambda row: -float(row[3]) / int(row[2]))[:2]
     assert "2 characters that the model does not know were left out" in done.err
+    done = charlm("score", "b.txt", "--unknown", "replace")
+    assert "2 characters that the model does not know were read as ' '" in done.err
 
 
 def test_without_line_ends_the_words_are_ranked(charlm):
@@ -149,6 +151,16 @@ def test_what_is_no_number_is_null_in_json(charlm, trained):
     rows = charlm("score", "corpus.txt", "-m", "nan.safetensors", "--json", "--unit", "line").out
     assert {strict(row)["bits"] for row in rows.splitlines()} == {None}
     assert strict(charlm("info", "nan.safetensors", "--json").out)["figures"]["val_perplexity"] is None
+
+
+def test_what_a_file_says_writes_nothing_but_text_on_a_terminal(charlm, trained):
+    loaded = load_model(trained / "model.safetensors")
+    for name in ("a", "b"):
+        figures = {"\x1b[31mstep": f"\x1b[2J{name}", "\x1b]0;note": name}
+        save_model(Path(f"{name}.safetensors"), loaded.model, loaded.vocab, loaded.config, figures)
+    for names in (["a.safetensors"], ["a.safetensors", "b.safetensors"]):
+        shown = charlm("info", *names).out
+        assert "\x1b" not in shown and "[31mstep" in shown and "[2Ja" in shown
 
 
 def test_info_needs_no_torch(trained):

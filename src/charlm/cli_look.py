@@ -137,7 +137,7 @@ def _text(path: Path, pieces: Iterator[str], loaded: "Loaded", unknown: "Unknown
     vocab, direction, tally = loaded.vocab, loaded.config.model.direction, Tally()
     blocks = in_blocks(encoded(vocab, pieces, unknown, str(path), tally))
     begun = list(itertools.islice(blocks, 2 if direction == "forward" else None))
-    ids = torch.cat(begun) if begun else torch.empty(0, dtype=torch.int32)
+    ids = torch.cat(begun) if begun else torch.empty(0, dtype=torch.int32, device="cpu")
     found = _Text(str(path), ids, len(ids), tally)
 
     def counted(blocks: "Iterable[Tensor]") -> "Iterator[Tensor]":

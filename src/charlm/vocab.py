@@ -39,7 +39,7 @@ class Vocab:
         self._ids = torch.full((max(map(ord, characters), default=0) + 2,), -1, dtype=torch.int32)
         self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32)
         sizes = [len(char.encode("utf-8", "surrogatepass")) for char in characters]
-        self._sizes = torch.tensor(sizes, dtype=torch.uint8)  # in UTF-8
+        self._sizes = torch.tensor(sizes, dtype=torch.uint8, device="cpu")  # in UTF-8
 
     @classmethod
     def from_text(cls, text: str) -> "Vocab":

@@ -34,12 +34,12 @@ class Vocab:
     def __init__(self, characters: str):
         assert len(set(characters)) == len(characters), "a vocabulary has each character once"
         self.characters = characters
+        sizes = [len(char.encode("utf-8", "surrogatepass")) for char in characters]
+        self._sizes = torch.tensor(sizes, dtype=torch.uint8, device="cpu")  # in UTF-8
         self._points = code_points(characters)
         # By code point; the last stands for all that are larger.
         self._ids = torch.full((max(map(ord, characters), default=0) + 2,), -1, dtype=torch.int32)
         self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32)
-        sizes = [len(char.encode("utf-8", "surrogatepass")) for char in characters]
-        self._sizes = torch.tensor(sizes, dtype=torch.uint8, device="cpu")  # in UTF-8
 
     @classmethod
     def from_text(cls, text: str) -> "Vocab":

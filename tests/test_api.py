@@ -71,6 +71,8 @@ def test_it_writes_what_the_command_writes(charlm, folder, way):
     written = model.generate("abΩ", 40, **options)
     assert charlm("generate", "-p", "abΩ", "-n", 40, *arguments).out.rstrip("\n") == written.rstrip("\n")
     assert "".join(model.stream("abΩ", 40, **options)) == written
+    parts = list(model.stream("ab", 9))
+    assert len(parts) == 10 and (way == "forward" or not any(parts[:-1])), "each is a chance to stop"
     second = model.generate("abΩ", 40, **{**options, "seed": 6})
     assert model.generate_batch(2, "abΩ", 40, **options) == [written, second] and written != second
     assert (written.startswith if way == "forward" else written.endswith)("ab")
@@ -149,7 +151,7 @@ def test_texts_are_cleaned_as_the_training_text_was(folder):
     path = made(folder)
     model = package.load(path)
     assert [character for character, _ in model.score("an\u0303")] == ["ñ"]
-    told = r"the text has characters .* 'Ω' \(U\+03A9\) at position 1; the option unknown takes skip"
+    told = r'the text has characters .* 'Ω' \(U\+03A9\) at position 1; --unknown skip \(in Python unknown="skip"\)'
     with pytest.raises(CharlmError, match=told):
         model.score("aΩ")
     assert model.embed("aΩb", unknown="skip").shape == (2, 12)

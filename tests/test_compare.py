@@ -1,5 +1,7 @@
 import csv
 import json
+import math
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -140,6 +142,11 @@ def test_markdown():
         "| rnn            |      5.77 |    6.13 |     2.615 |      4,321 |    61.3 |  41,234 |          3 |\n"
         "| lstm, 2 layers |     12.50 |   13.25 |     3.728 |  1,234,567 | 1,061.0 |   9,876 |        2.5 |"
     )
+
+
+def test_what_is_infinite_is_null_in_json():
+    (row,) = json.loads(table([replace(ROWS[0], val_perplexity=math.inf)], "json"))
+    assert row == {**asdict(ROWS[0]), "val_perplexity": None}
 
 
 def test_csv_and_json_have_every_digit():

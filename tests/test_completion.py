@@ -9,6 +9,7 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from charlm.cli import cli
+from charlm.config import KEYS, from_data
 from conftest import ROOT
 
 
@@ -26,6 +27,8 @@ def runs(folder):
         Path("runs", name, "config.yaml").touch()
         os.utime(Path("runs", name), (1000 - age, 1000 - age))
     Path("runs/nothing").mkdir()
+    Path("runs/.hidden").mkdir()
+    Path("runs/.hidden/config.yaml").touch()
 
 
 def test_recipes_that_ship_and_those_here(folder):
@@ -46,7 +49,15 @@ def test_runs_the_newest_first(runs, command):
 
 
 def test_settings():
-    assert offered("train", "--set", "train.l") == ["train.loss_on=", "train.lr="]
+    assert offered("train", "--set", "train.l") == [
+        "train.loss_on=", "train.loss_on=all", "train.lr=", "train.lr=0.008",
+    ]  # fmt: skip
+
+
+def test_the_settings_offered_are_the_defaults():
+    every = [each for each in offered("train", "--set", "") if not each.endswith("=")]
+    assert len(every) == len(KEYS) and from_data({}, "", every) == from_data({}, "")
+    assert not any(" " in each for each in every)
 
 
 def test_a_shell_asks(folder):

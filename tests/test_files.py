@@ -35,5 +35,5 @@ def test_a_failure_leaves_what_was(tmp_path, error):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(CharlmError, match="No such file"):
+    with pytest.raises(CharlmError, match="No such file.*; make the folder"):
         write_atomically(tmp_path / "no/a", lambda temporary: None)

@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -170,10 +168,7 @@ def test_a_text_too_short_is_refused():
 CURVES = {"rnn": [1.0, 1e-3, 1e-7, 0.0], "lstm": [1.0, 0.5, 0.2, 0.1]}
 
 
-@pytest.mark.parametrize(
-    ("name", "begins"),
-    [("a.png", b"\x89PNG"), ("plain", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")],
-)
+@pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
 def test_plot_writes_an_image(tmp_path, name, begins):
     plot(CURVES, tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(begins)
@@ -188,15 +183,6 @@ def test_plot_shows_each_curve_on_a_logarithmic_scale(tmp_path):
 
 
 def test_plot_refuses_what_it_cannot_write(tmp_path):
-    with pytest.raises(CharlmError, match=r"cannot draw a \.docx file; take one of .*png"):
-        plot(CURVES, tmp_path / "a.docx")
     with pytest.raises(CharlmError, match="cannot write"):
         plot(CURVES, tmp_path / "missing" / "a.png")
     assert not list(tmp_path.iterdir())
-
-
-def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    for module in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(CharlmError, match=r"pip install 'charlm-torch\[plot\]'"):
-        plot(CURVES, tmp_path / "a.png")

@@ -16,6 +16,7 @@ ROWS = {
     "clean": 1,
     "stream": 2,
     "files": 1,
+    "json_text": 1,
     "device": 1,
     "native": 1,
     "header": 2,

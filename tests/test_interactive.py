@@ -11,6 +11,7 @@ import time
 import pytest
 
 from charlm import interactive
+from conftest import settings
 
 
 @pytest.fixture
@@ -71,6 +72,17 @@ def test_what_does_not_go_with_a_prompt(typed, options):
     assert done.code == 2 and "leave out --prefix, --num-samples and --novelty" in done.err
 
 
+@pytest.mark.parametrize(
+    ("direction", "options", "part"),
+    [("both", (), "to fill in characters"), ("forward", ("--stop", "Ω"), "can never be written")],
+)
+def test_what_no_line_could_do_is_refused_at_once(charlm, typed, direction, options, part):
+    changes = settings("corpus.source=corpus.txt", "train.max_steps=1", f"model.direction={direction}")
+    assert charlm("train", *changes).code == 0
+    done = typed("a", "b", options=options)
+    assert part in done.err and done.err.count("charlm: ") == 1 and done.out == ""
+
+
 def test_on_a_terminal(folder, trained, request):
     """A prompt, a history, Ctrl-C for a text, Ctrl-D to leave."""
     outer, inner = pty.openpty()
@@ -84,7 +96,7 @@ def test_on_a_terminal(folder, trained, request):
         stdout=inner,
         stderr=inner,
         start_new_session=True,
-        env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:strict"},
     )
     os.close(inner)
     request.addfinalizer(running.wait)
@@ -106,6 +118,8 @@ def test_on_a_terminal(folder, trained, request):
     assert ":help" in until(interactive.PROMPT)
     enter("abcΩ\r")
     assert "U+03A9" in until(interactive.PROMPT)
+    os.write(outer, b"a\xff\r")  # no UTF-8
+    assert "U+DCFF" in until(interactive.PROMPT)
     enter("abc\r")
     text = until(interactive.PROMPT).replace("\r", "").split("\n", 1)[1]
     enter("\x1b[A\r")  # the arrow up: the line before

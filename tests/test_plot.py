@@ -43,6 +43,18 @@ def test_a_bad_beginning_does_not_hide_the_rest():
     assert perplexity.get_ylim()[1] == pytest.approx(3 * math.exp(1.5))
 
 
+@pytest.mark.parametrize("losses", [(800.0, 2.0), (800.0, 750.0), (709.0, 690.7)])
+def test_a_perplexity_that_no_axis_holds_is_a_gap(tmp_path, losses):
+    rows = [{"step": k, "train_loss": loss, "val_loss": loss} for k, loss in enumerate(losses)]
+    plot({"a": rows}, tmp_path / "a.png")  # without a warning
+    drawn = lines(draw({"a": rows}).axes[1])[1][1]
+    assert math.isnan(drawn[0]) and math.isnan(drawn[1]) == (losses[1] == 750)
+
+
+def test_a_name_is_no_formula(tmp_path):
+    plot({"$a^{2$": ROWS["gru"]}, tmp_path / "a.png")
+
+
 def test_a_figure_that_was_not_measured_is_a_gap():
     rows = [{"step": 1, "val_loss": 2.0}, {"step": 2, "train_loss": 1.0, "val_loss": 1.5}]
     train = lines(draw({"a": rows}).axes[0])[0][1]

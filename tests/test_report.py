@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -55,6 +56,9 @@ def test_the_page_has_the_run_and_runs_nothing_of_the_text_s(page):
     assert data["units"] == list(range(12)) and "the inside of quotes" in data["features"]
     assert len(data["activations"]) == -(-12 * length // 3) * 4
     assert re.search(r"<pre>corpus:\n  source: bad.txt", text)
+    # Texts that are written from right to left begin there; a single character is isolated.
+    sided = [tag for tag, attributes in found.tags if attributes.get("dir") == "auto"]
+    assert sorted(sided) == ["div", "div", "pre", "pre", "pre"] and "`\\u2068$" in text
 
 
 def test_a_guess_is_the_model_s_and_a_unit_s_correlation_is_right():
@@ -80,6 +84,13 @@ def test_a_backward_model_has_a_page_and_one_that_fills_in_has_none(charlm, monk
         assert bits is None or dict(guesses).get(char, 2**-bits) == pytest.approx(2**-bits, abs=2e-3)
     done = charlm("report", "both")
     assert done.code == 1 and "only fills in" in done.err
+
+
+def test_a_folder_s_name_that_is_no_utf8(charlm, trained, monkeypatch):
+    monkeypatch.setattr(report, "WRITTEN", 30)
+    run = trained.rename(os.fsdecode(b"runs/t\xff"))
+    done = charlm("report", run)
+    assert done.code == 0 and "<title>t?</title>" in (run / "report.html").read_text(encoding="utf-8"), done
 
 
 def test_a_text_that_is_gone_or_another(charlm, trained):

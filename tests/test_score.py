@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from charlm import score as scoring
 from charlm.config import ModelConfig
 from charlm.evaluate import evaluate, evaluate_each
 from charlm.model import make_model
@@ -38,6 +39,21 @@ def test_units_are_the_text_and_their_bits_sum_to_eval_s(model, kind, size):
     silent = [unit.start for unit in units if unit.bits is None]
     nowhere = {"forward": [0], "backward": [len(TEXT) - 1], "both": []}[model.config.direction]
     assert silent == (nowhere if kind == "char" else [])
+
+
+@pytest.mark.parametrize("kind", ["word", "line"])
+def test_a_unit_of_any_length_is_looked_through_once(monkeypatch, kind):
+    seen, pattern = [], scoring._ENDS[kind]
+
+    class Noting:
+        def finditer(self, text, begin):
+            seen.append(len(text))
+            return pattern.finditer(text, begin)
+
+    monkeypatch.setitem(scoring._ENDS, kind, Noting())
+    pieces = [("abc", [1.0, 2.0, 3.0])] * 50
+    (unit,) = scoring._units(iter([*pieces, ("", [])]), kind, Tally())
+    assert (unit.text, unit.characters) == ("abc" * 50, 150) and sum(seen) <= 50 * 4 + 1
 
 
 def test_characters_that_are_unknown():

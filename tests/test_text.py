@@ -22,6 +22,18 @@ def test_line_ends_and_byte_order_mark():
 
 
 @pytest.mark.parametrize(
+    ("pieces", "waits"),
+    [([b"ab\n", b"c"], False), ([b"a", b"\xef"], False), ([b"\xef\xbb\xbf", b"a"], False),
+     ([b"\xef", b"\xbb", b"\xbfa"], True)],
+)  # fmt: skip
+def test_a_beginning_waits_only_for_a_byte_order_mark(pieces, waits):
+    """What is typed is shown, however short."""
+    given = []
+    first = next(text.decode_pieces((given.append(piece) or piece for piece in pieces), "x"))
+    assert len(given) == (3 if waits else 1) and first == ("a" if waits else pieces[0].decode("utf-8-sig"))
+
+
+@pytest.mark.parametrize(
     ("data", "parts"),
     [
         (b"abc\xff", ["0xff", "offset 3"]),

@@ -50,6 +50,15 @@ def test_the_error_names_each_character_and_its_place():
     )
     assert message.count("U+03A9") == 1
     message.encode()  # can be printed
+    assert message.endswith("' ' for each")
+    with pytest.raises(UnknownCharactersError, match="'b' for each$"):
+        Vocab("ba").encode("Ω")
+
+
+def test_the_bytes_of_a_text():
+    vocab = Vocab("añ€\U0001f469\n")
+    ids = vocab.encode("a€€\n\U0001f469ñ" * 50)
+    assert vocab.num_bytes(ids) == len(vocab.decode(ids).encode()) and vocab.num_bytes(ids[:0]) == 0
 
 
 def test_empty():

@@ -35,7 +35,8 @@ class LanguageModel:
 
     Texts are cleaned as the training text was (Unicode normal form, lower case, kept characters). `unknown`
     says what becomes of characters that the model does not know: ``error`` raises `CharlmError` that names
-    them, ``skip`` leaves them out, ``replace`` puts a space for each.
+    them, ``skip`` leaves them out, ``replace`` puts a space for each, or where the model knows none its most
+    frequent character.
 
     model: the network itself, a `torch.nn.Module`: ids and a state in, logits and a state out.
     vocab: the characters that it knows.
@@ -131,7 +132,8 @@ class LanguageModel:
         >>> "".join(model.stream("abc", 20, seed=1)) == model.generate("abc", 20, seed=1)
         True
 
-        What a backward model writes comes in one part: its last character stands first.
+        What a backward model writes comes in one part at the end, as its last character stands first; empty
+        parts come meanwhile.
         """
         _check(length, temperature, top_k, top_p, seed, quantize)
         shown, start, stop = self._read(prefix, stop, unknown)
@@ -140,7 +142,11 @@ class LanguageModel:
 
         def parts() -> Iterator[str]:
             if self._backward:
-                yield "".join(written)[::-1] + shown
+                end = ""
+                for part in written:
+                    end += part
+                    yield ""  # whoever reads can stop here
+                yield end[::-1] + shown
             else:
                 yield shown
                 yield from written

@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -28,8 +29,7 @@ def main(args: list[str] | None = None) -> int:
     _prepare_streams()
     try:
         cli.main(args=args, prog_name="charlm", standalone_mode=False)
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return 0
     except CharlmError as error:
         return _fail(str(error), error.exit_code)
@@ -54,7 +54,15 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Files and pipes get UTF-8 whatever the locale; a terminal that lacks a character shows ? for it."""
+    """Files and pipes get UTF-8 whatever the locale; a terminal that lacks a character shows ? for it.
+
+    One that was closed is empty, or takes what nobody reads: no file that is opened later gets its number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for good
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # typed bytes that are no UTF-8 are unknown
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             if stream.isatty():

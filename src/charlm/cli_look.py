@@ -2,10 +2,10 @@
 
 import contextlib
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ import click
 
 from charlm.cli_options import device_option, implementation_option, load, model_option, unknown_option
 from charlm.completion import complete_runs
-from charlm.errors import CharlmError
+from charlm.errors import CharlmError, ConfigError, one_line
+from charlm.json_text import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from charlm.checkpoint import Loaded
     from charlm.header import Header
     from charlm.metrics import Score
-    from charlm.score import Kind, Unit
+    from charlm.score import Kind, Tally, Unit
     from charlm.vocab import Unknown
 
 _TEXTS = 256  # that eval has in memory at once,
@@ -39,7 +40,7 @@ _LINES = 1000  # that score prints at once
 def evaluate(
     files: tuple[str, ...],
     as_json: bool,
-    unknown: str,
+    unknown: "Unknown",
     model: str | None,
     implementation: str | None,
     device: str,
@@ -49,29 +50,29 @@ def evaluate(
     Each file is cleaned as the model's training text was and scored by itself, whole, the state carried:
     every character after the first once. The total is over all of these. FILE may be compressed, a
     folder, a glob, or - for stdin. charlm score shows what each character costs.
+
+    A file is read piece by piece and may be of any length. Held in memory is all of stdin, and of a file for
+    a model that reads from the end, or fills in.
     """
     from charlm.evaluate import evaluate_each
     from charlm.metrics import Score
 
     loaded = load(model, implementation, device)
-    direction = loaded.config.model.direction
-    kind = "pseudo_" if direction == "both" else ""  # not to be taken for the others' figures
-    scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
+    kind = "pseudo_" if loaded.config.model.direction == "both" else ""  # not to be taken for the others'
     rows, total, total_bytes = [], Score(), 0
     texts = _texts(files, loaded, unknown)
     with _bar() as bar:
         # So many at a time that there is a batch, and no more than that in memory.
         while group := list(itertools.islice(_filling_up(texts), _TEXTS)):
-            results = evaluate_each(loaded.model, [ids for _, ids, _ in group], bar)
-            for (path, ids, strange), result in zip(group, results, strict=True):
-                num_bytes = len(loaded.vocab.decode(ids[scored]).encode())
-                rows.append({**_score_row(path, result, num_bytes, kind), "unknown": strange})
-                total, total_bytes = total + result, total_bytes + num_bytes
+            results = evaluate_each(loaded.model, [each.ids for each in group], bar)
+            for each, result in zip(group, results, strict=True):
+                row = _score_row(each.path, result, each.num_bytes, kind)
+                rows.append({**row, "unknown": each.tally.unknown})
+                total, total_bytes = total + result, total_bytes + each.num_bytes
     total_row = _score_row("total", total, total_bytes, kind)
     total_row["unknown"] = sum(row["unknown"] for row in rows)
     if as_json:
-        finite = [{k: v if v != math.inf else None for k, v in row.items()} for row in (*rows, total_row)]
-        click.echo(json.dumps({"files": finite[:-1], "total": finite[-1]}, indent=2))
+        click.echo(json_text({"files": rows, "total": total_row}, indent=2))
         return
     heads = ["characters", "nats/char", f"{kind}perplexity", f"{kind}bits/char", f"{kind}bits/byte"]
     heads += ["unknown"] * (unknown != "error")
@@ -84,30 +85,79 @@ def evaluate(
         click.echo("".join(f"{cell:>{max(len(head), 11) + 1}}" for head, cell in pairs) + f"  {row['path']}")
 
 
-def _texts(files: Iterable[str], loaded: "Loaded", unknown: str) -> "Iterator[tuple[str, Tensor, int]]":
-    """Each text's name, its ids, and how many of its characters the model does not know."""
-    from charlm import text
+@dataclass
+class _Text:
+    """A text to score. What came of it is whole once it has been read.
+
+    ids: (N,), or of a long one that is read forward, blocks of them.
+    held: how many characters of it are in memory.
+    tally: counts those that the model does not know.
+    num_bytes: that the scored characters take in UTF-8.
+    """
+
+    path: str
+    ids: "Tensor | Iterable[Tensor]"
+    held: int
+    tally: "Tally"
+    num_bytes: int = 0
+
+
+def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterator[_Text]:
+    from charlm import stream, text
     from charlm.clean import clean
 
+    cleaning = loaded.config.corpus.cleaning
     for name in files:
-        paths = [Path("-")] if name == "-" else text.find_files(name)
+        paths, some = [Path("-")] if name == "-" else text.find_files(name), False
         for path in paths:
-            content = text.decode(sys.stdin.buffer.read(), "stdin") if name == "-" else text.read_file(path)
-            content = clean(text.strip_gutenberg(content), **loaded.config.corpus.cleaning)
-            ids = loaded.vocab.encode(content, unknown, str(path))  # type: ignore[arg-type]
-            if len(ids) < 2 and len(paths) > 1:
-                click.echo(f"left out: {path} has {len(ids)} characters, too few to score", err=True)
+            if name == "-":
+                content = text.strip_gutenberg(text.decode(sys.stdin.buffer.read(), "stdin"))
+                pieces = iter([clean(content, **cleaning)])
+            else:
+                pieces = stream.read_file(path, cleaning)
+            found = _text(path, pieces, loaded, unknown)
+            if found.held < 2 and len(paths) > 1:
+                click.echo(f"left out: {path} has {found.held} characters, too few to score", err=True)
                 continue
-            if len(ids) < 2:
-                raise CharlmError(f"{path} has {len(ids)} characters to score; it takes two or more")
-            yield str(path), ids, 0 if unknown == "error" else loaded.vocab.count_unknown(content)
+            if found.held < 2:
+                raise CharlmError(f"{path} has {found.held} characters to score; it takes two or more")
+            yield found
+            some = True
+        if not some:
+            raise CharlmError(f"no file of {name} has two characters or more to score")
 
 
-def _filling_up(texts: "Iterator[tuple[str, Tensor, int]]") -> "Iterator[tuple[str, Tensor, int]]":
+def _text(path: Path, pieces: Iterator[str], loaded: "Loaded", unknown: "Unknown") -> _Text:
+    """The clean text that comes in `pieces`."""
+    import torch
+
+    from charlm.evaluate import in_blocks
+    from charlm.score import Tally, encoded
+
+    vocab, direction, tally = loaded.vocab, loaded.config.model.direction, Tally()
+    blocks = in_blocks(encoded(vocab, pieces, unknown, str(path), tally))
+    begun = list(itertools.islice(blocks, 2 if direction == "forward" else None))
+    ids = torch.cat(begun) if begun else torch.empty(0, dtype=torch.int32, device="cpu")
+    found = _Text(str(path), ids, len(ids), tally)
+
+    def counted(blocks: "Iterable[Tensor]") -> "Iterator[Tensor]":
+        for k, block in enumerate(blocks):
+            found.num_bytes += vocab.num_bytes(block[1:] if k == 0 else block)
+            yield block
+
+    if direction == "forward" and len(begun) > 1:
+        found.ids = counted(itertools.chain(begun, blocks))
+    else:
+        scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
+        found.num_bytes = vocab.num_bytes(ids[scored])
+    return found
+
+
+def _filling_up(texts: Iterator[_Text]) -> Iterator[_Text]:
     """From `texts` until they are as long together as is good to have in memory."""
     size = 0
     while size < _TOGETHER and (one := next(texts, None)):
-        size += len(one[1])
+        size += one.held
         yield one
 
 
@@ -148,7 +198,8 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     "--unit",
     "-u",
     type=click.Choice(["char", "word", "line"]),
-    help="What has a row: each character, word or line.  [default: char; with --top: line]",
+    help="What has a row: each character, word or line.  [default: char; with --top: line, or word where the "
+    "model knows no line ends]",
 )
 @click.option(
     "--top",
@@ -194,7 +245,13 @@ def score_texts(
     from charlm.score import Tally, most_surprising, score
 
     loaded = load(model, implementation, device)
-    kind: Kind = unit or ("line" if top else "char")
+    lines_end = "\n" in loaded.vocab.characters
+    if unit == "line" and not lines_end:
+        raise ConfigError(
+            "--unit line: this model knows no line ends, a text is one line (corpus.keep may have made "
+            "spaces of them); take --unit word"
+        )
+    kind: Kind = unit or (("line" if lines_end else "word") if top else "char")
     bits = "pseudo_bits" if loaded.config.model.direction == "both" else "bits"
     cleaning, tally = loaded.config.corpus.cleaning, Tally()
 
@@ -226,16 +283,15 @@ def score_texts(
             flush()
     flush()
     if tally.unknown:
-        what = "left out" if unknown == "skip" else "read as spaces"
+        what = "left out" if unknown == "skip" else f"read as {loaded.vocab.replacement!r}"
         click.echo(f"{tally.unknown:,} characters that the model does not know were {what}", err=True)
 
 
 def _unit_row(path: str, unit: "Unit", bits: str, as_json: bool) -> str:
     """A unit as a line of JSON or of tab-separated columns."""
     if as_json:
-        value = unit.bits if unit.bits is not None and math.isfinite(unit.bits) else None
-        row = {"path": path, "start": unit.start, "characters": unit.characters, bits: value}
-        return json.dumps({**row, "text": unit.text}, ensure_ascii=False)
+        row = {"path": path, "start": unit.start, "characters": unit.characters, bits: unit.bits}
+        return json_text({**row, "text": unit.text}, ensure_ascii=False)
     shown = "" if unit.bits is None else f"{unit.bits:.6f}"
     columns = (path.translate(_ESCAPES), str(unit.start), str(unit.characters), shown)
     return "\t".join((*columns, unit.text.translate(_ESCAPES)))
@@ -262,7 +318,7 @@ def info(models: tuple[str, ...], as_json: bool) -> None:
         if len(paths) > 1:
             different = {key: list(values) for key, values in _differences(headers).items()}
             found = {"models": shown, "differences": different}
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        click.echo(json_text(found, indent=2, ensure_ascii=False))
         return
     if len(paths) > 1:
         _side_by_side(paths, headers)
@@ -270,9 +326,11 @@ def info(models: tuple[str, ...], as_json: bool) -> None:
     path, header = paths[0], headers[0]
     click.echo(f"{path}: {_parameters(header):,} parameters")
     for name, shape in header.tensors.items():
-        click.echo(f"  {name:<28} {' × '.join(map(str, shape))}")
+        click.echo(f"  {one_line(name):<28} {' × '.join(map(str, shape))}")
     click.echo(f"\nvocabulary: {len(header.vocab)} characters, the most frequent first\n  {header.vocab!r}")
-    click.echo("\nfigures" + "".join(f"\n  {key:<28} {value}" for key, value in header.figures.items()))
+    click.echo("\nfigures")
+    for key, value in header.figures.items():
+        click.echo(f"  {one_line(key):<28} {one_line(str(value))}")
     click.echo(f"\nconfiguration\n{to_yaml(header.config)}", nl=False)
 
 
@@ -327,7 +385,7 @@ def _side_by_side(paths: list[Path], headers: list["Header"]) -> None:
         )
 
     rows = [("", *(str(path) for path in paths))]
-    rows += [(name, *map(cell, values)) for name, values in _differences(headers).items()]
+    rows += [(one_line(name), *map(cell, values)) for name, values in _differences(headers).items()]
     widths = [max(len(row[k]) for row in rows) for k in range(len(paths) + 1)]
     for row in rows:
         click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

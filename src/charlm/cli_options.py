@@ -32,7 +32,8 @@ unknown_option = click.option(
     type=click.Choice(["error", "skip", "replace"]),
     default="error",
     show_default=True,
-    help="Characters that the model does not know: refuse, leave out, or put a space for each.",
+    help="Characters that the model does not know: refuse, leave out, or put a space for each (the most "
+    "frequent character, if it knows no space).",
 )
 
 

@@ -1,7 +1,6 @@
 """The commands that study models and machines: gradcheck, gradflow, compare, bench."""
 
 import itertools
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import click
 
 from charlm.completion import complete_recipes, complete_settings
 from charlm.errors import CharlmError, ConfigError
+from charlm.json_text import json_text
 
 SIX = ["rnn.yaml", "rnn-scratch.yaml", "lstm.yaml", "lstm-scratch.yaml", "gru.yaml", "gru-scratch.yaml"]
 
@@ -97,16 +97,21 @@ def gradflow(
     import torch
 
     from charlm import config as configuration
+    from charlm import plot as plotting
     from charlm.corpus import Corpus
     from charlm.gradflow import gradflow as flow
     from charlm.gradflow import plot
     from charlm.learner import Learner
     from charlm.model import CharLM
 
+    if picture:
+        plotting.check_plot(Path(picture))
     base = configuration.load(recipe, overrides)
     corpus = Corpus.load(base.corpus)
-    if len(corpus.val) <= steps:
-        raise ConfigError(f"--steps {steps} is longer than the val split's {len(corpus.val)} characters")
+    if len(corpus.val) < steps + 2:
+        raise ConfigError(
+            f"--steps {steps} needs {steps + 2} characters, and the val split has {len(corpus.val)}"
+        )
     starts = torch.linspace(0, len(corpus.val) - steps - 2, 32).long()
     ids = corpus.val.unfold(0, steps + 2, 1)[starts].long()
     curves: dict[str, list[float]] = {}
@@ -240,7 +245,7 @@ def bench(
         seconds,
     )
     if as_json:
-        click.echo(json.dumps(asdict(report), indent=2))
+        click.echo(json_text(asdict(report), indent=2))
         return
     rates = ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in report.products.items())
     click.echo(

@@ -1,6 +1,5 @@
 """The commands that write with a model: generate, fill."""
 
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from charlm.cli_options import (
 )
 from charlm.errors import ConfigError
 from charlm.interactive import converse, show
+from charlm.json_text import json_text
 
 if TYPE_CHECKING:
     from charlm.api import LanguageModel
@@ -123,15 +123,15 @@ def generate(
     if quantize and device == "auto":
         device = "cpu"  # which alone has steps with fewer bits
     writer = LanguageModel(load(model, implementation, device))
-    if interactive:
-        converse(writer, click.get_current_context())
-        return
     options: dict[str, Any] = {
         **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
         **{"stop": stop, "unknown": unknown, "quantize": quantize},
     }
     prefix = stdin_for_dash(prefix)
     start = writer.generate(prefix, 0, **options)  # what is wrong is told before anything is written
+    if interactive:
+        converse(writer, click.get_current_context())
+        return
     if quantize:
         Stepper(writer.model, quantize)
     known = None
@@ -224,7 +224,7 @@ def fill(
         for chars, probability in answers
     ]
     if as_json:
-        click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+        click.echo(json_text(shown, indent=2, ensure_ascii=False))
         return
     for row in shown:
         click.echo(f"{row['probability']:7.4f}  {row['text']}")

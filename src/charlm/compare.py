@@ -5,7 +5,6 @@ What is compared is read back from the runs' own files; nothing is measured that
 
 import csv
 import io
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, fields
 from math import prod
@@ -16,6 +15,7 @@ from charlm.config import Config, CorpusConfig
 from charlm.corpus import Corpus
 from charlm.errors import ConfigError
 from charlm.header import read_header
+from charlm.json_text import json_text
 from charlm.logs import evaluations
 from charlm.progress import Reporter, Row
 from charlm.runs import Run
@@ -78,7 +78,7 @@ def compare(configs: dict[str, Config], runs: dict[str, Run], reporter: Reporter
 def table(rows: list[Comparison], format: Format = "markdown") -> str:  # noqa: A002 - as the option is called
     """`rows` as a text: markdown rounds for the eye, CSV and JSON have every digit."""
     if format == "json":
-        return json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False)
+        return json_text([asdict(row) for row in rows], indent=2, ensure_ascii=False)
     if format == "csv":
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")

@@ -43,28 +43,57 @@ def evaluate(model: CharLM, ids: Tensor, on_scored: OnScored = _nobody) -> Score
         return Score()
     if isinstance(model, FillLM):
         return Score(sum(float(part.sum()) for part in _filling(model, ids)), len(ids))
-    nats = 0.0
-    for k, part in enumerate(surprisals(model, _as_read(model, ids), on_scored)):
-        nats += float(part[1:].sum() if k == 0 else part.sum())
-    return Score(nats, len(ids) - 1)
+    return _over_blocks(model, _as_read(model, ids), on_scored)
+
+
+def _over_blocks(model: CharLM, blocks: Iterable[Tensor], on_scored: OnScored) -> Score:
+    nats, read = 0.0, 0
+    for part in surprisals(model, blocks, on_scored):
+        nats += float(part[1:].sum() if read == 0 else part.sum())
+        read += len(part)
+    return Score(nats, max(read - 1, 0))
 
 
 @torch.inference_mode()
-def evaluate_each(model: CharLM, texts: Sequence[Tensor], on_scored: OnScored = _nobody) -> list[Score]:
-    """What `evaluate` gives for each of `texts` by itself, short ones side by side."""
+def evaluate_each(
+    model: CharLM, texts: Sequence[Tensor | Iterable[Tensor]], on_scored: OnScored = _nobody
+) -> list[Score]:
+    """What `evaluate` gives for each of `texts` by itself, short ones side by side.
+
+    texts: ids (N,) of each; for a model of ``direction: forward`` also blocks (n,) of them, as `in_blocks`
+    cuts them, which are read when their turn has come, no more than one in memory.
+    """
     scores = [Score()] * len(texts)
-    alone = isinstance(model, FillLM)
-    short = [k for k, ids in enumerate(texts) if not alone and 1 < len(ids) < _LONG]
-    for k in set(range(len(texts))) - set(short):
-        scores[k] = evaluate(model, texts[k], on_scored)
-    short.sort(key=lambda k: -len(texts[k]))  # of like lengths in one batch
+    short: dict[int, Tensor] = {}
+    for k, text in enumerate(texts):
+        if not isinstance(text, Tensor):
+            scores[k] = _over_blocks(model, text, on_scored)
+        elif isinstance(model, FillLM) or not 1 < len(text) < _LONG:
+            scores[k] = evaluate(model, text, on_scored)
+        else:
+            short[k] = text
+    order = sorted(short, key=lambda k: -len(short[k]))  # of like lengths in one batch
     with _evaluating(model):
-        for first in range(0, len(short), _SIDE_BY_SIDE):
-            batch = short[first : first + _SIDE_BY_SIDE]
-            nats = _side_by_side(model, [texts[k] for k in batch], on_scored)
+        for first in range(0, len(order), _SIDE_BY_SIDE):
+            batch = order[first : first + _SIDE_BY_SIDE]
+            nats = _side_by_side(model, [short[k] for k in batch], on_scored)
             for k, sum_of_nats in zip(batch, nats.tolist(), strict=True):
-                scores[k] = Score(sum_of_nats, len(texts[k]) - 1)
+                scores[k] = Score(sum_of_nats, len(short[k]) - 1)
     return scores
+
+
+def in_blocks(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The ids in `pieces` (n,) in blocks of `BLOCK`, of which the last may be shorter."""
+    held, count = list[Tensor](), 0
+    for piece in pieces:
+        held.append(piece)
+        count += len(piece)
+        if count >= BLOCK:
+            *whole, rest = torch.split(torch.cat(held), BLOCK)
+            yield from whole
+            held, count = [rest], len(rest)
+    if count:
+        yield torch.cat(held)
 
 
 def _side_by_side(model: CharLM, texts: list[Tensor], on_scored: OnScored) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from charlm.errors import CharlmError
 
 _FIXES = {
-    errno.ENOENT: "its folder is gone, restore it or begin again",
+    errno.ENOENT: "make the folder, or restore it if it was there",
     errno.EACCES: "make its folder writable or take another",
     errno.EPERM: "make its folder writable or take another",
     errno.EROFS: "make its folder writable or take another",

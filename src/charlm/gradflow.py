@@ -73,21 +73,14 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
 def plot(curves: dict[str, list[float]], path: Path) -> None:
     """Draw named curves, entry k at k steps back, on a logarithmic scale, into the image file `path`.
 
-    The ending of `path` chooses the format, PNG where there is none; no display is needed. A norm of 0 has no
-    logarithm and is left out.
+    A norm of 0 has no logarithm and is left out.
 
-    Raises `CharlmError` without matplotlib, for a format that it lacks, and where `path` cannot be written.
+    path: that `plot.check_plot` has nothing against; its ending chooses the format.
+    Raises `CharlmError` where it cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise CharlmError("a plot needs matplotlib: pip install 'charlm-torch[plot]'") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    known, ending = canvas.get_supported_filetypes(), path.suffix.lower().removeprefix(".") or "png"
-    if ending not in known:
-        raise CharlmError(f"cannot draw a .{ending} file; take one of {', '.join(sorted(known))}")
+    from matplotlib.figure import Figure
+
+    figure, ending = Figure(figsize=(7, 4.5), layout="constrained"), path.suffix.lower().removeprefix(".")
     axes = figure.add_subplot(yscale="log", xlabel="steps back", ylabel="norm of the loss gradient")
     for name, norms in curves.items():
         axes.plot(norms, label=name)

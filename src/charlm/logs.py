@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal, TextIO
 
 from charlm.errors import CharlmError
+from charlm.json_text import json_text
 from charlm.progress import Row
 from charlm.runs import Run
 
@@ -44,7 +45,7 @@ def write(rows: list[Row], form: Literal["csv", "jsonl"], file: TextIO) -> None:
     CSV has a column for each key, in the order in which they first come, empty where a row lacks it.
     """
     if form == "jsonl":
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json_text(row, ensure_ascii=False) + "\n" for row in rows)
         return
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(file, columns, lineterminator="\n")

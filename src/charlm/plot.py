@@ -1,12 +1,14 @@
 """The losses and perplexities of runs in one picture (needs the extra `plot`)."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
 from charlm.logs import evaluations
+from charlm.metrics import perplexity
 from charlm.progress import Row
 from charlm.runs import Run
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 Along = Literal["step", "epoch", "seconds"]
 Curves = dict[str, list[Row]]
+_LARGEST = 1e300  # what an axis holds with its margins
 
 # Of Okabe & Ito, told apart by all eyes; the last for what comes after the eighth.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6bb1", "#7f7f7f")
@@ -39,7 +42,8 @@ def curves(runs: dict[str, Run]) -> Curves:
 
 def kind(rows: list[Row]) -> str:
     """What stands before the names of the figures of a model that fills in characters."""
-    return "pseudo-" if "val_pseudo_perplexity" in rows[0] else ""
+    # A log has no perplexity that is infinite.
+    return "pseudo-" if any(key.startswith("val_pseudo_") for key in rows[0]) else ""
 
 
 def draw(curves: Curves, along: Along = "step") -> "Figure":
@@ -56,9 +60,10 @@ def draw(curves: Curves, along: Along = "step") -> "Figure":
     panels = figure.subplots(1, 2)
     prefix = kind(next(iter(curves.values())))
     keys = []
+    scales: tuple[Callable[[float], float], ...] = (float, _drawn)
     for i, (name, rows) in enumerate(curves.items()):
         colour, x = _COLOURS[min(i, len(_COLOURS) - 1)], [row[along] for row in rows]
-        for panel, scale in zip(panels, (float, math.exp), strict=True):
+        for panel, scale in zip(panels, scales, strict=True):
             for split, marker, look in (
                 ("train", "x", {"ls": (0, (4, 2)), "lw": 0.9, "alpha": 0.8}),
                 ("val", "o", {"ls": "-", "lw": 1.8}),
@@ -67,7 +72,8 @@ def draw(curves: Curves, along: Along = "step") -> "Figure":
                 # A single evaluation makes no line.
                 panel.plot(x, y, color=colour, marker=marker if len(rows) == 1 else "", **look)
         best = min(row["val_loss"] for row in rows)
-        label = f"{name}: best val {best:.3f}, {prefix}perplexity {math.exp(best):.2f}"
+        worth = format(perplexity(best), ".2f" if best < 20 else ".3g")
+        label = f"{name}: best val {best:.3f}, {prefix}perplexity {worth}"
         keys.append(Line2D([], [], color=colour, lw=2, label=label))
     for panel, title in zip(panels, ("loss, nats per character", f"{prefix}perplexity"), strict=True):
         panel.set(xlabel=along, title=title)
@@ -76,11 +82,19 @@ def draw(curves: Curves, along: Along = "step") -> "Figure":
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     # The first evaluations of a model that knows nothing yet would press all others to the floor.
     worst = max(min(row["val_loss"] for row in rows) for rows in curves.values())
-    panels[1].set_ylim(top=min(panels[1].get_ylim()[1], 3 * math.exp(worst)))
+    panels[1].set_ylim(top=min(panels[1].get_ylim()[1], 3 * perplexity(worst)))
     lines = [Line2D([], [], color="#444", ls=ls, label=name) for ls, name in (("-", "val"), ("--", "train"))]
     panels[0].legend(handles=lines)
-    figure.legend(handles=keys, loc="outside lower center", ncols=2 if len(keys) > 1 else 1, frameon=False)
+    columns = min(len(keys), 2)
+    legend = figure.legend(handles=keys, loc="outside lower center", ncols=columns, frameon=False)
+    for shown in legend.get_texts():
+        shown.set_parse_math(False)  # a $ is a $
     return figure
+
+
+def _drawn(loss: float) -> float:
+    """The perplexity as a point of a curve: a gap where no float or no axis holds it."""
+    return value if (value := perplexity(loss)) < _LARGEST else math.nan
 
 
 def plot(curves: Curves, path: Path, along: Along = "step") -> None:

@@ -1,7 +1,8 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const characters = data.passage;
-const shown = (c) => (c === "\n" ? "↵" : c === " " ? "␣" : c === "\t" ? "⇥" : c);
+// Isolated, lest a character that is written from right to left turn what stands beside it.
+const shown = (c) => `\u2068${c === "\n" ? "↵" : c === " " ? "␣" : c === "\t" ? "⇥" : c}\u2069`;
 const find = (id) => document.getElementById(id);
 
 // A text of one span for each character; calls `tell` with the place that is pointed at, tapped or moved to.

@@ -55,7 +55,8 @@ def write_report(run: Run, output: Path, source: str | None = None) -> None:
     corpus = training_text(path, loaded.config, loaded.vocab.characters, source)
     log = logs.read(run) if run.metrics.exists() else []
     page = make_page(run.folder.resolve().name, loaded, corpus, log)
-    write_atomically(output, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    # A folder's name need not be UTF-8.
+    write_atomically(output, lambda file: file.write_text(page, encoding="utf-8", errors="replace"))
 
 
 def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[dict[str, Any]]) -> str:
@@ -289,7 +290,7 @@ def _chart(curves: list[list[tuple[float, float]]], names: list[str]) -> str:
 def _sample(title: str, text: str, found: Novelty) -> str:
     end = found.start + found.longest
     parts = [html.escape(part) for part in (text[: found.start], text[found.start : end], text[end:])]
-    return f"<div><h3>{title}</h3><pre>{parts[0]}<mark>{parts[1]}</mark>{parts[2]}</pre></div>"
+    return f'<div><h3>{title}</h3><pre dir="auto">{parts[0]}<mark>{parts[1]}</mark>{parts[2]}</pre></div>'
 
 
 def _novelty_table(rows: dict[str, Novelty]) -> str:

@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,11 +16,11 @@ from charlm.vocab import Unknown, Vocab
 
 Kind = Literal["char", "word", "line"]
 
-# A unit as it ends: a word with the space that follows it, as it is that which tells that the word is over.
-_UNITS = {
+# Where one unit ends: a word with the space that follows it, as it is the next that tells that it is over.
+_ENDS = {
     "char": re.compile(r".", re.S),
-    "word": re.compile(r"\s*\S+\s+|\s*\S+\Z|\s+\Z"),
-    "line": re.compile(r"[^\n]*\n|[^\n]+\Z"),
+    "word": re.compile(r"(?<=\s)(?=\S)"),
+    "line": re.compile(r"\n"),
 }
 _Nats = list[float | None]  # of each character; None for the one that has no prediction
 
@@ -66,10 +65,10 @@ def score(
     Raises `UnknownCharactersError` as `Vocab.encode` does, on the way.
     """
     tally = Tally() if tally is None else tally
-    encoded = _encoded(vocab, pieces, unknown, name, tally)
+    blocks = encoded(vocab, pieces, unknown, name, tally)
     if model.config.direction == "forward":
-        return _units(_streamed(model, vocab, encoded), kind, tally)
-    return _units(_whole(model, vocab, encoded), kind, tally)
+        return _units(_streamed(model, vocab, blocks), kind, tally)
+    return _units(_whole(model, vocab, blocks), kind, tally)
 
 
 def most_surprising(
@@ -85,9 +84,10 @@ def _surprise(unit: Unit, each_character: bool) -> float:
     return unit.bits / unit.characters if each_character else unit.bits
 
 
-def _encoded(
+def encoded(
     vocab: Vocab, pieces: Iterable[str], unknown: Unknown, name: str, tally: Tally
 ) -> Iterator[Tensor]:
+    """The ids (n,) of each of `pieces` of a clean text; raises as `score` does. tally: counts the unknown."""
     begin = 0
     for piece in pieces:
         ids = vocab.encode(piece, unknown, name, begin=begin)
@@ -122,18 +122,25 @@ def _whole(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tu
 
 def _units(scored: Iterable[tuple[str, _Nats]], kind: Kind, tally: Tally) -> Iterator[Unit]:
     """Cut text and its nats into units, each given once it is known to be over."""
-    text, start, nats = "", 0, list[float | None]()
-    for more, more_nats in scored:
-        text, nats = text + more, nats + more_nats
-        ends = [found.end() for found in _UNITS[kind].finditer(text)]
-        if kind == "word" or (kind == "line" and not text.endswith("\n")):
-            ends = ends[:-1]  # the last may go on
-        for begin, end in pairwise([0, *ends]):
-            yield _unit(text[begin:end], nats[begin:end], start + begin, tally)
-        if ends:
-            text, nats, start = text[ends[-1] :], nats[ends[-1] :], start + ends[-1]
-    if text:
-        yield _unit(text, nats, start, tally)
+    held, held_nats, start, last = list[str](), list[float | None](), 0, ""
+    for more, nats in scored:
+        begin = 0
+        for found in _ENDS[kind].finditer(last + more, len(last)):
+            end = found.end() - len(last)
+            held.append(more[begin:end])
+            held_nats += nats[begin:end]
+            begin = end
+            # The space before the first word belongs to it.
+            if kind != "word" or start or any(part.strip() for part in held):
+                unit = _unit("".join(held), held_nats, start, tally)
+                yield unit
+                start += len(unit.text)
+                held, held_nats = [], []
+        held.append(more[begin:])
+        held_nats += nats[begin:]
+        last = more[-1:] or last
+    if held_nats:
+        yield _unit("".join(held), held_nats, start, tally)
 
 
 def _unit(text: str, nats: _Nats, start: int, tally: Tally) -> Unit:

@@ -67,7 +67,8 @@ def _straight(
     for start in range(0, len(ids) - 1, chunk):
         window = ids[start : start + chunk + 1].long().to(device)
         logits, state = model(window[None, :-1], state)
-        nats[start : start + chunk] = F.cross_entropy(logits[0], window[1:], reduction="none")
+        losses = F.cross_entropy(logits[0], window[1:], reduction="none")
+        nats[start : start + chunk] = losses.cpu().double()  # there: MPS has no float64
         on_read(len(window) - 1)
     return nats, state
 

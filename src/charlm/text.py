@@ -197,15 +197,14 @@ def decode_pieces(data: Iterable[bytes], name: str) -> Iterator[str]:
 
 
 def _with_whole_beginning(data: Iterable[bytes]) -> Iterator[bytes]:
-    """`data` with its first pieces joined until they would hold any byte order mark."""
-    beginning: bytes | None = b""
+    """`data` with its first pieces joined as long as they may still become a byte order mark."""
+    marks, beginning, begun = (_BOM, *_OTHER_BOMS), b"", False
     for piece in data:
-        if beginning is None:
-            yield piece
-        elif len(beginning := beginning + piece) >= 4:
+        beginning = piece if begun else beginning + piece
+        begun = begun or not any(mark.startswith(beginning) and mark != beginning for mark in marks)
+        if begun:
             yield beginning
-            beginning = None
-    if beginning:
+    if not begun and beginning:
         yield beginning
 
 

@@ -34,6 +34,8 @@ class Vocab:
     def __init__(self, characters: str):
         assert len(set(characters)) == len(characters), "a vocabulary has each character once"
         self.characters = characters
+        sizes = [len(char.encode("utf-8", "surrogatepass")) for char in characters]
+        self._sizes = torch.tensor(sizes, dtype=torch.uint8, device="cpu")  # in UTF-8
         self._points = code_points(characters)
         # By code point; the last stands for all that are larger.
         rows = max(map(ord, characters), default=0) + 2
@@ -65,6 +67,11 @@ class Vocab:
     def __len__(self) -> int:
         return len(self.characters)
 
+    @property
+    def replacement(self) -> str:
+        """The character put for an unknown one: a space, or the most frequent where none is known."""
+        return " " if " " in self.characters else self.characters[:1]
+
     def encode(
         self,
         text: str,
@@ -77,7 +84,7 @@ class Vocab:
 
         unknown: what becomes of characters that are not in the vocabulary. ``error`` raises
             `UnknownCharactersError`, which names each with its position; ``skip`` leaves them out;
-            ``replace`` puts a space for each, or the most frequent character where no space is known.
+            ``replace`` puts `replacement` for each.
         name: what the error calls the text.
         begin: where in a longer text it stands, for the error.
         """
@@ -91,7 +98,7 @@ class Vocab:
                 if unknown == "skip":
                     chunk = chunk[~missing]
                 else:
-                    chunk = chunk.masked_fill(missing, max(self.characters.find(" "), 0))
+                    chunk = chunk.masked_fill(missing, self.characters.index(self.replacement))
             ids[kept : kept + len(chunk)] = chunk
             kept += len(chunk)
         return ids[:kept]
@@ -103,6 +110,10 @@ class Vocab:
     def decode(self, ids: Tensor) -> str:
         """The text of `ids`, integers of shape (N,)."""
         return "".join(self.characters[i] for i in ids.tolist())
+
+    def num_bytes(self, ids: Tensor) -> int:
+        """How many bytes the text of `ids` (N,) takes in UTF-8."""
+        return int(self._sizes.index_select(0, ids).sum(dtype=torch.int64))
 
     def look_up(self, points: Tensor) -> Tensor:
         """The ids of code points (N,), -1 where there is none; `points` are used up."""
@@ -118,7 +129,8 @@ class Vocab:
         rest = f" and {len(first) - _NAMED} more" if len(first) > _NAMED else ""
         return (
             f"{name} has characters that the model does not know: {', '.join(named)}{rest}; "
-            "the option unknown takes skip, to leave them out, and replace, to put a space for each"
+            '--unknown skip (in Python unknown="skip") leaves them out, '
+            f"replace puts {self.replacement!r} for each"
         )
 
 

@@ -237,6 +237,25 @@ def test_an_output_that_cannot_be_written(folder, charlm, trained, redirection):
     assert done.returncode == (1 if "full" in redirection else 0)
 
 
+@pytest.mark.parametrize(
+    ("closed", "command", "told"),
+    [
+        ("stderr", ["train", "--name", "n", *settings("corpus.source=corpus.txt", "train.max_steps=2")], ""),
+        ("stderr", ["eval", "corpus.txt", "--json"], ""),
+        ("stdout", ["log", "tiny"], ""),
+        ("stdin", ["eval", "-"], "charlm: - has 0 characters to score"),
+        ("stdin", ["score", "-"], ""),
+        ("stdin", ["generate", "-i"], ""),
+    ],
+)
+def test_a_closed_stream_is_an_empty_one(charlm, trained, monkeypatch, closed, command, told):
+    monkeypatch.setattr(sys, closed, None)
+    done = charlm(*command)
+    getattr(sys, closed).close()
+    assert done.code == (1 if told else 0) and done.err.startswith(told)
+    assert command[0] != "train" or (done.out == "" and Path("runs/n/model.safetensors").exists())
+
+
 def test_eval_leaves_out_what_a_folder_has_too_little_of(charlm, trained):
     Path("texts").mkdir()
     Path("texts/a.txt").write_text("abcd")
@@ -244,6 +263,11 @@ def test_eval_leaves_out_what_a_folder_has_too_little_of(charlm, trained):
     done = charlm("eval", "texts", "--json")
     assert [row["path"] for row in json.loads(done.out)["files"]] == ["texts/a.txt"]
     assert "left out: texts/b.txt" in done.err
+    Path("texts/a.txt").write_text("a")
+    for options in ((), ("--json",)):
+        done = charlm("eval", "corpus.txt", "texts", *options)
+        assert done.code == 1 and done.out == ""
+        assert done.err.splitlines()[-1] == "charlm: no file of texts has two characters or more to score"
 
 
 def test_no_command_shows_the_help(charlm):

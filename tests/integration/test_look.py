@@ -1,6 +1,7 @@
 """What is looked at after a training: eval, score, info, novelty."""
 
 import io
+import itertools
 import json
 import math
 import subprocess
@@ -8,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from charlm import evaluate as scoring
+from charlm import stream
+from charlm.checkpoint import load_model, save_model
 from conftest import process, settings
 
 
@@ -48,6 +53,29 @@ def test_eval_counts_what_it_does_not_know(charlm, trained):
     assert "unknown" not in charlm("eval", "corpus.txt").out
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_eval_of_a_long_file_gives_what_it_gave_whole(charlm, words, monkeypatch, direction):
+    """Forward it is scored as it is read; a model that reads from the end needs all of it first."""
+    options = settings("corpus.source=corpus.txt", "train.max_steps=1", f"model.direction={direction}")
+    assert charlm("train", *options).code == 0
+    Path("long.txt").write_text(words.replace("b", "Ω"), encoding="utf-8")
+    whole = json.loads(charlm("eval", "long.txt", "--json", "--unknown", "skip").out)["files"][0]
+    turns, read, scored = [], stream.read_file, scoring.segments.read
+
+    def read_file(path, cleaning):
+        for piece in itertools.chain.from_iterable(read(path, cleaning)):
+            turns.append("read")
+            yield piece
+
+    monkeypatch.setattr(stream, "read_file", read_file)
+    monkeypatch.setattr(scoring.segments, "read", lambda *args: turns.append("scored") or scored(*args))
+    monkeypatch.setattr(scoring, "BLOCK", 300)
+    cut = json.loads(charlm("eval", "long.txt", "--json", "--unknown", "skip").out)["files"][0]
+    assert cut.pop("path") == whole.pop("path") and cut == pytest.approx(whole, rel=1e-6)
+    ahead = "".join("." if turn == "read" else " " for turn in turns).split()
+    assert max(map(len, ahead)) < 1000 if direction == "forward" else len(ahead) == 1
+
+
 @pytest.mark.parametrize("unit", ["char", "word", "line"])
 def test_score_sums_to_eval(charlm, trained, words, unit, monkeypatch):
     total = json.loads(charlm("eval", "corpus.txt", "--json").out)["total"]
@@ -69,6 +97,19 @@ def test_top_has_the_most_surprising_first(charlm, trained):
     found = rows_of(done.out)[1]
     assert found == sorted(every, key=lambda row: -float(row[3]) / int(row[2]))[:2]
     assert "2 characters that the model does not know were left out" in done.err
+    done = charlm("score", "b.txt", "--unknown", "replace")
+    assert "2 characters that the model does not know were read as ' '" in done.err
+
+
+def test_without_line_ends_the_words_are_ranked(charlm):
+    """corpus.keep makes spaces of them: the whole text would be one line."""
+    options = settings("corpus.source=corpus.txt", "corpus.keep=a-zñé", "train.max_steps=1")
+    assert charlm("train", *options).code == 0
+    Path("b.txt").write_text("ab ca\nfed\n")
+    _, rows = rows_of(charlm("score", "b.txt", "--top", "9").out)
+    assert sorted(row[4] for row in rows) == ["ab ", "ca ", "fed "]
+    done = charlm("score", "b.txt", "--unit", "line")
+    assert done.code == 2 and "knows no line ends" in done.err and done.out == ""
 
 
 def test_rows_come_while_the_text_still_comes(folder, trained):
@@ -90,6 +131,36 @@ def test_info_of_two_shows_what_differs(charlm, trained):
     found = json.loads(charlm("info", "tiny", "other", "--json").out)
     assert found["differences"]["model.cell"] == ["lstm", "gru"] and len(found["models"]) == 2
     assert found["differences"]["step"] == [3, 2] and "vocabulary" not in found["differences"]
+
+
+def strict(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_no_number_is_null_in_json(charlm, trained):
+    loaded = load_model(trained / "model.safetensors")
+    with torch.no_grad():
+        loaded.model.head.bias.fill_(math.nan)
+    figures = {**loaded.figures, "val_perplexity": math.inf}
+    save_model(Path("nan.safetensors"), loaded.model, loaded.vocab, loaded.config, figures)
+    found = strict(charlm("eval", "corpus.txt", "-m", "nan.safetensors", "--json").out)["total"]
+    assert found["nats"] is found["loss"] is found["perplexity"] is found["bits_per_byte"] is None
+    rows = charlm("score", "corpus.txt", "-m", "nan.safetensors", "--json", "--unit", "line").out
+    assert {strict(row)["bits"] for row in rows.splitlines()} == {None}
+    assert strict(charlm("info", "nan.safetensors", "--json").out)["figures"]["val_perplexity"] is None
+
+
+def test_what_a_file_says_writes_nothing_but_text_on_a_terminal(charlm, trained):
+    loaded = load_model(trained / "model.safetensors")
+    for name in ("a", "b"):
+        figures = {"\x1b[31mstep": f"\x1b[2J{name}", "\x1b]0;note": name}
+        save_model(Path(f"{name}.safetensors"), loaded.model, loaded.vocab, loaded.config, figures)
+    for names in (["a.safetensors"], ["a.safetensors", "b.safetensors"]):
+        shown = charlm("info", *names).out
+        assert "\x1b" not in shown and "[31mstep" in shown and "[2Ja" in shown
 
 
 def test_info_needs_no_torch(trained):

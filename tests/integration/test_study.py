@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,8 +105,16 @@ def test_gradflow_shows_the_norms(charlm):
         "lstm, trained, c", "gru, h", "gru, trained, h",
     ]  # fmt: skip
     assert all(len(row[20:].split()) == 6 for row in rows)
-    too_long = charlm("gradflow", *settings(CORPUS), "--steps", "200")
-    assert too_long.code == 2 and "--steps 200" in too_long.err
+    assert charlm("gradflow", *settings(CORPUS), "--steps", "98", "--train-steps", "0").code == 0
+    too_long = charlm("gradflow", *settings(CORPUS), "--steps", "99")
+    assert too_long.code == 2 and "--steps 99 needs 101 characters, and the val split has 100" in too_long.err
+
+
+def test_gradflow_refuses_a_picture_before_it_trains(charlm, monkeypatch):
+    command = ["gradflow", *settings("corpus.source=nowhere.txt"), "--plot"]
+    assert "a.docx must be an image" in charlm(*command, "a.docx").err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'charlm-torch[plot]'" in charlm(*command, "a.png").err
 
 
 def test_compare_trains_each_and_prints_one_table(charlm):

@@ -68,6 +68,7 @@ ROWS = {
     "bench": 8,
     "cli_options": 8,
     "cli_logs": 9,
+    "cli_score": 9,
     "cli_look": 9,
     "cli_train": 9,
     "cli_use": 9,

@@ -14,7 +14,8 @@ import click
 
 from charlm import __version__
 from charlm.cli_logs import log, plot
-from charlm.cli_look import evaluate, info, report, score_texts
+from charlm.cli_look import info, report
+from charlm.cli_score import evaluate, score_texts
 from charlm.cli_share import export, import_model
 from charlm.cli_study import bench, compare, gradcheck, gradflow
 from charlm.cli_train import train

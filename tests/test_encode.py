@@ -31,6 +31,17 @@ def naive(content, split):
     return vocab, ids, len(content) - sum(map(len, ids))
 
 
+@pytest.mark.parametrize("count", [252, 253, 254, 255, 300])
+def test_pieces_in_latin_1_among_many_characters(count):
+    pieces = ["ab" + "".join(chr(0x4E00 + k) for k in range(count)), "abba", "é", "éab"]
+    encoder = Encoder()
+    for piece in pieces:
+        encoder.add(piece)
+    vocab, ids, _ = naive("".join(pieces), (1.0, 0.0, 0.0))
+    encoded = encoder.finish((1.0, 0.0, 0.0))
+    assert (encoded.vocab.characters, encoded.in_memory().tolist()) == (vocab, ids[0])
+
+
 @settings(max_examples=40, deadline=None)
 @given(TEXTS, SPLITS, TEXTS, st.sampled_from([None, 0, 8]))
 @example(["abcñ"], (0.5, 0.25, 0.25), [], 0)

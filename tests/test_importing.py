@@ -451,6 +451,13 @@ def test_a_pickle_spelled_in_protocol_2_says_the_same(monkeypatch):
         assert spelled[:2] == b"\x80\x02" and pickle.loads(spelled) == value and data.read() == b"rest"
 
 
+def test_a_parameter_with_an_attribute_of_its_own_is_read(tmp_path):
+    weight = nn.Parameter(torch.ones(2))
+    weight.tag = "x"
+    torch.save({"a": weight}, tmp_path / "m.pt")
+    assert torch.equal(read_torch_file(tmp_path / "m.pt")["a"], weight)
+
+
 def test_the_vocabulary_goes_with_plain_models(charlm, folder):
     torch.save(Plain(nn.LSTM).state_dict(), "m.pt")
     vocab = vocab_file(folder, CHARS)

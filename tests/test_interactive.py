@@ -73,11 +73,15 @@ def test_what_does_not_go_with_a_prompt(typed, options):
 
 
 @pytest.mark.parametrize(
-    ("direction", "options", "part"),
-    [("both", (), "to fill in characters"), ("forward", ("--stop", "Ω"), "can never be written")],
+    ("model", "options", "part"),
+    [
+        (["model.direction=both"], (), "to fill in characters"),
+        ([], ("--stop", "Ω"), "can never be written"),
+        (["model.cell=gru", "model.gru_reset=before"], ("--quantize", "int8"), "gru_reset"),
+    ],
 )
-def test_what_no_line_could_do_is_refused_at_once(charlm, typed, direction, options, part):
-    changes = settings("corpus.source=corpus.txt", "train.max_steps=1", f"model.direction={direction}")
+def test_what_no_line_could_do_is_refused_at_once(charlm, typed, model, options, part):
+    changes = settings("corpus.source=corpus.txt", "train.max_steps=1", *model)
     assert charlm("train", *changes).code == 0
     done = typed("a", "b", options=options)
     assert part in done.err and done.err.count("charlm: ") == 1 and done.out == ""

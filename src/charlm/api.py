@@ -192,7 +192,7 @@ class LanguageModel:
         if isinstance(self.model, FillLM):
             raise CharlmError(
                 "this model was trained with model.direction: both, to fill in characters between others; it "
-                "has no prediction of what follows a text: use fill, or another model"
+                "has no prediction of what follows a text: use charlm fill (in Python fill), or another model"
             )
         ids = self._encode(prefix, unknown, "the prefix")
         stop = clean(stop, **{**self.config.corpus.cleaning, "keep": None})
@@ -217,13 +217,8 @@ class LanguageModel:
         _require(best >= 1, f"best {best}", "1 or more")
         _check_unknown(unknown)
         parts = [self._clean(part) for part in text.split(blank)]
-        return [
-            (
-                parts[0] + "".join(char + part for char, part in zip(chars, parts[1:], strict=True)),
-                probability,
-            )
-            for chars, probability in fill.fill(self.model, self.vocab, parts, best, unknown=unknown)
-        ]
+        answers = fill.fill(self.model, self.vocab, parts, best, unknown=unknown)
+        return [(fill.joined(parts, chars), probability) for chars, probability in answers]
 
     def score(self, text: str, *, unknown: Unknown = "error") -> list[tuple[str, float]]:
         """Each character of `text` with its surprisal in bits: -log2 of its probability given all before it.

@@ -1,5 +1,6 @@
 """The commands that say how well a model knows a text: eval, score."""
 
+import collections
 import contextlib
 import itertools
 import sys
@@ -102,6 +103,7 @@ class _Text:
 def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterator[_Text]:
     from charlm import stream, text
     from charlm.clean import clean
+    from charlm.score import Tally, encoded
 
     cleaning = loaded.config.corpus.cleaning
     for name in files:
@@ -111,6 +113,9 @@ def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterat
                 content = text.strip_gutenberg(text.decode(sys.stdin.buffer.read(), "stdin"))
                 pieces = iter([clean(content, **cleaning)])
             else:
+                if unknown == "error" and path.is_file():  # what is unknown is told before anything is scored
+                    pieces = stream.read_file(path, cleaning)
+                    collections.deque(encoded(loaded.vocab, pieces, unknown, str(path), Tally()), maxlen=0)
                 pieces = stream.read_file(path, cleaning)
             found = _text(path, pieces, loaded, unknown)
             if found.held < 2 and len(paths) > 1:

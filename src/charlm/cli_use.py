@@ -129,11 +129,11 @@ def generate(
     }
     prefix = stdin_for_dash(prefix)
     start = writer.generate(prefix, 0, **options)  # what is wrong is told before anything is written
+    if quantize:
+        Stepper(writer.model, quantize)
     if interactive:
         converse(writer, click.get_current_context())
         return
-    if quantize:
-        Stepper(writer.model, quantize)
     known = None
     if novelty:
         from charlm.novelty import training_text
@@ -208,6 +208,7 @@ def fill(
     """
     from charlm.clean import clean
     from charlm.fill import fill as fill_in
+    from charlm.fill import joined
 
     if len(blank) != 1:
         raise ConfigError(f"--blank {blank!r} must be one character")
@@ -216,11 +217,7 @@ def fill(
     parts = [clean(part, **loaded.config.corpus.cleaning) for part in text_with_blanks.split(blank)]
     answers = fill_in(loaded.model, loaded.vocab, parts, best, unknown=unknown)  # type: ignore[arg-type]
     shown = [
-        {
-            "text": parts[0] + "".join(char + part for char, part in zip(chars, parts[1:], strict=True)),
-            "characters": chars,
-            "probability": probability,
-        }
+        {"text": joined(parts, chars), "characters": chars, "probability": probability}
         for chars, probability in answers
     ]
     if as_json:

@@ -95,7 +95,7 @@ class Encoder:
         except UnicodeEncodeError:
             return None
         ids = _tensor(data.translate(self._latin_ids), torch.uint8)
-        counts = torch.bincount(ids, minlength=256)
+        counts = torch.bincount(ids, minlength=max(256, len(self._points)))
         return None if counts[_UNKNOWN] else (ids, counts[: len(self._points)])
 
     def _any(self, piece: str) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ embeddings of zeros and logits so low that the other characters' probabilities s
 
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,7 +121,10 @@ def _write_all(files: list[tuple[Path, bytes]]) -> None:
     (path, content), *rest = files
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # some disks are found full only here
         _write_all(rest)
 
     write_atomically(path, write)

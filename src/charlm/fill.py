@@ -46,6 +46,11 @@ def fill(
     return [(list(vocab.decode(found[k])), float(scores[k].exp())) for k in order]
 
 
+def joined(parts: list[str], characters: list[str]) -> str:
+    """The text of `parts` with one of `characters` in each blank between them."""
+    return parts[0] + "".join(map(str.__add__, characters, parts[1:]))
+
+
 def _join(pieces: list[Tensor], row: Tensor) -> Tensor:
     """The pieces with the characters of `row` between them."""
     joined = [pieces[0]]

@@ -54,7 +54,8 @@ _STAND_INS: list[Any] = [
 ]
 
 TENSOR_NAMES = (  # what a pickle names for tensors and plain values: "module name"
-    r"torch (\w+Storage|Size|device|u?int\d+|b?float\d+|bool)|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"torch (\w+Storage|Size|device|u?int\d+|b?float\d+|bool)"
+    r"|torch\._utils _rebuild_(tensor(_v2)?|parameter(_with_state)?)"
     r"|collections (OrderedDict|Counter|defaultdict)"
 )
 _NAMES = re.compile(

@@ -129,8 +129,8 @@ class Vocab:
         rest = f" and {len(first) - _NAMED} more" if len(first) > _NAMED else ""
         return (
             f"{name} has characters that the model does not know: {', '.join(named)}{rest}; "
-            '--unknown skip (in Python unknown="skip") leaves them out, '
-            f"replace puts {self.replacement!r} for each"
+            f"--unknown skip leaves them out, --unknown replace puts {self.replacement!r} for each "
+            "(in Python: unknown='skip', unknown='replace')"
         )
 
 

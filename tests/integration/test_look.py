@@ -76,6 +76,14 @@ def test_eval_of_a_long_file_gives_what_it_gave_whole(charlm, words, monkeypatch
     assert max(map(len, ahead)) < 1000 if direction == "forward" else len(ahead) == 1
 
 
+def test_eval_tells_what_is_unknown_before_it_scores(charlm, trained, words, monkeypatch):
+    Path("last.txt").write_text(words + "Ω", encoding="utf-8")
+    monkeypatch.setattr(scoring, "BLOCK", 300)
+    monkeypatch.setattr(scoring.segments, "read", lambda *args: pytest.fail("scored"))
+    done = charlm("eval", "corpus.txt", "last.txt")
+    assert done.code == 1 and f"U+03A9) at position {len(words)}" in done.err and done.out == ""
+
+
 @pytest.mark.parametrize("unit", ["char", "word", "line"])
 def test_score_sums_to_eval(charlm, trained, words, unit, monkeypatch):
     total = json.loads(charlm("eval", "corpus.txt", "--json").out)["total"]

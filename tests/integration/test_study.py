@@ -112,7 +112,8 @@ def test_gradflow_shows_the_norms(charlm):
 
 def test_gradflow_refuses_a_picture_before_it_trains(charlm, monkeypatch):
     command = ["gradflow", *settings("corpus.source=nowhere.txt"), "--plot"]
-    assert "a.docx must be an image" in charlm(*command, "a.docx").err
+    for name in ("a.docx", "noending"):
+        assert f"{name} must be an image" in charlm(*command, name).err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'charlm-torch[plot]'" in charlm(*command, "a.png").err
 

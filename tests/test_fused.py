@@ -1,6 +1,7 @@
 """`fused` against the equations of `cells`, forward and backward, in each of its ways of computing a step."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -206,3 +207,10 @@ def test_a_second_derivative_is_refused(cell):
     (gradient,) = torch.autograd.grad(loss(results) ** 2, tensors["W_hh"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_a_gradient_that_was_expanded(steps):
+    one = torch.ones(1, 1, dtype=torch.float64)
+    W_hh = one.clone().requires_grad_()
+    fused.rnn(one[None], None, W_hh, one)[0].sum().backward()
+    assert W_hh.grad.item() == pytest.approx(1 - math.tanh(2) ** 2)

@@ -1,5 +1,6 @@
 """The compiled part: kept where only its owner writes, and never needed."""
 
+import mmap
 import os
 import stat
 import subprocess
@@ -108,3 +109,26 @@ def test_uses_the_threads_of_torch():
     maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     libraries = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}
     assert len(libraries) == 1
+
+
+@needs_compiler
+def test_a_folder_where_nothing_may_be_executed_is_done_without(cache, monkeypatch):
+    load = native._open
+
+    def open_(path, openmp):
+        if cache in path.parents:
+            raise OSError("failed to map segment from shared object")
+        return load(path, openmp)
+
+    monkeypatch.setattr(native, "_open", open_)
+    assert native.load("f32")[0] and list(cache.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_file_in_memory_whose_name_is_not_utf_8(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9"
+    with open(path, "wb+") as file:  # noqa: PTH123 - the name is bytes
+        file.write(b"x")
+        file.flush()
+        with mmap.mmap(file.fileno(), 1):
+            native._torch_openmp()

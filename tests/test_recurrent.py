@@ -166,3 +166,10 @@ def test_without_them_builtin_is_torch_s_module():
 def test_auto_is_the_fastest_that_is_right(monkeypatch, options, device, kernels, chosen):
     monkeypatch.setattr("charlm.recurrent.kernels", lambda dtype: kernels)
     assert choose_implementation(ModelConfig(**options), torch.device(device))[0] == chosen
+
+
+@pytest.mark.parametrize("shape", [(2, 1, H), (3, B, H)])
+def test_a_state_of_other_sizes_is_refused(shape):
+    for stack in stacks("lstm", 2)[1:]:
+        with pytest.raises(ValueError, match="a state is of tensors"):
+            stack(torch.zeros(B, 2, E, dtype=torch.double), (torch.zeros(shape, dtype=torch.double),) * 2)

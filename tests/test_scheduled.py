@@ -87,3 +87,11 @@ def test_masks_that_last_a_sequence_last_it(implementation):
     assert torch.allclose(stepped, whole, atol=1e-6)
     again, _ = scheduled.forward(model, x, model.initial_state(3), 1.0)
     assert not torch.allclose(again, whole, atol=1e-6), "the next sequence has others"
+
+
+def test_a_diverged_model_is_the_loss_s_to_tell():
+    model = CharLM(5, ModelConfig(hidden_size=4)).initialise(1)
+    with torch.no_grad():
+        model.head.bias.fill_(torch.nan)
+    x = torch.zeros(2, 3, dtype=torch.long)
+    assert scheduled.forward(model, x, model.initial_state(2), 0.0)[0].isnan().all()

@@ -1,5 +1,7 @@
 """A stepper against the model that it was made of, in each of its ways of computing a step."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -134,3 +136,17 @@ def test_what_it_cannot_do_is_refused():
         elsewhere = CharLM(V, ModelConfig(hidden_size=H))
     with pytest.raises(ConfigError, match="meta"):
         Stepper(elsewhere, "int8")
+
+
+@needs_kernels
+def test_threads_may_share_one():
+    model = make(torch.float32, cell="lstm", hidden_size=128, num_layers=2)
+    stepper = Stepper(model)
+    ids = [torch.randint(V, (2,), generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    alone = [stepper.step(each, model.initial_state(2))[0] for each in ids]
+
+    def same(k):
+        return all(torch.equal(stepper.step(ids[k], model.initial_state(2))[0], alone[k]) for _ in range(500))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(same, range(2)))

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -114,7 +115,8 @@ class Kernels:
 
     def each(self, tensor: Tensor) -> Sequence[Any]:
         """The address of tensor[t] for all t."""
-        size = tensor.stride(0) * tensor.element_size()
+        # Not by the stride, which may be anything where there is a single row.
+        size = max(tensor.numel() // max(len(tensor), 1) * tensor.element_size(), 1)
         return range(tensor.data_ptr(), tensor.data_ptr() + len(tensor) * size, size)
 
     def bind(self, name: str, B: int, H: int) -> Callable[..., None]:
@@ -193,18 +195,21 @@ def load(store: str) -> tuple[ctypes.CDLL | None, str]:
     if not shutil.which(compiler[0]):
         return None, f"there is no C compiler {compiler[0]}"
     why = ""
-    # Another OpenMP than torch's does not load: then on one thread.
-    for openmp in dict.fromkeys((_torch_openmp(), None)):
+    # From a folder that is full, or where nothing may be executed, none can be had; another OpenMP than
+    # torch's does not load: then on one thread.
+    for folder, openmp in itertools.product(
+        dict.fromkeys((cache_folder(), None)), dict.fromkeys((_torch_openmp(), None))
+    ):
         try:
-            return _build(compiler, store, openmp), f"compiled by {compiler[0]}"
+            return _build(compiler, store, openmp, folder), f"compiled by {compiler[0]}"
         except (OSError, subprocess.SubprocessError) as error:
             output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
             why = (output.strip().splitlines() or ["it did not say why"])[-1]
     return None, f"{compiler[0]} could not compile them: {why}"
 
 
-def _build(compiler: list[str], store: str, openmp: str | None) -> ctypes.CDLL:
-    """Compile `kernels.c` into the cache folder, or find it there."""
+def _build(compiler: list[str], store: str, openmp: str | None, folder: Path | None) -> ctypes.CDLL:
+    """Compile `kernels.c` into `folder`, or find it there; None keeps it for this process alone."""
     flags = [*_FLAGS, f"-DSTORE={store}", "-fopenmp" if openmp else "-fopenmp-simd"]
     # Everything that the result depends on, so that a home shared by several machines is safe.
     parts = [
@@ -213,9 +218,8 @@ def _build(compiler: list[str], store: str, openmp: str | None) -> ctypes.CDLL:
         _machine(compiler),
     ]
     name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    folder = cache_folder()
     if folder and _is_ours(folder / name, stat.S_ISREG):
-        with contextlib.suppress(OSError):  # damaged, or where nothing may be executed
+        with contextlib.suppress(OSError):  # damaged
             return _open(folder / name, openmp)
     if folder and not os.access(folder, os.W_OK):
         folder = None
@@ -232,6 +236,8 @@ def _build(compiler: list[str], store: str, openmp: str | None) -> ctypes.CDLL:
         made.chmod(0o700)
         library = _open(made, openmp)
         if folder:
+            with made.open("rb") as file:
+                os.fsync(file.fileno())  # half of it, after a crash, would end every process that loads it
             made.replace(folder / name)
         return library
 
@@ -241,14 +247,15 @@ def _machine(compiler: list[str]) -> bytes:
     try:
         program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
         known = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
         lines = [line for line in first.splitlines() if line.startswith(known)]
         found = program.stat()
     except OSError:
         lines = []
     if not lines:
         return _macros(compiler)  # which takes longer: the compiler runs
-    return "\n".join([str(program), str(found.st_size), str(found.st_mtime_ns), *lines]).encode()
+    parts = [str(program), str(found.st_size), str(found.st_mtime_ns), *lines]
+    return "\n".join(parts).encode(errors="surrogateescape")
 
 
 def _macros(compiler: list[str]) -> bytes:
@@ -270,7 +277,7 @@ def _run(command: list[str], check: bool = True) -> "subprocess.CompletedProcess
 def _torch_openmp() -> str | None:
     """The OpenMP library with GCC's interface that torch has loaded, where that can be told."""
     try:
-        loaded = Path("/proc/self/maps").read_text()
+        loaded = os.fsdecode(Path("/proc/self/maps").read_bytes())  # with names of any bytes
     except OSError:
         return None
     found = re.search(r" (/.*/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*)$", loaded, re.M)

@@ -114,8 +114,15 @@ class Stack(nn.Module):
         return dropped(y, self.dropout) if self.training else y
 
     def forward(self, x: "Tensor | Characters", state: State) -> tuple[Tensor, State]:
-        """x (B, T, E) and a state of (L, B, H) tensors; y (B, T, H) and the state after the last step."""
+        """x (B, T, E) and a state of (L, B, H) tensors; y (B, T, H) and the state after the last step.
+
+        Raises `ValueError` for a state of other sizes, which could be broadcast in silence.
+        """
         y: Any = x.transpose(0, 1)
+        expected = self.num_layers, (y.ids if isinstance(y, Characters) else y).shape[1]
+        for tensor in state:
+            if tensor.shape[:2] != expected:
+                raise ValueError(f"a state is of tensors {(*expected, 'H')}, not {tuple(tensor.shape)}")
         last = []
         for k in range(self.num_layers):
             if k:

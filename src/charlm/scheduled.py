@@ -45,7 +45,9 @@ def forward(model: CharLM, x: Tensor, state: State, share: float) -> tuple[Tenso
         logits, state = model(fed, state)
         outputs.append(logits)
         if t + 1 < x.shape[1]:
-            drawn = torch.multinomial(logits[:, 0].detach().float().softmax(-1), 1)
+            # What is no number is not drawn from; the loss tells of it.
+            p = logits[:, 0].detach().float().softmax(-1).nan_to_num(1.0)
+            drawn = torch.multinomial(p, 1)
             truly = torch.rand(len(x), 1, device=x.device) < share
             fed = torch.where(truly, x[:, t + 1 : t + 2], drawn)
     return torch.cat(outputs, 1), state

@@ -61,7 +61,8 @@ class Stepper:
 
     quantize: hold the matrices in fewer bits.
 
-    A model that resets the GRU before the product, or that is not on the CPU, steps by its own `forward`.
+    A model that resets the GRU before the product, or that is not on the CPU, steps by its own `forward`: it
+    has to be in `eval` mode, and its weights are those that it has at each step.
     """
 
     def __init__(self, model: CharLM, quantize: Quantize | None = None):
@@ -136,7 +137,7 @@ class Stepper:
         self.packed = native.Model(
             *sizes, self.table.data_ptr(), packed, matrix(head, self.model.head.bias.detach().clone())
         )
-        self.address, self.work = ctypes.addressof(self.packed), self.table.new_empty(0)
+        self.address = ctypes.addressof(self.packed)
 
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """Ids (B,) and the state before them; logits (B, V) for what follows, and the state after."""
@@ -154,10 +155,9 @@ class Stepper:
                 raise IndexError(f"an id is from 0 to {len(self.table) - 1}")
             with torch.no_grad():
                 return self._step(ids, h, c, after), after
-        if len(self.work) < B * (2 * G + 1) * H:
-            self.work = self.table.new_empty(B * (2 * G + 1) * H)
+        work = self.table.new_empty(B * (2 * G + 1) * H)  # a call's own: threads may share a stepper
         logits, ids = self.table.new_empty(B, len(self.table)), ids.long().contiguous()
-        arguments = (ids, h, c, self.work, after[0], after[-1], logits)
+        arguments = (ids, h, c, work, after[0], after[-1], logits)
         if self.kernels.library.step(self.address, B, *(tensor.data_ptr() for tensor in arguments)):
             raise IndexError(f"an id is from 0 to {len(self.table) - 1}")
         return logits, after

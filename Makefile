@@ -53,7 +53,7 @@ $(INTEROP)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-interop: $(INTEROP)/.installed  ## test exports and imports with the real Stanza and Flair
-	$(INTEROP)/bin/python -m pytest -W default tests/interop $(ARGS)
+	$(INTEROP)/bin/python -m pytest -W default tests/external $(ARGS)
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff check .

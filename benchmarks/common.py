@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from charlm.bench import machine
+from charlm.study.bench import machine
 
 RECORD = "BENCH_RECORD"  # in the environment: the JSON file in which `make bench` gathers the figures
 

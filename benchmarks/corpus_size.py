@@ -17,8 +17,8 @@ from pathlib import Path
 
 from common import heading
 
-from charlm.compare import markdown
-from charlm.text import find_files
+from charlm.study.compare import markdown
+from charlm.text.read import find_files
 
 
 def make(path, megabytes):
@@ -72,8 +72,8 @@ def measure(path, steps):
     import torch
 
     from charlm.config import Config, CorpusConfig, TrainConfig
-    from charlm.corpus import Corpus
-    from charlm.learner import Learner
+    from charlm.text.corpus import Corpus
+    from charlm.training.learner import Learner
 
     torch.set_num_threads(1)
     config = Config(

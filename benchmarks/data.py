@@ -16,21 +16,21 @@ from pathlib import Path
 import torch
 from common import heading, record
 
-from charlm import text
-from charlm.bench import rate
-from charlm.compare import markdown
 from charlm.config import BatchesConfig, Config, CorpusConfig, ModelConfig, TrainConfig
-from charlm.corpus import Corpus
-from charlm.encode import Encoder, smallest_dtype
-from charlm.learner import Learner
-from charlm.vocab import Vocab
+from charlm.study.bench import rate
+from charlm.study.compare import markdown
+from charlm.text import read
+from charlm.text.corpus import Corpus
+from charlm.text.encode import Encoder, smallest_dtype
+from charlm.text.vocab import Vocab
+from charlm.training.learner import Learner
 
 
 def stages(path, rounds):
     """MB/s of each stage by name, medians of `rounds`."""
     megabytes = path.stat().st_size / 1e6
     data = path.read_bytes()
-    content = text.decode(data, "")
+    content = read.decode(data, "")
     vocab = Vocab.from_text(content)
     dtype = smallest_dtype(len(vocab))
 
@@ -46,8 +46,8 @@ def stages(path, rounds):
 
     work = {
         "read": path.read_bytes,
-        "decode, line ends": lambda: text.decode(data, ""),
-        "look for Gutenberg's licence": lambda: text.strip_gutenberg(content),
+        "decode, line ends": lambda: read.decode(data, ""),
+        "look for Gutenberg's licence": lambda: read.strip_gutenberg(content),
         "check for NFC": lambda: unicodedata.is_normalized("NFC", content),
         "count characters": lambda: Vocab.from_text(content),
         "look up ids": lambda: vocab.encode(content, dtype=dtype),
@@ -99,7 +99,7 @@ def main():
     heading("Reading, encoding, loading")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    content = (options.text or text.find_files("sancho")[0]).read_bytes()
+    content = (options.text or read.find_files("sancho")[0]).read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
         path.write_bytes(content * -(-options.megabytes * 10**6 // len(content)))

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from charlm.checkpoint import load_model
 from charlm.config import CorpusConfig
-from charlm.corpus import Corpus
-from charlm.evaluate import CHUNK
-from charlm.runs import find_model
+from charlm.inference.evaluate import CHUNK
+from charlm.storage.model_file import load_model
+from charlm.storage.run import find_model
+from charlm.text.corpus import Corpus
 
 
 def every_20th_letter(text):

@@ -19,12 +19,12 @@ import torch
 from common import heading, record
 from torch import nn
 
-from charlm.checkpoint import load_model, save_model
 from charlm.config import Config, from_data
-from charlm.model import CharLM
-from charlm.sample import generate, generate_batch
-from charlm.stepper import Stepper
-from charlm.vocab import Vocab
+from charlm.inference.sample import generate, generate_batch
+from charlm.nn.model import CharLM
+from charlm.nn.stepper import Stepper
+from charlm.storage.model_file import load_model, save_model
+from charlm.text.vocab import Vocab
 
 SIZES = [(2, 512), (1, 256)]
 VOCAB = Vocab("".join(map(chr, range(33, 123))))

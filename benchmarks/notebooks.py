@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from charlm import config as configuration
-from charlm import runs as run_folders
-from charlm.compare import at_epochs, compare, markdown
-from charlm.progress import TrainingDisplay
+from charlm.cli.train import TrainingDisplay
+from charlm.storage import run as run_folders
+from charlm.study.compare import at_epochs, compare, markdown
 
 EPOCHS = [1, 11, 50, 100]
 

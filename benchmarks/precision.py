@@ -10,12 +10,12 @@ import math
 import torch
 from common import heading, record
 
-from charlm.compare import markdown
 from charlm.config import BatchesConfig, Config, CorpusConfig, ModelConfig, TrainConfig
-from charlm.corpus import Corpus
-from charlm.device import choose_precision
-from charlm.evaluate import evaluate
-from charlm.learner import Learner
+from charlm.inference.evaluate import evaluate
+from charlm.nn.device import choose_precision
+from charlm.study.compare import markdown
+from charlm.text.corpus import Corpus
+from charlm.training.learner import Learner
 
 
 def val_loss(config, corpus, precision):

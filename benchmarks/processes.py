@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import heading, text_or_none
 
-from charlm.compare import markdown
+from charlm.study.compare import markdown
 
 MODELS = {"LSTM 1 × 128": (128, 1, 60), "LSTM 2 × 512": (512, 2, 8)}  # hidden size, layers, steps
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from common import heading, record, text_or_none
 
 from charlm import config as configuration
-from charlm.compare import markdown
 from charlm.errors import ConfigError
+from charlm.study.compare import markdown
 
 RECIPES = ["shakespeare-3min.yaml", "shakespeare-10min.yaml"]  # shakespeare-best.yaml takes an hour
 

@@ -6,7 +6,7 @@ import time
 import torch
 
 from charlm.config import ModelConfig
-from charlm.recurrent import make_recurrent
+from charlm.nn.layers import make_recurrent
 
 T, E, H = 256, 128, 16
 ROUNDS = 20

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from common import heading, record, text_or_none
 
-from charlm.compare import markdown
+from charlm.study.compare import markdown
 
 EMBEDDING = 100
 

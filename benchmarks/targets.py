@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from common import RECORD, heading
 
-from charlm.compare import markdown
+from charlm.study.compare import markdown
 
 KEPT = Path(__file__).parent / "results" / "quality.json"
 

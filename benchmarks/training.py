@@ -20,7 +20,9 @@ from common import heading, record
 from torch import nn
 from torch.nn import functional as F
 
-from charlm.bench import (
+from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
+from charlm.nn.device import choose_precision
+from charlm.study.bench import (
     CHARACTERS,
     implementations,
     make_learner,
@@ -29,9 +31,7 @@ from charlm.bench import (
     rate,
     training_rate,
 )
-from charlm.compare import markdown
-from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
-from charlm.device import choose_precision
+from charlm.study.compare import markdown
 
 CELLS = ("lstm", "gru", "rnn")
 SIZES = {

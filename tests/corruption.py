@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-from charlm.checkpoint import load_model, save_model
 from charlm.config import Config, ModelConfig
 from charlm.errors import CharlmError
-from charlm.header import read_header
-from charlm.model import make_model
-from charlm.runs import Run
-from charlm.vocab import Vocab
+from charlm.nn.model import make_model
+from charlm.storage.header import read_header
+from charlm.storage.model_file import load_model, save_model
+from charlm.storage.run import Run
+from charlm.text.vocab import Vocab
 
 ZEROS = "0" * 64
 

@@ -10,14 +10,15 @@ import torch
 from torch.nn import functional as F
 
 import charlm as package
-from charlm import api, runs
-from charlm.checkpoint import save_model
+from charlm import api
 from charlm.config import from_data
 from charlm.errors import CharlmError, ConfigError
-from charlm.evaluate import evaluate_each
-from charlm.model import make_model
-from charlm.runs import Run
-from charlm.vocab import Vocab
+from charlm.inference.evaluate import evaluate_each
+from charlm.nn.model import make_model
+from charlm.storage import run as runs
+from charlm.storage.model_file import save_model
+from charlm.storage.run import Run
+from charlm.text.vocab import Vocab
 from conftest import TINY
 
 VOCAB = Vocab(" abcdefg\nñ")

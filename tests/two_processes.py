@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from charlm import runs
 from charlm.config import from_data
-from charlm.corpus import Corpus
-from charlm.distributed import ALONE, joined
 from charlm.errors import CharlmError, Interrupted
-from charlm.runs import Run
-from charlm.train import Trainer
+from charlm.storage import run as runs
+from charlm.storage.run import Run
+from charlm.text.corpus import Corpus
+from charlm.training.distributed import ALONE, joined
+from charlm.training.trainer import Trainer
 from conftest import TINY
 
 # Of 67 windows the last batch has 1 for one process and 2 for the other; of 65, none and 1.

@@ -12,17 +12,18 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from charlm import fill, runs, sample
-from charlm.cells import State
-from charlm.checkpoint import Loaded, load_model
-from charlm.clean import clean
 from charlm.config import Config
-from charlm.device import choose_device
 from charlm.errors import CharlmError, ConfigError
-from charlm.evaluate import CHUNK, evaluate, text_surprisals
-from charlm.model import CharLM, FillLM
-from charlm.stepper import Quantize
-from charlm.vocab import Unknown, Vocab
+from charlm.inference import fill, sample
+from charlm.inference.evaluate import CHUNK, evaluate, text_surprisals
+from charlm.nn.cells import State
+from charlm.nn.device import choose_device
+from charlm.nn.model import CharLM, FillLM
+from charlm.nn.stepper import Quantize
+from charlm.storage import run as runs
+from charlm.storage.model_file import Loaded, load_model
+from charlm.text.clean import clean
+from charlm.text.vocab import Unknown, Vocab
 
 
 class LanguageModel:

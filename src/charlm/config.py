@@ -17,7 +17,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from charlm.errors import ConfigError
-from charlm.resources import shipped
+
+PACKAGE = Path(__file__).parent
+
+
+def shipped(folder: str) -> Path:
+    """The folder ``configs`` or ``data``: inside the installed package, or at the top of a checkout."""
+    packaged = PACKAGE / folder
+    return packaged if packaged.is_dir() else PACKAGE.parents[1] / folder
 
 
 class Section(BaseModel):

@@ -1,16 +1,18 @@
-"""Writing files whole or not at all, and their checksums."""
+"""Files written whole or not at all, checksums, and the user's cache folder."""
 
 import contextlib
 import errno
 import hashlib
 import io
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from charlm.errors import CharlmError
 
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _FIXES = {
     errno.ENOENT: "make the folder, or restore it if it was there",
     errno.EACCES: "make its folder writable or take another",
@@ -60,3 +62,37 @@ def sha256(file: io.BufferedIOBase, size: int) -> str:
         digest.update(chunk[:read])
         size -= read
     return digest.hexdigest()
+
+
+def cache_folder(name: str = "") -> Path | None:
+    """charlm's folder in the user's cache folder, or `name` in it, made if need be.
+
+    None where it cannot be made, and where others could put something into its place: where anyone else may
+    write to it, or to a folder above it in which they could move it away.
+    """
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "charlm"
+        for each in dict.fromkeys((folder.parent, folder, folder / name)):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = (folder / name).resolve(strict=True)  # so that no link is followed from here on
+        safe = os.name != "posix" or (is_ours(folder, stat.S_ISDIR) and all(map(_is_safe, folder.parents)))
+    except (OSError, RuntimeError):
+        return None
+    return folder if safe else None
+
+
+def is_ours(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Whether `path` itself, not what it links to, is of that kind, this user's, and written by no other."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE
+
+
+def _is_safe(folder: Path) -> bool:
+    """Whether none but this user and root can rename what stands in `folder`."""
+    found = folder.stat()
+    sticky = bool(found.st_mode & stat.S_ISVTX)
+    return found.st_uid in (0, os.getuid()) and (sticky or not found.st_mode & _OTHERS_WRITE)

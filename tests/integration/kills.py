@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 import torch._dynamo  # optimisers do, in two seconds
 
-from charlm import native, progress, train  # noqa: F401 - so that the forked processes need not import them
-from charlm.checkpoint import load_model
 from charlm.cli import main
-from charlm.runs import Run
+from charlm.nn.kernels import native
+from charlm.storage.model_file import load_model
+from charlm.storage.run import Run
+from charlm.training import trainer as train  # noqa: F401 - so that the forked processes need not import them
 
 TINY = {
     "corpus.source": "corpus.txt",

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from charlm import config as configuration
-from charlm.corpus import Corpus
 from charlm.errors import CharlmError
-from charlm.learner import Learner
+from charlm.text.corpus import Corpus
+from charlm.training.learner import Learner
 from conftest import PIECES, TINY
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "latin-1"]
@@ -33,9 +33,9 @@ hostile = st.sampled_from(
 def attempt(data, ending=".txt", cut_off=0, changes=()):
     """Train a step on a file of `data`; what it loses, or why not."""
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("charlm.cache.cache_folder", lambda name: Path(folder))
-        patch.setattr("charlm.text._PIECE", 64)
-        patch.setattr("charlm.corpus.IN_MEMORY", 500)
+        patch.setattr("charlm.text.cache.cache_folder", lambda name: Path(folder))
+        patch.setattr("charlm.text.read._PIECE", 64)
+        patch.setattr("charlm.text.corpus.IN_MEMORY", 500)
         path = Path(folder, f"text{ending}")
         packed = ENDINGS[ending](data)
         path.write_bytes(packed[: len(packed) - cut_off])

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from charlm import evaluate as scoring
-from charlm.runs import Run
+from charlm.inference import evaluate as scoring
+from charlm.storage.run import Run
 from conftest import process, settings
 
 

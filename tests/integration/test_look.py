@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from charlm import evaluate as scoring
-from charlm import stream
-from charlm.checkpoint import load_model, save_model
+from charlm.inference import evaluate as scoring
+from charlm.storage.model_file import load_model, save_model
+from charlm.text import read
 from conftest import process, settings
 
 
@@ -60,15 +60,15 @@ def test_eval_of_a_long_file_gives_what_it_gave_whole(charlm, words, monkeypatch
     assert charlm("train", *options).code == 0
     Path("long.txt").write_text(words.replace("b", "Ω"), encoding="utf-8")
     whole = json.loads(charlm("eval", "long.txt", "--json", "--unknown", "skip").out)["files"][0]
-    turns, read, scored = [], stream.read_file, scoring.segments.read
+    turns, from_file, scored = [], read.read_clean_file, scoring.read_long
 
     def read_file(path, cleaning):
-        for piece in itertools.chain.from_iterable(read(path, cleaning)):
+        for piece in itertools.chain.from_iterable(from_file(path, cleaning)):
             turns.append("read")
             yield piece
 
-    monkeypatch.setattr(stream, "read_file", read_file)
-    monkeypatch.setattr(scoring.segments, "read", lambda *args: turns.append("scored") or scored(*args))
+    monkeypatch.setattr(read, "read_clean_file", read_file)
+    monkeypatch.setattr(scoring, "read_long", lambda *args: turns.append("scored") or scored(*args))
     monkeypatch.setattr(scoring, "BLOCK", 300)
     cut = json.loads(charlm("eval", "long.txt", "--json", "--unknown", "skip").out)["files"][0]
     assert cut.pop("path") == whole.pop("path") and cut == pytest.approx(whole, rel=1e-6)
@@ -79,7 +79,7 @@ def test_eval_of_a_long_file_gives_what_it_gave_whole(charlm, words, monkeypatch
 def test_eval_tells_what_is_unknown_before_it_scores(charlm, trained, words, monkeypatch):
     Path("last.txt").write_text(words + "Ω", encoding="utf-8")
     monkeypatch.setattr(scoring, "BLOCK", 300)
-    monkeypatch.setattr(scoring.segments, "read", lambda *args: pytest.fail("scored"))
+    monkeypatch.setattr(scoring, "read_long", lambda *args: pytest.fail("scored"))
     done = charlm("eval", "corpus.txt", "last.txt")
     assert done.code == 1 and f"U+03A9) at position {len(words)}" in done.err and done.out == ""
 

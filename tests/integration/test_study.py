@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from charlm.vocab import Vocab
+from charlm.text.vocab import Vocab
 from conftest import settings
 
 CORPUS = "corpus.source=corpus.txt"

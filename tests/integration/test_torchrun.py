@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from charlm.cli_train import _prepare
+from charlm.cli.train import _prepare
 from charlm.errors import ConfigError
-from charlm.runs import Run
+from charlm.storage.run import Run
 from conftest import settings
 
 

@@ -1,0 +1,107 @@
+"""The commands: parse, call one function, print.
+
+Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
+What a user pipes goes to stdout, all else to stderr.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from charlm import __version__
+from charlm.cli import generate, runs, score, share, study, train
+from charlm.errors import CharlmError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    _prepare_streams()
+    try:
+        cli.main(args=args, prog_name="charlm", standalone_mode=False)
+        sys.stdout.flush()
+        return 0
+    except CharlmError as error:
+        return _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        # Every process of torchrun's has the same arguments: the first speaks for them.
+        first = os.environ.get("RANK", "0") == "0"
+        return _fail(" ".join(error.format_message().split()) if first else "", error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except (BrokenPipeError, SystemExit):
+        # Whoever read our output has gone; click exits then. Let the interpreter's last flush not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a fault of charlm's
+        return _fail(
+            "out of memory; take a smaller model.hidden_size, batches.batch_size or batches.seq_len", 1
+        )
+
+
+def _prepare_streams() -> None:
+    """Files and pipes get UTF-8 whatever the locale; a terminal that lacks a character shows ? for it.
+
+    One that was closed is empty, or takes what nobody reads: no file that is opened later gets its number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for good
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # typed bytes that are no UTF-8 are unknown
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if stream.isatty():
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _fail(message: str, exit_code: int) -> int:
+    if message:
+        with contextlib.suppress(OSError):
+            click.echo(f"charlm: {message}", err=True)
+    return exit_code
+
+
+@click.group(context_settings=CONTEXT, invoke_without_command=True)
+@click.version_option(__version__, prog_name="charlm")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Train character-level language models with recurrent networks, and write text with them.
+
+    \b
+      charlm train --config lstm.yaml
+      charlm generate --prefix "quijote "
+    """  # noqa: D301 - click knows the backspace character by itself
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for command in (
+    train.train,
+    generate.generate,
+    generate.fill,
+    score.evaluate,
+    score.score_texts,
+    runs.info,
+    runs.report,
+    runs.log,
+    runs.plot,
+    study.gradcheck,
+    study.gradflow,
+    study.compare,
+    study.bench,
+    share.export,
+    share.import_model,
+):
+    cli.add_command(command)

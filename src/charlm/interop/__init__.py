@@ -1,0 +1,1 @@
+"""Other programs' files: exports and imports."""

@@ -1,0 +1,271 @@
+"""The character models of other programs, taken apart: Stanza's, Flair's, and plain PyTorch's state dicts."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from charlm.errors import CharlmError, one_line
+from charlm.interop.torchfile import FlairDictionary, read_torch_file
+
+_MOST = 0x200000  # ids in a vocabulary
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NAMED = 8  # how many weights a message names
+
+
+@dataclass
+class Parts:
+    """A foreign model taken apart.
+
+    units: what each id stands for; None where the file does not say.
+    embedding: (V, E), or None where the stack reads one-hot vectors. recurrent: by torch's names without
+        prefix. head: (V, H). bias: (V,).
+    settings: of the configuration, by dotted key. start: the learned initial state, (L, 1, H) each.
+    """
+
+    units: list[str | None]
+    embedding: Tensor | None
+    recurrent: dict[str, Tensor]
+    head: Tensor
+    bias: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)
+    start: tuple[Tensor, ...] = ()
+
+
+def read_stanza(path: Path) -> Parts:
+    """A file of Stanza's CharacterLanguageModel, or its trainer's checkpoint."""
+    data = read_torch_file(path)
+    if not (isinstance(data, dict) and "state_dict" in data):
+        data = _entry(data, "model", dict, path, "Stanza")
+    weights = _weights(_entry(data, "state_dict", dict, path, "Stanza"), path)
+    vocab, arguments = (_entry(data, key, dict, path, "Stanza") for key in ("vocab", "args"))
+    units = _entry(vocab, "_id2unit", list, path, "Stanza")
+    if not all(isinstance(unit, str) for unit in units):
+        raise CharlmError(f"{path} is damaged: its vocabulary is no list of texts")
+    # With recurrent dropout Stanza has a module for each layer: cells.0.weight_ih is weight_ih_l0.
+    weights = {
+        re.sub(r"^charlstm\.lstm\.cells\.(\d+)\.(\w+)$", r"charlstm.lstm.\2_l\1", name): tensor
+        for name, tensor in weights.items()
+    }
+    parts = Parts(
+        units,
+        _take(weights, "char_emb.weight", path),
+        _take_stack(weights, "charlstm.lstm."),
+        _take(weights, "decoder.weight", path),
+        _take(weights, "decoder.bias", path),
+        {
+            "corpus.lowercase": bool(vocab.get("lower")),
+            "model.direction": "forward" if data.get("is_forward_lm", True) else "backward",
+            "model.dropout": _share(arguments.get("char_dropout")),
+        },
+        (_take(weights, "charlstm_h_init", path), _take(weights, "charlstm_c_init", path)),
+    )
+    _refuse_rest(weights, path)
+    return parts
+
+
+def read_flair(path: Path) -> Parts:
+    """A file of Flair's LanguageModel, or its trainer's checkpoint."""
+    data = read_torch_file(path)
+    weights = _weights(_entry(data, "state_dict", dict, path, "Flair"), path)
+    items = getattr(_entry(data, "dictionary", FlairDictionary, path, "Flair"), "idx2item", None)
+    if not (isinstance(items, list) and all(isinstance(item, bytes) for item in items)):
+        raise CharlmError(f"{path} is damaged: its dictionary is no list of bytes")
+    if not data.get("has_decoder", True):
+        raise CharlmError(f"{path} was saved without its decoder: it predicts no characters")
+    head, bias = _take(weights, "decoder.weight", path), _take(weights, "decoder.bias", path)
+    if "proj.weight" in weights:  # a linear layer before the head, and nothing between: one product
+        inner, inner_bias = _take(weights, "proj.weight", path), _take(weights, "proj.bias", path)
+        fits = head.dim() == inner.dim() == 2 and head.shape[1:] == inner.shape[:1] == inner_bias.shape
+        if not (fits and bias.shape == head.shape[:1]):
+            raise CharlmError(f"{path} is damaged: its projection does not fit its decoder")
+        head, bias = head @ inner, head @ inner_bias + bias
+    parts = Parts(
+        [_decoded(item) for item in items],
+        _take(weights, "encoder.weight", path),
+        _take_stack(weights, "rnn."),
+        head,
+        bias,
+        {
+            "model.direction": "forward" if data.get("is_forward_lm", True) else "backward",
+            "model.dropout": _share(data.get("dropout")),
+        },
+    )
+    _refuse_rest(weights, path)
+    return parts
+
+
+def read_plain(path: Path, vocab: Path) -> Parts:
+    """A state dict of an `nn.Embedding` (or none), one `nn.RNN`, `nn.LSTM` or `nn.GRU`, and an `nn.Linear`.
+
+    Names do not matter, but for the recurrent weights' endings: ``weight_ih_l0`` and so on.
+    """
+    weights = _weights(_state_dict(path), path)
+    units, settings = read_vocab(vocab)
+    prefixes = {found[1] for name in weights if (found := re.fullmatch(r"(.*?)weight_hh_l0", name))}
+    if len(prefixes) != 1:
+        raise CharlmError(
+            f"{path} has {len(prefixes)} recurrent stacks, not one: of an nn.RNN, nn.LSTM or nn.GRU, whose "
+            "weights' names end in weight_ih_l0, weight_hh_l0 and so on"
+        )
+    stack = _take_stack(weights, prefixes.pop())
+    biases = [name for name, tensor in weights.items() if tensor.shape == (len(units),)]
+    head, embedding = _find_ends(weights, stack, biases, len(units), path)
+    parts = Parts(
+        units,
+        weights[embedding] if embedding else None,
+        stack,
+        weights[head],
+        weights[biases[0]] if biases else torch.zeros(len(units)),
+        settings,
+    )
+    for name in {head, embedding, *biases[:1]} - {None}:
+        del weights[str(name)]
+    _refuse_rest(weights, path)
+    return parts
+
+
+def _find_ends(
+    weights: dict[str, Tensor], stack: dict[str, Tensor], biases: list[str], V: int, path: Path
+) -> tuple[str, str | None]:
+    """The names of the head's and the embedding's matrix, the same where they are tied.
+
+    They are told by their shapes, (V, H) and (V, E); where E = H, by the bias beside the head or by their
+    names. No embedding where the stack reads one-hot vectors, E = V.
+    """
+    E, H = (_take(dict(stack), f"weight_{part}_l0", path).shape[-1] for part in ("ih", "hh"))
+    heads = [name for name, tensor in weights.items() if tensor.shape == (V, H)]
+    tables = [name for name, tensor in weights.items() if tensor.shape == (V, E)]
+    if len(heads) > 1:
+        beside = [name for name in heads if name.removesuffix("weight") + "bias" in biases]
+        heads = beside or [name for name in heads if not re.search("emb|encoder|wte|input", name)]
+    if len(heads) == 1:
+        tables = [name for name in tables if name != heads[0]]
+        if len(tables) == 1:
+            return heads[0], tables[0]
+        if not tables and E in (V, H):
+            return heads[0], None if E == V else heads[0]
+    shapes = one_line(", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights.items()))
+    raise CharlmError(
+        f"for the vocabulary's {V} ids {path} should have an embedding ({V}, {E}) and a head ({V}, {H}), one "
+        f"each; besides the recurrent stack it has {shapes or 'nothing'}"
+    )
+
+
+def read_vocab(path: Path) -> tuple[list[str | None], dict[str, Any]]:
+    """What each id stands for, as the JSON file at `path` has it, and settings that stand there too.
+
+    It holds a list or a text of the characters, a dictionary from them to their ids or from ids to them, or
+    what ``charlm export --to torch`` writes. Raises `CharlmError` for anything else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CharlmError(f"cannot read the vocabulary {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CharlmError(f"the vocabulary {path} is no JSON: {one_line(str(error))}") from None
+    settings: dict[str, Any] = {}
+    if isinstance(data, dict) and isinstance(data.get("vocab"), list):  # charlm's own
+        settings["model.direction"] = data.get("direction", "forward")
+        cleaning, arguments = data.get("cleaning"), data.get("model")
+        if isinstance(cleaning, dict):
+            settings |= {f"corpus.{key}": value for key, value in cleaning.items()}
+        if isinstance(arguments, dict) and "nonlinearity" in arguments:
+            settings["model.nonlinearity"] = arguments["nonlinearity"]
+        data = data["vocab"]
+    if isinstance(data, str):
+        data = list(data)
+    if isinstance(data, list) and all(isinstance(unit, str) for unit in data):
+        return data, settings
+    if isinstance(data, dict):
+        by_id: dict[Any, Any] = {number: unit for unit, number in data.items() if type(number) is int}
+        if not by_id and all(re.fullmatch(r"[0-9]{1,7}", number) for number in data):
+            by_id = {int(number): unit for number, unit in data.items() if isinstance(unit, str)}
+        if len(by_id) == len(data) and all(0 <= number < _MOST for number in by_id):
+            return [by_id.get(number) for number in range(max(by_id, default=-1) + 1)], settings
+    raise CharlmError(
+        f"the vocabulary {path} must be a JSON list of characters, or a dictionary from characters to their "
+        "ids or from ids, 0 and up, to their characters"
+    )
+
+
+def _state_dict(path: Path) -> Any:
+    """The state dict in a safetensors file or one of ``torch.save``, where it may lie beside other things."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{":
+            return load_file(path)
+    except OSError as error:
+        raise CharlmError(f"cannot read {path}: {error.strerror}") from None
+    except SafetensorError as error:
+        raise CharlmError(f"{path} is damaged or cut short: {one_line(str(error))}") from None
+    data = read_torch_file(path)
+    if isinstance(data, dict):
+        inner = [value for value in data.values() if isinstance(value, dict)]
+        for each in (data, *inner):
+            if any(isinstance(name, str) and name.endswith("weight_hh_l0") for name in each):
+                return each
+    raise CharlmError(f"{path} has no state dict of an nn.RNN, nn.LSTM or nn.GRU (weight_hh_l0)")
+
+
+def _weights(data: Any, path: Path) -> dict[str, Tensor]:
+    """`data` as tensors by name, in float32; what is no vector or matrix of floating point is refused."""
+    for name, tensor in data.items():
+        if not isinstance(name, str):
+            raise CharlmError(f"{path} is damaged: a name among its weights is no text")
+        if not (isinstance(tensor, Tensor) and tensor.dtype in _TYPES and tensor.dim()):
+            raise CharlmError(f"{path} has {one_line(name)} among its weights, which is no tensor of numbers")
+    # A view may repeat what is there.
+    if sum(tensor.numel() for tensor in data.values()) > path.stat().st_size:
+        raise CharlmError(f"{path} is damaged: its weights have more numbers than it has bytes")
+    return {name: tensor.detach().float() for name, tensor in data.items()}
+
+
+def _take_stack(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The recurrent stack's weights, whose names begin with `prefix`, out of `weights`."""
+    pattern = re.escape(prefix) + r"((?:weight|bias)_(?:ih|hh)_l\d+)"
+    names = {found[1]: name for name in weights if (found := re.fullmatch(pattern, name))}
+    return {short: weights.pop(name) for short, name in names.items()}
+
+
+def _take(weights: dict[str, Tensor], name: str, path: Path) -> Tensor:
+    if name not in weights:
+        raise CharlmError(f"{path} is damaged or of another kind: it has no weights {name}")
+    return weights.pop(name)
+
+
+def _refuse_rest(weights: dict[str, Tensor], path: Path) -> None:
+    """Raise `CharlmError` for weights that charlm has no place for: without them it were another model."""
+    if weights:
+        names = one_line(", ".join(list(weights)[:_NAMED]))
+        raise CharlmError(
+            f"{path} has weights that charlm has no place for ({names}): it takes an embedding, a recurrent "
+            "stack in one direction, and a linear head"
+        )
+
+
+def _entry(data: Any, key: str, kind: type, path: Path, origin: str) -> Any:
+    """The entry `key` of `data`, which must be of class `kind`."""
+    value = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(value, kind):
+        raise CharlmError(f"{path} is no language model of {origin}'s: it has no {key}")
+    return value
+
+
+def _share(value: Any) -> float:
+    """A dropout; 0 for what is none."""
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1 else 0.0
+
+
+def _decoded(item: bytes) -> str | None:
+    try:
+        return item.decode()
+    except UnicodeDecodeError:
+        return None

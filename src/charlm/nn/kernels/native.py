@@ -1,0 +1,299 @@
+"""The optional compiled part: `kernels.c`, made by the machine's C compiler for the machine's instructions.
+
+It is compiled at first use, once for each type of number, in a second or two, and kept in the user's cache
+folder (``$XDG_CACHE_HOME/charlm`` or ``~/.cache/charlm``), if only its owner can put anything there; else
+it is compiled anew each time, in a folder of its own. Where there is no compiler, or ``CHARLM_KERNELS=off``
+stands in the environment, `kernels` gives None, and `fused` does the same with torch's operations.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from charlm.files import cache_folder, is_ours
+
+_SOURCE = Path(__file__).with_name("kernels.c")  # which includes the other
+_SOURCES = (_SOURCE, Path(__file__).with_name("kernels_writing.c"))
+_FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden"]
+_STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+_COUNT, _POINTER, _FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+STEPS: dict[str, list[Any]] = {  # the arguments after B and H
+    "rnn_forward": [_FLAG] + [_POINTER] * 4,
+    "rnn_backward": [_FLAG] + [_POINTER] * 4,
+    "lstm_forward": [_POINTER] * 6,
+    "lstm_backward": [_POINTER] * 7,
+    "gru_forward": [_POINTER] * 8,
+    "gru_backward": [_POINTER] * 9,
+}
+
+
+class Matrix(ctypes.Structure):
+    """A matrix (K, N) as `kernels.c` multiplies by it when it writes text."""
+
+    _fields_ = (
+        ("kind", _COUNT),
+        ("K", _COUNT),
+        ("N", _COUNT),
+        ("weights", _POINTER),
+        ("scale", _POINTER),
+        ("bias", _POINTER),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A layer's matrices, and of the GRU the bias that stands inside the reset."""
+
+    _fields_ = (("input", Matrix), ("recurrent", Matrix), ("b_hn", _POINTER))
+
+
+class Model(ctypes.Structure):
+    """All that `kernels.c` needs to know of a model to go a character further."""
+
+    _fields_ = (
+        ("cell", _COUNT),
+        ("layers", _COUNT),
+        ("H", _COUNT),
+        ("V", _COUNT),
+        ("table", _POINTER),
+        ("layer", ctypes.POINTER(Layer)),
+        ("head", Matrix),
+    )
+
+
+class Kernels:
+    """The functions of `kernels.c` for one type of number, over contiguous CPU tensors.
+
+    The steps take the arguments of their namesakes in `fused`, which say what they compute. Where there is no
+    product for the type (`multiplies` is false: in bfloat16, and without AVX) torch's is the one to use.
+    """
+
+    rnn_forward: Callable[..., None]
+    rnn_backward: Callable[..., None]
+    lstm_forward: Callable[..., None]
+    lstm_backward: Callable[..., None]
+    gru_forward: Callable[..., None]
+    gru_backward: Callable[..., None]
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
+        self.dtype = dtype
+        self.library = library
+        self.multiplies = hasattr(library, "product")
+        for name, arguments in STEPS.items():
+            function = getattr(library, name)
+            function.argtypes = [_COUNT, _COUNT, *arguments]
+            function.restype = None
+            setattr(self, name, functools.partial(_step, function))
+        if self.multiplies:
+            library.packed_size.argtypes, library.packed_size.restype = [_COUNT] * 2, _COUNT
+            library.pack.argtypes = [_COUNT] * 2 + [_POINTER, _COUNT, _COUNT, _POINTER]
+            library.product.argtypes = [_COUNT] * 3 + [_POINTER] * 3
+            library.pack.restype = library.product.restype = None
+            library.laid_size.argtypes, library.laid_size.restype = [_COUNT] * 2, _COUNT
+            library.lay.argtypes, library.lay.restype = [*[_COUNT] * 3, *[_POINTER] * 2], None
+            library.step.argtypes, library.step.restype = [_POINTER, _COUNT, *[_POINTER] * 7], _FLAG
+            library.draw.argtypes = [*[_COUNT] * 3, *[ctypes.c_double] * 2, *[_POINTER] * 4]
+            library.draw.restype = _FLAG
+
+    def at(self, tensor: Tensor) -> int:
+        """The address of `tensor`."""
+        return tensor.data_ptr()
+
+    def each(self, tensor: Tensor) -> Sequence[Any]:
+        """The address of tensor[t] for all t."""
+        # Not by the stride, which may be anything where there is a single row.
+        size = max(tensor.numel() // max(len(tensor), 1) * tensor.element_size(), 1)
+        return range(tensor.data_ptr(), tensor.data_ptr() + len(tensor) * size, size)
+
+    def bind(self, name: str, B: int, H: int) -> Callable[..., None]:
+        """The step of this name over a batch of B and H units, told of tensors by their addresses."""
+        return functools.partial(getattr(self.library, name), B, H)
+
+    def product(self, W: Tensor, M: int) -> Callable[[Any, Any], None]:
+        """A function of a (M, K) and out (M, N) that puts a W into out, for a W (K, N) that stays."""
+        (K, N), library = W.shape, self.library
+        packed = W.new_empty(library.packed_size(K, N))
+        library.pack(K, N, W.data_ptr(), *W.stride(), packed.data_ptr())
+
+        def multiply(a: int, out: int) -> None:
+            library.product(M, K, N, a, packed.data_ptr(), out)
+
+        return multiply
+
+    def draw(
+        self, logits: Tensor, kept: int, temperature: float, top_p: float, chances: Tensor
+    ) -> Tensor | None:
+        """Ids (B,) among the first `kept` of each row of logits (B, V), sorted where top_p is below 1.
+
+        None where a logit is not finite.
+        """
+        B, V = logits.shape
+        up_to, ids = chances.new_empty(kept), logits.new_empty(B, dtype=torch.int64)
+        pointers = (tensor.data_ptr() for tensor in (logits, chances, up_to, ids))
+        return None if self.library.draw(B, V, kept, temperature, top_p, *pointers) else ids
+
+    def matrix(
+        self, weights: Tensor, scale: Tensor | None, bias: Tensor | None
+    ) -> tuple[Matrix, list[Tensor]]:
+        """weights (N, K) in self.dtype, bfloat16 or int8, scale and bias (N,); and what it points to."""
+        (N, K), weights = weights.shape, weights.contiguous()
+        kind = {torch.bfloat16: 1, torch.int8: 2}.get(weights.dtype, 0)
+        laid = weights.new_empty(self.library.laid_size(K, N))
+        self.library.lay(kind, K, N, weights.data_ptr(), laid.data_ptr())
+        scale = None if scale is None else scale * 2.0**-24
+        kept = [laid, *(tensor.to(self.dtype).contiguous() for tensor in (scale, bias) if tensor is not None)]
+        found = iter(tensor.data_ptr() for tensor in kept[1:])
+        pointers = (next(found) if tensor is not None else None for tensor in (scale, bias))
+        return Matrix(kind, K, N, laid.data_ptr(), *pointers), kept
+
+
+def _step(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a step: B and H are the last argument's shape, a tensor is its address, None is NULL."""
+    pointers = (item.data_ptr() if isinstance(item, Tensor) else item for item in arguments)
+    function(*arguments[-1].shape, *pointers)
+
+
+@functools.cache
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for tensors of `dtype`, compiled if they are not yet; None where they cannot be had."""
+    library = load(_STORE.get(dtype, ""))[0]
+    return Kernels(library, dtype) if library else None
+
+
+def why_no_kernels() -> str:
+    """Why `kernels` gives None for float32."""
+    return load(_STORE[torch.float32])[1]
+
+
+@functools.cache
+def load(store: str) -> tuple[ctypes.CDLL | None, str]:
+    """The library for one ``-DSTORE``, or None, and why."""
+    if os.environ.get("CHARLM_KERNELS", "").lower() in ("off", "0", "no"):
+        return None, "CHARLM_KERNELS is off"
+    if not store:
+        return None, "no kernels for this type of number"
+    if os.name != "posix":
+        return None, "kernels are compiled on Linux and macOS only"
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        return None, f"CC names no compiler: {error}"
+    if not shutil.which(compiler[0]):
+        return None, f"there is no C compiler {compiler[0]}"
+    why = ""
+    # From a folder that is full, or where nothing may be executed, none can be had; another OpenMP than
+    # torch's does not load: then on one thread.
+    for folder, openmp in itertools.product(
+        dict.fromkeys((cache_folder(), None)), dict.fromkeys((_torch_openmp(), None))
+    ):
+        try:
+            return _build(compiler, store, openmp, folder), f"compiled by {compiler[0]}"
+        except (OSError, subprocess.SubprocessError) as error:
+            output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+            why = (output.strip().splitlines() or ["it did not say why"])[-1]
+    return None, f"{compiler[0]} could not compile them: {why}"
+
+
+def _build(compiler: list[str], store: str, openmp: str | None, folder: Path | None) -> ctypes.CDLL:
+    """Compile `kernels.c` into `folder`, or find it there; None keeps it for this process alone."""
+    flags = [*_FLAGS, f"-DSTORE={store}", "-fopenmp" if openmp else "-fopenmp-simd"]
+    # Everything that the result depends on, so that a home shared by several machines is safe.
+    parts = [
+        *(source.read_bytes() for source in _SOURCES),
+        " ".join([*compiler, *flags]).encode(),
+        _machine(compiler),
+    ]
+    name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    if folder and is_ours(folder / name, stat.S_ISREG):
+        with contextlib.suppress(OSError):  # damaged
+            return _open(folder / name, openmp)
+    if folder and not os.access(folder, os.W_OK):
+        folder = None
+    if _macros(compiler):
+        flags.append("-march=native")
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / name
+        # Linked without OpenMP's library: its functions are those that torch has loaded already, so that
+        # both share one pool of threads.
+        _run([*compiler, *flags, "-c", str(_SOURCE), "-o", f"{made}.o"])
+        darwin = os.uname().sysname == "Darwin"
+        unresolved = ["-undefined", "dynamic_lookup"] if darwin else ["-Wl,-Bsymbolic"]
+        _run([*compiler, "-shared", *unresolved, f"{made}.o", "-o", str(made), "-lm"])
+        made.chmod(0o700)
+        library = _open(made, openmp)
+        if folder:
+            with made.open("rb") as file:
+                os.fsync(file.fileno())  # half of it, after a crash, would end every process that loads it
+            made.replace(folder / name)
+        return library
+
+
+def _machine(compiler: list[str]) -> bytes:
+    """What tells this compiler and this kind of processor from others, read from files where that can be."""
+    try:
+        program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
+        known = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
+        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
+        lines = [line for line in first.splitlines() if line.startswith(known)]
+        found = program.stat()
+    except OSError:
+        lines = []
+    if not lines:
+        return _macros(compiler)  # which takes longer: the compiler runs
+    parts = [str(program), str(found.st_size), str(found.st_mtime_ns), *lines]
+    return "\n".join(parts).encode(errors="surrogateescape")
+
+
+def _macros(compiler: list[str]) -> bytes:
+    """What the compiler knows of this machine's processor; nothing if it knows no -march=native."""
+    done = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], check=False)
+    return done.stdout.encode() if done.returncode == 0 else b""
+
+
+def _open(path: Path, openmp: str | None) -> ctypes.CDLL:
+    if openmp:
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
+
+
+def _run(command: list[str], check: bool = True) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, check=check, capture_output=True, text=True, errors="replace", timeout=120)
+
+
+def _torch_openmp() -> str | None:
+    """The OpenMP library with GCC's interface that torch has loaded, where that can be told."""
+    try:
+        loaded = os.fsdecode(Path("/proc/self/maps").read_bytes())  # with names of any bytes
+    except OSError:
+        return None
+    found = re.search(r" (/.*/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*)$", loaded, re.M)
+    return found.group(1) if found else None
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed for the next allocation, large blocks too.
+
+    A training step allocates and frees the same large blocks each time. Given back to the kernel, all their
+    pages fault anew: a quarter of the step's time. Elsewhere than on glibc this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

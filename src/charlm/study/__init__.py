@@ -1,0 +1,1 @@
+"""Looking and comparing: benchmarks, checks, plots and reports."""

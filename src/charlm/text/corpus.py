@@ -1,0 +1,125 @@
+"""`Corpus`: a text as encoded train, val and test splits, with the vocabulary of the train split.
+
+A text is read, cleaned, counted and encoded in one pass, a piece at a time. A short one is then in memory. A
+long one is on the disk, in the user's cache folder, and mapped: the next run on it begins at once.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from charlm.config import CorpusConfig
+from charlm.errors import CharlmError
+from charlm.text import cache, read
+from charlm.text.clean import Cleaner
+from charlm.text.encode import Encoded, Encoder, Split
+from charlm.text.vocab import Vocab
+
+IN_MEMORY = 2**26  # bytes of ids, about as many as of text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Encoded splits: contiguous stretches of the clean text, in its order.
+
+    train, val, test: ids of shape (N,), in the smallest integer type that holds the vocabulary.
+    unseen: how many characters of val and test the train split lacks; they are left out.
+    fingerprint: SHA-256 of the clean text in UTF-8.
+    release: gives back the memory that reading a mapped text takes; at any time, as often as you like.
+    """
+
+    vocab: Vocab
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    unseen: int
+    fingerprint: str
+    files: tuple[Path, ...]
+    release: Callable[[], None] = lambda: None
+
+    @classmethod
+    def load(
+        cls, config: CorpusConfig, on_read: Callable[[int, int], object] = lambda count, total: None
+    ) -> "Corpus":
+        """Read, clean, split and encode the text that `config` names.
+
+        on_read: told, each time, how many bytes were read of how many that the files have.
+        Raises `CharlmError` for files that cannot be read, for an empty text, and for a long text where there
+        is no room on the disk.
+        """
+        paths = tuple(read.find_files(config.source))
+        files = [read.TextFile(path, lambda count: on_read(count, total)) for path in paths]
+        total = sum(file.stat.st_size for file in files)
+        settings = config.model_dump(mode="json", exclude={"source"})
+        long = total > IN_MEMORY or any(file.compressed for file in files)
+        if long and (mapped := cache.find(files, settings)):
+            return cls._mapped(mapped, paths)
+        encoder = Encoder(IN_MEMORY, cache.folder)
+        try:
+            used = _encode(files, config, encoder)
+            encoded = encoder.finish(config.split)
+            if encoder.on_disk:
+                return cls._mapped(cache.write(encoded, files, used, settings), paths)
+            return cls._of(encoded, encoded.in_memory(), paths)
+        finally:
+            encoder.close()
+
+    @classmethod
+    def from_text(
+        cls, content: str, split: Split = (0.9, 0.05, 0.05), files: tuple[Path, ...] = ()
+    ) -> "Corpus":
+        """Split and encode a clean text; `split` gives the shares of train, val and test."""
+        encoder = Encoder()
+        encoder.add(content)
+        encoded = encoder.finish(split)
+        return cls._of(encoded, encoded.in_memory(), files)
+
+    @classmethod
+    def _mapped(cls, mapped: cache.Mapped, files: tuple[Path, ...]) -> "Corpus":
+        return cls._of(mapped.encoded, mapped.ids, files, mapped.release)
+
+    @classmethod
+    def _of(
+        cls,
+        encoded: Encoded,
+        ids: Tensor,
+        files: tuple[Path, ...],
+        release: Callable[[], None] = lambda: None,
+    ) -> "Corpus":
+        train, val, test = torch.split(ids, list(encoded.sizes))
+        return cls(encoded.vocab, train, val, test, encoded.unseen, encoded.fingerprint, files, release)
+
+
+def _encode(files: list[read.TextFile], config: CorpusConfig, encoder: Encoder) -> int:
+    """Feed the text of `files`, one after the other, each ending its last line, to `encoder`.
+
+    Returns how many files it took. Raises `CharlmError` for an empty text.
+    """
+    cleaner = Cleaner(**config.cleaning, start=config.start, max_chars=config.max_chars)
+    used = 0
+    while used < len(files) and not cleaner.full:
+        before, place = copy(cleaner), encoder.mark()
+        ended = True  # whether its last line is, or it has none
+        for piece in read.strip_pieces(files[used].pieces):
+            if piece is None:
+                cleaner, ended = copy(before), True
+                encoder.take_back(place)
+            elif piece:
+                encoder.add(cleaner.feed(piece))
+                ended = piece.endswith("\n")
+        if not ended:
+            encoder.add(cleaner.feed("\n"))
+        used += 1
+    encoder.add(cleaner.finish())
+    names = ", ".join(str(file.path) for file in files[:4])
+    if cleaner.missed:
+        raise CharlmError(
+            f"corpus.start {config.start!r} does not stand in {names}; give words that do, or leave it out"
+        )
+    if encoder.blank:
+        raise CharlmError(f"the corpus is empty: no text in {names}")
+    return used

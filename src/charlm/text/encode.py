@@ -1,0 +1,243 @@
+"""`Encoder`: a clean text, in pieces, to ids; counted and encoded as it passes, in memory that does not grow.
+
+A character's final id depends on the counts of the train split, whose end is known at the end only. So ids
+are given as characters first appear and put aside, in a file where they are many; when all have come, a table
+leads from them to the final ones.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import io
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from charlm.errors import CharlmError
+from charlm.text.vocab import CODE_POINTS, Vocab, code_points
+
+_CHUNK = 2**18  # characters that are looked at at once: all that is made on the way stays in the cache
+_UNKNOWN = 255  # stands for an id that a byte does not hold, or that there is none
+
+Split = tuple[float, float, float]
+
+
+def smallest_dtype(vocab_size: int) -> torch.dtype:
+    """The smallest integer type that holds ids below `vocab_size`: uint8, int16 or int32.
+
+    Not uint16, which torch can neither flip nor select by; texts of more than 32,768 different characters
+    are few.
+    """
+    if vocab_size <= 2**8:
+        return torch.uint8
+    return torch.int16 if vocab_size <= 2**15 else torch.int32
+
+
+def memory(ids: Tensor) -> memoryview:
+    """The bytes of contiguous CPU ids (N,), not copied; good for as long as `ids` is."""
+    return memoryview((ctypes.c_char * (ids.numel() * ids.element_size())).from_address(ids.data_ptr()))
+
+
+def _tensor(data: bytearray, dtype: torch.dtype) -> Tensor:
+    """The ids whose bytes `data` is, not copied."""
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+class _Mark(NamedTuple):
+    """A place to go back to; the characters that are known stay known."""
+
+    length: int
+    size: int
+    runs: tuple[tuple[torch.dtype, int], ...]
+    counts: Tensor
+    digest: Any
+
+
+class Encoder:
+    """Ids for a text that comes in pieces.
+
+    limit: how many bytes of them are held in memory; what is more goes into a file without a name.
+    folder: gives the folder for that file; asked when it is needed.
+    Raises `CharlmError` where the file cannot be written.
+    """
+
+    def __init__(self, limit: int | None = None, folder: Callable[[], Path] = Path):
+        self.limit, self.folder = limit, folder
+        self.length, self.size = 0, 0  # in characters, in bytes
+        self.on_disk: Path | None = None
+        self._file: IO[bytes] = io.BytesIO()
+        self._runs: list[tuple[torch.dtype, int]] = []  # types and how many characters have them, in order
+        self._ids = torch.full((CODE_POINTS,), -1, dtype=torch.int32)  # by code point
+        self._points = torch.empty(0, dtype=torch.int32)  # by id
+        self._counts = torch.empty(0, dtype=torch.int64)  # by id
+        self._latin_ids = bytes([_UNKNOWN]) * 256  # by code point, as bytes
+        self._digest = hashlib.sha256()
+
+    def add(self, text: str) -> None:
+        """Count and encode `text`."""
+        for start in range(0, len(text), _CHUNK):
+            piece = text[start : start + _CHUNK]
+            self._digest.update(piece.encode("utf-8", "surrogatepass"))
+            ids, counts = self._latin(piece) or self._any(piece)
+            self._counts += counts
+            self._put(ids)
+
+    def _latin(self, piece: str) -> tuple[Tensor, Tensor] | None:
+        """As `_any`, where all characters are known and below U+0100: twice as fast."""
+        try:
+            data = bytearray(piece, "latin-1")
+        except UnicodeEncodeError:
+            return None
+        ids = _tensor(data.translate(self._latin_ids), torch.uint8)
+        counts = torch.bincount(ids, minlength=max(256, len(self._points)))
+        return None if counts[_UNKNOWN] else (ids, counts[: len(self._points)])
+
+    def _any(self, piece: str) -> tuple[Tensor, Tensor]:
+        """The ids of `piece` and how often each occurs in it; new characters are learned."""
+        points = code_points(piece)
+        ids = self._ids.index_select(0, points)  # ten times as fast as indexing
+        if ids.min() < 0:
+            self._learn(torch.unique(points[ids < 0]))
+            ids = self._ids.index_select(0, points)
+        ids = ids.to(smallest_dtype(len(self._points)))
+        return ids, torch.bincount(ids, minlength=len(self._points))
+
+    def _learn(self, points: Tensor) -> None:
+        known = len(self._points)
+        self._points = torch.cat([self._points, points])
+        self._counts = torch.cat([self._counts, torch.zeros(len(points), dtype=torch.int64)])
+        self._ids[points] = torch.arange(known, known + len(points), dtype=torch.int32)
+        narrow = self._ids[:256]
+        self._latin_ids = bytes(narrow.where(narrow.ge(0) & narrow.lt(_UNKNOWN), _UNKNOWN).tolist())
+
+    def _put(self, ids: Tensor) -> None:
+        data = memory(ids)
+        with self._writing():
+            if self.on_disk is None and self.limit is not None and self.size + len(data) > self.limit:
+                self._to_disk()
+            self._file.write(data)
+        before = self._runs.pop() if self._runs and self._runs[-1][0] == ids.dtype else (ids.dtype, 0)
+        self._runs.append((ids.dtype, before[1] + len(ids)))
+        self.length, self.size = self.length + len(ids), self.size + len(data)
+
+    def _to_disk(self) -> None:
+        self.on_disk = self.folder()
+        # Gone when it is closed, however the process ends.
+        file = tempfile.TemporaryFile(dir=self.on_disk)  # noqa: SIM115 - `close` does
+        file.write(self._file.getbuffer())  # type: ignore[attr-defined]
+        self._file = file
+
+    def mark(self) -> _Mark:
+        """The place that is reached, for `take_back`."""
+        return _Mark(self.length, self.size, tuple(self._runs), self._counts.clone(), self._digest.copy())
+
+    def take_back(self, to: _Mark) -> None:
+        """Forget what was added since `to`."""
+        with self._writing():
+            self._file.seek(to.size)
+            self._file.truncate()
+        self.length, self.size, self._runs, self._digest = to.length, to.size, list(to.runs), to.digest.copy()
+        self._counts = torch.zeros(len(self._points), dtype=torch.int64)
+        self._counts[: len(to.counts)] = to.counts
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is no character but spaces."""
+        return all(chr(point).isspace() for point in self._points[self._counts > 0].tolist())
+
+    def finish(self, split: Split) -> "Encoded":
+        """The text split, by the shares of train, val and test, and encoded by train's vocabulary.
+
+        Raises `CharlmError` where the train split is empty.
+        """
+        ends = 0, round(self.length * split[0]), round(self.length * (split[0] + split[1])), self.length
+        held_out = [self._count(ends[k], ends[k + 1]) for k in (1, 2)]
+        counts = self._counts - held_out[0] - held_out[1]
+        vocab = Vocab.from_counts(self._points, counts)
+        missing = [int(count[counts == 0].sum()) for count in held_out]
+        sizes = ends[1], ends[2] - ends[1] - missing[0], ends[3] - ends[2] - missing[1]
+        return Encoded(vocab, sizes, sum(missing), self._digest.hexdigest(), self._final(vocab))
+
+    def _count(self, begin: int, end: int) -> Tensor:
+        counts = torch.zeros(len(self._points), dtype=torch.int64)
+        for ids in self._read(begin, end):
+            counts += torch.bincount(ids, minlength=len(counts))
+        return counts
+
+    def _final(self, vocab: Vocab) -> Iterator[Tensor]:
+        """The ids that `vocab` has for the text, in pieces, without the characters that it lacks."""
+        dtype = smallest_dtype(len(vocab))
+        table = vocab.look_up(self._points.clone())
+        missing = (table[:256] < 0).nonzero().flatten()
+        as_bytes = bytes(F.pad(table[:256], (0, 256 - len(table[:256]))).to(torch.uint8).tolist())
+        for ids in self._read(0, self.length):
+            if ids.dtype == dtype == torch.uint8:  # three times as fast
+                yield _tensor(bytearray(memory(ids)).translate(as_bytes, bytes(missing.tolist())), dtype)
+            else:
+                final = table.index_select(0, ids.int())
+                yield (final[final >= 0] if final.min() < 0 else final).to(dtype)
+
+    def _read(self, begin: int, end: int) -> Iterator[Tensor]:
+        """The ids from character `begin` to `end`, as they were put."""
+        place, offset = 0, 0
+        for dtype, count in self._runs:
+            size = dtype.itemsize
+            for first in range(max(begin, place), min(end, place + count), _CHUNK):
+                last = min(first + _CHUNK, end, place + count)
+                with self._writing():
+                    self._file.seek(offset + (first - place) * size)
+                    data = bytearray(self._file.read((last - first) * size))
+                yield _tensor(data, dtype)
+            place, offset = place + count, offset + count * size
+
+    def close(self) -> None:
+        """Let go of the ids, in memory and on the disk."""
+        with contextlib.suppress(OSError):  # what could not be written is not wanted any more
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            raise CharlmError(
+                f"cannot write the encoded text to {self.on_disk}: {error.strerror}; "
+                "free some space, or set XDG_CACHE_HOME to a folder that has it"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text's splits, encoded.
+
+    sizes: the characters of train, val and test.
+    unseen: how many characters of val and test the train split lacks; they are left out.
+    fingerprint: SHA-256 of the text in UTF-8.
+    ids: all three splits, in order, in pieces.
+    """
+
+    vocab: Vocab
+    sizes: tuple[int, int, int]
+    unseen: int
+    fingerprint: str
+    ids: Iterable[Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of `ids`."""
+        return smallest_dtype(len(self.vocab))
+
+    def in_memory(self) -> Tensor:
+        """All ids, (N,); they can be walked once."""
+        whole, place = torch.empty(sum(self.sizes), dtype=self.dtype), 0
+        for ids in self.ids:
+            whole[place : place + len(ids)] = ids
+            place += len(ids)
+        return whole

@@ -1,0 +1,313 @@
+"""Files to text: finding them, decoding them, taking off what is not the text.
+
+Sources are a bundled corpus's name, a file, a folder, a glob or a list of these; files are plain UTF-8 or
+compressed (.gz, .bz2, .xz). All is done a piece at a time, so that a file may be larger than the memory;
+where a piece ends makes no difference to what comes out.
+"""
+
+import bz2
+import codecs
+import contextlib
+import glob
+import gzip
+import hashlib
+import itertools
+import lzma
+import re
+import stat
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+from charlm.config import shipped
+from charlm.errors import CharlmError
+from charlm.text.clean import Cleaner
+
+BUNDLED = ("sancho",)
+
+_PIECE = 2**20  # bytes that are read at once
+_TICK = 2 * 10**9  # ns, no less than what a file system's clock counts in: within one a change does not show
+_DECOMPRESS: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+_IN_FOLDERS = tuple(f".txt{ending}" for ending in ("", *_DECOMPRESS))
+_BOM = codecs.BOM_UTF8
+_OTHER_BOMS = {  # UTF-16's little-endian one begins UTF-32's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+_STARS = "***"  # how Project Gutenberg's markers begin
+_LONGEST_MARKER = 64  # characters; more than what the expressions below need to see of a line
+_GUTENBERG_START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.M | re.I)
+_GUTENBERG_END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.M | re.I)
+
+
+def find_files(source: str | list[str]) -> list[Path]:
+    """The files that `source` names, in order, each once; folders and globs give theirs sorted.
+
+    Raises `CharlmError` for what names nothing.
+    """
+    names = [source] if isinstance(source, str) else source
+    return list(dict.fromkeys(path for name in names for path in _find(name)))
+
+
+def _find(name: str) -> list[Path]:
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise CharlmError(f"cannot find {name}: {error}") from None
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.name.endswith(_IN_FOLDERS) and file.is_file())
+        if not found:
+            raise CharlmError(
+                f"the folder {name} holds no text: no file in it ends in {', '.join(_IN_FOLDERS)}"
+            )
+        return found
+    if path.exists():
+        return [path]
+    if name in BUNDLED:
+        return [shipped("data") / f"{name}.txt"]
+    if glob.has_magic(name):
+        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        if found:
+            return found
+        raise CharlmError(f"no file matches {name}")
+    raise CharlmError(
+        f"no such file or folder: {name}; give a path, a glob, or the bundled corpus {', '.join(BUNDLED)}"
+    )
+
+
+class TextFile:
+    """A file that holds text, plain or compressed.
+
+    on_read: told how many bytes were read each time; of a compressed file, of what it is on the disk.
+    stat: what the file system says of it.
+    settled: whether `stat` will tell if it is changed from now on.
+    sha256: of the bytes that `pieces` has read.
+    Raises `CharlmError` for what cannot be read.
+    """
+
+    def __init__(self, path: Path, on_read: Callable[[int], object] = lambda count: None):
+        self.path, self.on_read, self.sha256 = path, on_read, hashlib.sha256()
+        with _reading(path):
+            now, self.stat = time.time_ns(), path.stat()
+            self.regular = stat.S_ISREG(self.stat.st_mode)
+            self.settled = max(self.stat.st_mtime_ns, self.stat.st_ctime_ns) < now - _TICK
+            # What comes through a pipe comes once, and may have to be read twice.
+            self._content = None if self.regular else path.read_bytes()
+
+    @property
+    def compressed(self) -> bool:
+        """Whether its size says little about its text's."""
+        return self.path.suffix in _DECOMPRESS
+
+    def read(self, count: int = -1) -> bytes:
+        """The next bytes as they are on the disk; for what decompresses them."""
+        data = self._file.read(count)
+        self.sha256.update(data)
+        self.on_read(len(data))
+        return data
+
+    def chunks(self) -> Iterator[bytes]:
+        """The decompressed bytes, from the beginning."""
+        with _reading(self.path):
+            self.sha256 = hashlib.sha256()
+            self._file: IO[bytes] = (
+                BytesIO(self._content) if self._content is not None else self.path.open("rb")
+            )
+            with self._file:
+                opened = _DECOMPRESS[self.path.suffix](self) if self.compressed else self
+                while chunk := opened.read(_PIECE):
+                    yield chunk
+                if self.compressed:
+                    self.read()  # what a decompressor leaves of a file's end
+
+    def digest(self) -> str:
+        """The SHA-256 of all its bytes as they are on the disk."""
+        with _reading(self.path), self.path.open("rb") as self._file:
+            self.sha256 = hashlib.sha256()
+            while self.read(_PIECE):
+                pass
+        return self.sha256.hexdigest()
+
+    def pieces(self) -> Iterator[str]:
+        """The text, decoded, with LF line ends; raises `CharlmError` for what is no UTF-8 text."""
+        return decode_pieces(self.chunks(), str(self.path))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise CharlmError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_file(path: Path) -> str:
+    """The text in a file, decompressed and decoded, with LF line ends.
+
+    Raises `CharlmError` for what cannot be read and what is no UTF-8 text.
+    """
+    return "".join(TextFile(path).pieces())
+
+
+def decode(data: bytes, name: str) -> str:
+    """`data` as text with LF line ends; `name` names it in the `CharlmError` for what is no UTF-8 text."""
+    return "".join(decode_pieces([data], name))
+
+
+def decode_pieces(data: Iterable[bytes], name: str) -> Iterator[str]:
+    """The same for data in pieces, as text in pieces."""
+    decoder, before, end = codecs.getincrementaldecoder("utf-8")(), 0, ""
+    pieces = ((piece, False) for piece in _with_whole_beginning(data))
+    for piece, last in itertools.chain(pieces, [(b"", True)]):
+        if before == 0:
+            for mark, encoding in _OTHER_BOMS.items():
+                if piece.startswith(mark):
+                    raise CharlmError(
+                        f"{name} is {encoding}, not UTF-8; convert it with: iconv -f {encoding} -t UTF-8"
+                    )
+        if (nul := piece.find(b"\0")) >= 0:
+            raise CharlmError(
+                f"{name} is a binary file, not text: it has a NUL byte at offset {before + nul}"
+            )
+        begin = len(_BOM) if before == 0 and piece.startswith(_BOM) else 0
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = end + decoder.decode(piece[begin:] if begin else piece, last)
+        except UnicodeDecodeError as error:
+            raise CharlmError(
+                f"{name} is not valid UTF-8: byte 0x{error.object[error.start]:02x} "
+                f"at offset {before + begin - waiting + error.start}; "
+                "if it is text in another encoding, convert it, for example with: "
+                "iconv -f ISO-8859-1 -t UTF-8"
+            ) from None
+        before += len(piece)
+        end = "\r" if text.endswith("\r") and not last else ""  # the LF may come with the next piece
+        if end:
+            text = text[:-1]
+        yield text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _with_whole_beginning(data: Iterable[bytes]) -> Iterator[bytes]:
+    """`data` with its first pieces joined as long as they may still become a byte order mark."""
+    marks, beginning, begun = (_BOM, *_OTHER_BOMS), b"", False
+    for piece in data:
+        beginning = piece if begun else beginning + piece
+        begun = begun or not any(mark.startswith(beginning) and mark != beginning for mark in marks)
+        if begun:
+            yield beginning
+    if not begun and beginning:
+        yield beginning
+
+
+def strip_gutenberg(text: str) -> str:
+    """`text` without Project Gutenberg's header and licence, where both of its markers stand in it."""
+    parts: list[str] = []
+    for piece in strip_pieces(lambda: iter([text])):
+        if piece is None:
+            parts.clear()
+        else:
+            parts.append(piece)
+    return "".join(parts)
+
+
+def strip_pieces(pieces: Callable[[], Iterator[str]]) -> Iterator[str | None]:
+    """The same for the text that `pieces` gives from its beginning each time; None takes back all before it.
+
+    Whether there is a header shows only where it ends, and whether it counts only at the licence.
+    """
+    stream = _with_whole_markers(pieces())
+    for text, at_line_start in stream:
+        if start := _find_marker(_GUTENBERG_START, text, at_line_start):
+            break
+        yield text
+    else:
+        return
+    yield None
+    in_marker, begun, newlines = True, False, 0
+    rest = text[start.end() :], False
+    for piece, piece_at_start in itertools.chain([rest], stream):
+        if in_marker:
+            if (line_end := piece.find("\n")) < 0:
+                continue
+            piece, in_marker = piece[line_end:], False
+        end = _find_marker(_GUTENBERG_END, piece, piece_at_start)
+        body = piece[: end.start()] if end else piece
+        if not begun:
+            body = body.lstrip("\n")
+        if kept := body.rstrip("\n"):
+            yield from ("\n" * min(_PIECE, newlines - done) for done in range(0, newlines, _PIECE))
+            yield kept
+            begun, newlines = True, len(body) - len(kept)
+        else:
+            newlines += len(body)
+        if end:
+            yield "\n"
+            for _ in stream:  # the licence must be text too
+                pass
+            return
+    yield None
+    yield from pieces()
+
+
+def _with_whole_markers(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """The text cut so that no marker is cut; of each piece, whether a line begins with it."""
+    held, at_line_start = "", True
+    for piece in pieces:
+        text, held = held + piece, ""
+        line = text.rfind("\n") + 1
+        short = len(text) - line < _LONGEST_MARKER and (line or at_line_start)
+        if short and (text.startswith(_STARS, line) or _STARS.startswith(text[line:])):
+            text, held = text[:line], text[line:]
+        if text:
+            yield text, at_line_start
+            at_line_start = text.endswith("\n")
+    if held:
+        yield held, at_line_start
+
+
+def _find_marker(marker: re.Pattern[str], text: str, at_line_start: bool) -> re.Match[str] | None:
+    """What ``marker.search(text)`` finds, a hundred times as fast: an expression tries every line."""
+    place = text.find(_STARS, 0 if at_line_start else 1)
+    while place >= 0:
+        if found := marker.match(text, place):
+            return found
+        place = text.find(_STARS, place + 1)
+    return None
+
+
+_STDIN_PIECE = 2**18  # bytes of stdin that are asked for at once
+
+
+def read_clean_file(path: Path, cleaning: dict[str, Any]) -> Iterator[str]:
+    """Yield the clean text of a file, without Project Gutenberg's licence.
+
+    cleaning: the arguments of `Cleaner`. The file is read twice: what is Gutenberg's shows at its end.
+    Raises `CharlmError` for what cannot be read and what is no UTF-8 text.
+    """
+    file, cleaner = TextFile(path), Cleaner(**cleaning)
+    taken_back = sum(piece is None for piece in strip_pieces(file.pieces))
+    for piece in strip_pieces(file.pieces):
+        if piece is None:
+            taken_back -= 1
+        elif not taken_back:
+            yield cleaner.feed(piece)
+    yield cleaner.finish()
+
+
+def read_clean_stdin(file: IO[bytes], cleaning: dict[str, Any]) -> Iterator[str]:
+    """Yield the clean text of stdin as it comes; a licence of Gutenberg's is taken for text."""
+    cleaner = Cleaner(**cleaning)
+    read = getattr(file, "read1", file.read)  # what is there, without waiting for more
+    for piece in decode_pieces(iter(lambda: read(_STDIN_PIECE), b""), "stdin"):
+        yield cleaner.feed(piece)
+    yield cleaner.finish()

@@ -1,0 +1,1 @@
+"""How a model learns: optimiser, learner, loop and saves."""

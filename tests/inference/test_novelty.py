@@ -1,0 +1,53 @@
+import random
+
+import pytest
+import torch
+
+from charlm.inference import novelty as module
+from charlm.inference.novelty import novelty
+
+
+def ids(text):
+    return torch.tensor([ord(char) for char in text], dtype=torch.uint8)
+
+
+def naive(text, known):
+    longest, start = 0, 0
+    for begin in range(len(text)):
+        while begin + longest < len(text) and text[begin : begin + longest + 1] in known:
+            longest, start = longest + 1, begin
+    shares = {}
+    for size in (8, 16, 32):
+        windows = [text[k : k + size] for k in range(len(text) - size + 1)]
+        if windows:
+            shares[size] = sum(window in known for window in windows) / len(windows)
+    return longest, start, shares
+
+
+@pytest.mark.parametrize("piece", [7, 50, 2**20])
+@pytest.mark.parametrize("copied", [0, 5, 9, 31, 32, 33, 100])
+def test_what_a_search_finds(monkeypatch, piece, copied):
+    """Over the ends of pieces too, and where a text repeats itself."""
+    monkeypatch.setattr(module, "_PIECE", piece)
+    draw = random.Random(copied)
+    known = "".join(draw.choices("abcd", k=400)) + "la de la de " * 5
+    text = "".join(draw.choices("abcdx", k=60)) + known[120 : 120 + copied] + "y" + "la de " * 3 + "z"
+    found = novelty(ids(text), ids(known))
+    longest, _, shares = naive(text, known)
+    assert (found.longest, found.shares, found.characters) == (longest, pytest.approx(shares), len(text))
+    assert text[found.start : found.start + longest] in known
+    assert longest >= copied
+
+
+def test_texts_too_short_and_nothing_in_common():
+    assert novelty(ids(""), ids("abc")).longest == 0
+    assert novelty(ids("abc"), ids("")) == module.Novelty(3, 0, 0, {})
+    assert novelty(ids("xyz"), ids("abc")).longest == 0
+    assert novelty(ids("xbz"), ids("abc")) == module.Novelty(3, 1, 1, {})
+
+
+def test_a_hash_alone_is_not_believed(monkeypatch):
+    monkeypatch.setattr(
+        module, "_hashes", lambda ids, size: torch.zeros(len(ids) - size + 1, dtype=torch.long)
+    )
+    assert novelty(ids("xyz"), ids("abc")).longest == 0

@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+
+from charlm.config import ModelConfig
+from charlm.inference import score as scoring
+from charlm.inference.evaluate import evaluate, evaluate_each
+from charlm.inference.score import Tally, most_surprising, score
+from charlm.nn.model import make_model
+from charlm.text.vocab import Vocab
+
+VOCAB = Vocab(" ab\nñ\tc")
+TEXT = "  ab ba\n\nañ\tb  \nca" * 3
+
+
+@pytest.fixture(params=["forward", "backward", "both"])
+def model(request):
+    options = ModelConfig(direction=request.param, hidden_size=6, embedding_size=3)
+    return make_model(len(VOCAB), options).initialise(0)
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "line"])
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_units_are_the_text_and_their_bits_sum_to_eval_s(model, kind, size):
+    tally = Tally()
+    pieces = (TEXT[k : k + size] for k in range(0, len(TEXT), size))
+    units = list(score(model, VOCAB, pieces, kind, tally=tally))
+    whole = evaluate(model, VOCAB.encode(TEXT))
+    assert "".join(unit.text for unit in units) == TEXT
+    assert [TEXT[unit.start :][: len(unit.text)] for unit in units] == [unit.text for unit in units]
+    assert sum(unit.characters for unit in units) == tally.characters == whole.characters
+    bits = sum(unit.bits or 0 for unit in units)
+    assert bits == pytest.approx(whole.nats / math.log(2), rel=1e-6) == pytest.approx(tally.bits, rel=1e-6)
+    if kind == "line":
+        assert [unit.text for unit in units] == TEXT.splitlines(keepends=True)
+    if kind == "word":
+        assert [unit.text.strip() for unit in units] == TEXT.split()
+    silent = [unit.start for unit in units if unit.bits is None]
+    nowhere = {"forward": [0], "backward": [len(TEXT) - 1], "both": []}[model.config.direction]
+    assert silent == (nowhere if kind == "char" else [])
+
+
+@pytest.mark.parametrize("kind", ["word", "line"])
+def test_a_unit_of_any_length_is_looked_through_once(monkeypatch, kind):
+    seen, pattern = [], scoring._ENDS[kind]
+
+    class Noting:
+        def finditer(self, text, begin):
+            seen.append(len(text))
+            return pattern.finditer(text, begin)
+
+    monkeypatch.setitem(scoring._ENDS, kind, Noting())
+    pieces = [("abc", [1.0, 2.0, 3.0])] * 50
+    (unit,) = scoring._units(iter([*pieces, ("", [])]), kind, Tally())
+    assert (unit.text, unit.characters) == ("abc" * 50, 150) and sum(seen) <= 50 * 4 + 1
+
+
+def test_characters_that_are_unknown():
+    model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
+    tally = Tally()
+    units = list(score(model, VOCAB, ["aXb", "Y", "a"], unknown="skip", tally=tally))
+    assert "".join(unit.text for unit in units) == "aba" and tally.unknown == 2
+    with pytest.raises(Exception, match="position 3"):
+        list(score(model, VOCAB, ["abb", "Y"]))
+
+
+def test_the_most_surprising_by_bits_or_by_bits_a_character():
+    model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
+    lines = [("x", unit) for unit in score(model, VOCAB, [TEXT], "line")]
+    found = most_surprising(lines, 2, each_character=True)
+    assert found == sorted(lines, key=lambda row: -row[1].bits / row[1].characters)[:2]
+    assert most_surprising(lines, 99, False) == sorted(lines, key=lambda row: -row[1].bits)
+
+
+def test_texts_side_by_side_are_scored_as_each_alone(model):
+    texts = [torch.randint(len(VOCAB), (n,)) for n in (1, 40, 2, 700, 41, 0, 300)]
+    told = []
+    for each, ids in zip(evaluate_each(model, texts, told.append), texts, strict=True):
+        alone = evaluate(model, ids)
+        assert (each.characters, each.nats) == (alone.characters, pytest.approx(alone.nats, rel=1e-6))
+    assert model.config.direction == "both" or sum(told) == sum(max(len(ids) - 1, 0) for ids in texts)

@@ -1,0 +1,317 @@
+import dataclasses
+import errno
+import json
+import math
+import os
+import pickletools
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from charlm.config import Config, CorpusConfig, ModelConfig
+from charlm.errors import CharlmError
+from charlm.interop import onnx as onnx_graph
+from charlm.interop.export import about, export, flair_state, plain_weights, refuse, stanza_state
+from charlm.nn.model import make_model
+from charlm.storage.model_file import Loaded, load_model, save_model
+from charlm.text.vocab import Vocab
+from conftest import ROOT
+
+VOCAB = Vocab('ab \nñ😀"\\cdefghi')
+DOCS = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+
+
+def make(corpus=None, **options):
+    """A model whose greedy texts are varied, and whose biases are not 0."""
+    options = {"hidden_size": 6, "embedding_size": 5, "dropout": 0.3, **options}
+    config = Config(model=ModelConfig(**options), corpus=CorpusConfig(**(corpus or {})))
+    model = make_model(len(VOCAB), config.model).initialise(3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 2
+    return Loaded(model, VOCAB, config, {"step": 9})
+
+
+def save(loaded, path):
+    path.parent.mkdir(parents=True)
+    (path.parent / "config.yaml").touch()
+    save_model(path, loaded.model, loaded.vocab, loaded.config, loaded.figures)
+
+
+@pytest.mark.parametrize(
+    ("to", "part", "without"), [("onnx", "onnxruntime", "torch"), ("torch", "char_rnn", "charlm")]
+)
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_the_script_in_the_docs_writes_what_charlm_writes(
+    charlm, folder, monkeypatch, capfd, cell, to, part, without
+):
+    if to == "onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    save(make(cell=cell, num_layers=2), Path("runs/first/model.safetensors"))
+    done = charlm("export", "first", "--to", to)
+    assert done.code == 0 and done.out == "", done.err
+    written = charlm("generate", "--prefix", "a b", "--temperature", 0, "--length", 500).out
+    assert len(set(written)) > 3, "a text that says something"
+    (script,) = [each for each in re.findall(r"```python\n(.*?)```", DOCS, re.S) if part in each]
+    for name in [name for name in sys.modules if name.split(".")[0] == without]:
+        monkeypatch.setitem(sys.modules, name, None)  # cannot be imported
+    monkeypatch.delitem(sys.modules, "char_rnn", raising=False)
+    monkeypatch.syspath_prepend(folder)
+    exec(script.replace("quijote ", "a b"), {})
+    assert capfd.readouterr().out == written.removesuffix("\n") + "\n"
+
+
+OPTIONS = [
+    {"cell": "rnn", "nonlinearity": "relu", "num_layers": 2},
+    {"cell": "lstm", "tie_weights": True, "embedding_size": 6, "num_layers": 3},
+    {"cell": "gru", "input": "one_hot"},
+    {"cell": "gru", "gru_reset": "before", "num_layers": 2},
+    {"cell": "lstm", "direction": "backward"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_onnx_computes_what_torch_computes(options):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    loaded = make(**options)
+    content, _ = onnx_graph.checked_onnx(loaded, plain_weights(loaded.model), about(loaded))
+    difference, largest = onnx_graph.compare(content, loaded)
+    assert difference <= 1e-5 * max(1, largest)
+    other = {**options, **({"gru_reset": "after"} if "gru_reset" in options else {"hidden_size": 6})}
+    model = make(**other).model
+    if model.config == loaded.model.config:
+        torch.nn.init.normal_(model.head.bias)
+    assert onnx_graph.compare(content, Loaded(model, VOCAB, loaded.config, {}))[0] > 0.01, "it can tell"
+
+
+def test_an_onnx_file_holds_the_vocabulary_and_is_not_written_where_it_is_wrong(tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    loaded = make({"lowercase": True}, direction="backward")
+    path = tmp_path / "m.onnx"
+    monkeypatch.setattr(onnx_graph, "TOLERANCE", 0.0)
+    monkeypatch.setattr(onnx_graph, "_ROUNDING", 0.0)
+    with pytest.raises(CharlmError, match="differ from torch's by .* nothing was written"):
+        export(loaded, "onnx", path)
+    assert not path.exists()
+    monkeypatch.undo()
+    assert "differ from torch's by" in export(loaded, "onnx", path)[-1]
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    metadata = {each.key: json.loads(each.value) for each in model.metadata_props}
+    assert "".join(metadata["vocab"]) == VOCAB.characters
+    assert metadata["direction"] == "backward" and metadata["cleaning"]["lowercase"] is True
+    first = path.read_bytes()
+    export(loaded, "onnx", path)
+    assert path.read_bytes() == first, "the same model is the same bytes"
+
+
+def test_an_onnx_file_of_what_is_no_number_is_not_written(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    loaded = make()
+    run = onnxruntime.InferenceSession.run
+
+    def one_nan(self, names, inputs):
+        logits, *state = run(self, names, inputs)
+        logits[1, 2, 3] = math.nan if inputs["ids"].shape[1] == 16 else 0
+        return logits, *state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime.InferenceSession, "run", one_nan)
+        with pytest.raises(CharlmError, match="differ from torch's by nan: nothing was written"):
+            export(loaded, "onnx", tmp_path / "m.onnx")
+    torch.nn.init.constant_(loaded.model.head.bias, math.inf)
+    with pytest.raises(CharlmError, match="predictions are not finite: its training diverged"):
+        export(loaded, "onnx", tmp_path / "m.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_beyond_what_onnx_holds_is_refused_before_its_graph_is_made(tmp_path, monkeypatch):
+    loaded = make(tie_weights=True, embedding_size=6)
+    size = 4 * sum(parameter.numel() for parameter in loaded.model.parameters())
+    monkeypatch.setattr(onnx_graph, "_LIMIT", size - 1)
+    monkeypatch.setattr(onnx_graph, "build", None)
+    with pytest.raises(CharlmError, match=f"weights take {size:,} bytes"):
+        export(loaded, "onnx", tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_onnx_without_its_packages(tmp_path, monkeypatch, missing):
+    pytest.importorskip("onnx")
+    monkeypatch.setitem(sys.modules, missing, None)
+    path = tmp_path / "m.onnx"
+    if missing == "onnx":
+        with pytest.raises(CharlmError, match=r"pip install 'charlm-torch\[onnx\]'"):
+            export(make(), "onnx", path)
+    else:
+        assert export(make(), "onnx", path) == [
+            "not compared with torch: that takes onnxruntime: pip install 'charlm-torch[onnx]'"
+        ]
+    assert path.exists() == (missing == "onnxruntime")
+
+
+def by_hand(state, names, ids):
+    """Logits (T, V) of an LSTM whose weights in `state` have the prefixes `names`, from zeros."""
+    embedding, stack, head = names
+    weights = {name.removeprefix(stack): each for name, each in state.items() if name.startswith(stack)}
+    E, H = weights["weight_ih_l0"].shape[1], weights["weight_hh_l0"].shape[1]
+    lstm = torch.nn.LSTM(E, H, len(weights) // 4)
+    lstm.load_state_dict(weights)
+    with torch.inference_mode():
+        y, _ = lstm(state[embedding + "weight"][ids])
+        return torch.nn.functional.linear(y, state[head + "weight"], state[head + "bias"])
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"input": "one_hot"}])
+def test_what_stanza_and_flair_read_has_charlm_s_logits_and_leaves_their_own_ids_nothing(
+    monkeypatch, options
+):
+    if "input" not in options:
+        monkeypatch.setattr(torch, "eye", None)  # of a large vocabulary it takes all memory
+    loaded = make({"lowercase": True}, **options)
+    ids = VOCAB.encode("abba ñ😀").long()
+    with torch.inference_mode():
+        wanted = loaded.model(ids[None], loaded.model.initial_state(1))[0][0]
+    stanza, flair = stanza_state(loaded)["model"], flair_state(loaded)
+    assert stanza_state(loaded)["global_step"] == 9
+    assert stanza_state(dataclasses.replace(loaded, figures={"step": None}))["global_step"] == 0
+    assert stanza["vocab"]["_id2unit"] == ["<PAD>", "<UNK>", "<EMPTY>", "<ROOT>", *VOCAB.characters]
+    assert stanza["vocab"]["_unit2id"]["a"] == 4 and stanza["vocab"]["lower"] is True
+    assert flair["dictionary"].idx2item == [b"<unk>", *(char.encode() for char in VOCAB.characters)]
+    assert flair["dictionary"].item2idx["ñ".encode()] == 5
+    start = {name: stanza["state_dict"].pop(name) for name in ("charlstm_h_init", "charlstm_c_init")}
+    assert all(each.shape == (options.get("num_layers", 1), 1, 6) for each in start.values())
+    for state, names, first in (
+        (stanza["state_dict"], ("char_emb.", "charlstm.lstm.", "decoder."), 4),
+        (flair["state_dict"], ("encoder.", "rnn.", "decoder."), 1),
+    ):
+        found = by_hand(state, names, ids + first)
+        assert torch.allclose(found[:, first:], wanted, atol=1e-6)
+        assert found.softmax(-1)[:, :first].max() < 1e-20
+
+
+def test_a_flair_file_names_flair_s_dictionary_and_no_class_of_charlm_s(tmp_path):
+    path = tmp_path / "m.pt"
+    export(make(cell="gru"), "flair", path)
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        operations = list(pickletools.genops(archive.read(name)))
+    assert {argument for opcode, argument, _ in operations if opcode.name == "GLOBAL"} == {
+        "flair.data Dictionary",
+        "_codecs encode",
+        "collections OrderedDict",
+        "torch FloatStorage",
+        "torch._utils _rebuild_tensor_v2",
+    }
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "reason"),
+    [
+        ("stanza", {"cell": "rnn"}, "LSTMs; this one has model.cell: rnn"),
+        ("stanza", {"cell": "gru"}, "LSTMs; this one has model.cell: gru.*flair"),
+        ("flair", {"cell": "rnn"}, "LSTMs or GRUs; this one has model.cell: rnn"),
+        ("flair", {"cell": "gru", "gru_reset": "before"}, "resets after.*--to onnx"),
+        ("torch", {"cell": "gru", "gru_reset": "before"}, "resets after.*--to onnx"),
+        *((to, {"direction": "both"}, "fills in characters") for to in ("onnx", "stanza", "flair", "torch")),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(to, options, reason):
+    with pytest.raises(CharlmError, match=reason):
+        refuse(to, Config(model=ModelConfig(**options)))
+
+
+def test_what_a_format_loses_is_said(tmp_path):
+    loaded = make({"lowercase": True, "keep": "a-z"})
+    loaded = Loaded(make_model(3, loaded.config.model), Vocab("abc"), loaded.config, {})
+    said = " ".join(export(loaded, "stanza", tmp_path / "m.pt"))
+    assert "corpus.keep: a-z" in said and "lowercase" not in said, "Stanza's vocabulary lowers"
+    assert "no line end and no space" in said
+    said = " ".join(export(loaded, "flair", tmp_path / "m.pt"))
+    assert "corpus.lowercase: true" in said and "is_lower=True" in said
+    assert export(loaded, "torch", tmp_path / "m.pt") == []
+    assert export(make(), "stanza", tmp_path / "m.pt") == []
+    assert export(make({"normalize": "none"}), "stanza", tmp_path / "m.pt") == [], "nothing is done to texts"
+    (said,) = export(make({"normalize": "NFD"}), "stanza", tmp_path / "m.pt")
+    assert "corpus.normalize: NFD" in said
+
+
+def test_files_are_named_after_the_run_and_not_written_over(charlm, folder):
+    save(make(), folder / "runs/first/model.safetensors")
+    assert charlm("export", "--to", "torch").code == 0
+    files = {"first.pt", "first.json", "char_rnn.py"}
+    assert {path.name for path in folder.iterdir()} == {*files, "runs", "corpus.txt"}
+    assert charlm("export", "--to", "torch", "-o", "other.pt").code == 0, "char_rnn.py is the same for all"
+    before = (folder / "first.json").read_bytes()
+    (folder / "first.pt").unlink()
+    done = charlm("export", "--to", "torch")
+    assert done.code == 2 and "first.json exists" in done.err and "--force" in done.err
+    assert charlm("export", "--to", "torch", "--force").code == 0 and (folder / "first.pt").exists()
+    assert (folder / "first.json").read_bytes() == before
+    (folder / "char_rnn.py").write_text("mine")
+    assert charlm("export", "--to", "torch", "-o", "new.pt").code == 2
+    assert (folder / "char_rnn.py").read_text() == "mine" and not (folder / "new.pt").exists()
+    assert charlm("export", "--to", "torch", "-o", "new.json").code == 2
+    assert charlm("export", "--to", "torch", "-o", "no/folder.pt").code == 1
+    for command in (("export", "--to", "torch"), ("import", "first.pt", "--from", "stanza")):
+        done = charlm(*command, "--output", "", "--force")
+        assert done.code == 2 and "--output '' names no file" in done.err
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_what_a_full_disk_cuts_short_leaves_no_mixed_files(charlm, folder, monkeypatch, written, force):
+    save(make(), folder / "runs/first/model.safetensors")
+    names = ["m.pt", "m.json", "char_rnn.py"]
+    if force:
+        for name in names:
+            Path(name).write_text("older")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    files = iter(range(written))
+
+    def full(descriptor):
+        if next(files, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = charlm("export", "first", "--to", "torch", "--output", "m.pt", *force)
+    assert done.code == 1 and "No space left" in done.err
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    done = charlm("export", "first", "--to", "torch", "--output", "m.pt", *force)
+    assert done.code == 0 and done.err == "wrote m.pt, m.json, char_rnn.py\n"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "corpus.txt", "runs"])
+
+
+@pytest.mark.parametrize("options", [*OPTIONS[:3], OPTIONS[4]])
+@pytest.mark.parametrize("to", ["stanza", "flair", "torch"])
+def test_what_was_exported_comes_back_the_same(charlm, folder, to, options):
+    loaded = make({"lowercase": True}, **options)
+    try:
+        refuse(to, loaded.config)
+    except CharlmError:
+        return
+    save(loaded, folder / "runs/first/model.safetensors")
+    assert charlm("export", "first", "--to", to, "--output", "m.pt").code == 0
+    vocab = ["--vocab", "m.json"] if to == "torch" else []
+    done = charlm("import", "m.pt", "--from", to if to != "torch" else "torch-char-rnn", *vocab)
+    assert done.code == 0, done.err
+    back = load_model(Path("m.safetensors"))
+    assert back.vocab.characters == VOCAB.characters
+    assert (
+        back.config.model.model_copy(
+            update={key: getattr(loaded.config.model, key) for key in ("dropout", "embedding_size")}
+        )
+        == loaded.config.model
+    )
+    assert back.config.corpus.lowercase == (to != "flair")
+    weights = dict(loaded.model.named_parameters())
+    assert all(torch.equal(each, weights[name]) for name, each in back.model.named_parameters())

@@ -1,0 +1,470 @@
+import codecs
+import functools
+import io
+import json
+import os
+import pickle
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import charlm as package
+from charlm.errors import CharlmError, ConfigError
+from charlm.interop import importing, torchfile
+from charlm.interop.importing import import_model
+from charlm.interop.torchfile import in_protocol_2, read_torch_file
+from charlm.nn.model import CharLM
+from charlm.storage.model_file import load_model
+
+CHARS = "ba \nñ😀"
+H, E = 8, 5
+
+
+class Plain(nn.Module):
+    """What people have: an embedding, a recurrent stack, a linear head, under names of their own."""
+
+    def __init__(self, kind, V=6, E=E, L=2, **options):
+        super().__init__()
+        torch.manual_seed(7)
+        self.drop = nn.Dropout(0.1)
+        self.encoder = nn.Embedding(V, E)
+        self.rnn = kind(E, H, L, **options)
+        self.decoder = nn.Linear(H, V)
+
+    def logits(self, ids, state=None):
+        """Of ids (T,), (T, V)."""
+        with torch.inference_mode():
+            return self.decoder(self.rnn(self.encoder(ids), state)[0])
+
+
+def logits_of(loaded, text):
+    with torch.inference_mode():
+        ids = loaded.vocab.encode(text).long()[None]
+        return loaded.model(ids, loaded.model.initial_state(1))[0][0]
+
+
+def vocab_file(folder, data):
+    path = folder / "vocab.json"
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def stanza_data(model, start=None, lower=False, forward=True):
+    units = ["<PAD>", "<UNK>", "<EMPTY>", "<ROOT>", *CHARS]
+    names = {"encoder": "char_emb", "rnn": "charlstm.lstm", "decoder": "decoder"}
+    state = {
+        f"{names[name.split('.')[0]]}.{name.split('.')[1]}": each for name, each in model.state_dict().items()
+    }
+    for name in ("charlstm_h_init", "charlstm_c_init"):
+        state[name] = torch.zeros(2, 1, H) if start is None else start
+    vocab = {"lower": lower, "_id2unit": units, "_unit2id": {unit: n for n, unit in enumerate(units)}}
+    arguments = {"char_dropout": 0.05}
+    return {
+        "model": {"vocab": vocab, "args": arguments, "state_dict": state, "is_forward_lm": forward},
+        "epoch": 3,
+    }
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_stanza(charlm, folder, bare):
+    theirs = Plain(nn.LSTM, V=4 + len(CHARS))
+    data = stanza_data(theirs, lower=True, forward=False)
+    torch.save(data["model"] if bare else data, "es.pt", _use_new_zipfile_serialization=False)
+    done = charlm("import", "es.pt", "--from", "stanza")
+    assert done.code == 0 and "'<UNK>'" in done.err and "initial state" not in done.err, done.err
+    ours = load_model(Path("es.safetensors"))
+    assert ours.vocab.characters == CHARS and ours.figures == {"imported_from": "stanza"}
+    assert (ours.config.model.direction, ours.config.model.dropout) == ("backward", 0.05)
+    assert ours.config.corpus.lowercase and ours.config.corpus.normalize == "none"
+    found = logits_of(ours, "abba ñ😀")
+    wanted = theirs.logits(torch.tensor([4 + CHARS.index(char) for char in "abba ñ😀"]))[:, 4:]
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert charlm("generate", "--model", "es.safetensors", "--prefix", "AB", "-n", 5).code == 0
+    Path("text.txt").write_text("ABBA\n")
+    assert charlm("eval", "text.txt", "--model", "es.safetensors").code == 0
+    done = charlm("import", "es.pt", "--from", "stanza")
+    assert done.code == 2 and "es.safetensors exists" in done.err
+
+
+def test_a_learned_initial_state_is_left_out_and_its_effect_told(tmp_path, monkeypatch):
+    theirs, start = Plain(nn.LSTM, V=4 + len(CHARS)), torch.full((2, 1, H), 0.5)
+    torch.save(stanza_data(theirs, start), tmp_path / "m.pt")
+    loaded, said = import_model(tmp_path / "m.pt", "stanza")
+    # The same figure by hand, over all first characters alike.
+    ids = torch.arange(len(CHARS))[None]
+    ours, zeros = loaded.model, loaded.model.initial_state(len(CHARS))
+    with torch.inference_mode():
+        q = ours(ids.T, zeros)[0][:, 0].log_softmax(-1)
+        p = ours(ids.T, tuple(z + 0.5 for z in zeros))[0][:, 0].log_softmax(-1)
+    bits = float((p.exp() * (p - q)).sum(-1).mean()) / 0.6931
+    (told,) = [float(each.split("after the first differs by ")[1].split(" bits")[0]) for each in said[1:]]
+    assert told == pytest.approx(bits, rel=0.3)
+    sizes = set()
+    forward = CharLM.forward
+    monkeypatch.setattr(CharLM, "forward", lambda *given: sizes.add(len(given[1])) or forward(*given))
+    monkeypatch.setattr(importing, "_LOGITS", 5 * 32 * len(CHARS))
+    assert import_model(tmp_path / "m.pt", "stanza")[1] == said and sizes == {5, 4}, "a few texts at a time"
+    torch.save(stanza_data(theirs, start[:1]), tmp_path / "m.pt")
+    with pytest.raises(CharlmError, match="initial state does not fit"):
+        import_model(tmp_path / "m.pt", "stanza")
+
+
+@pytest.fixture
+def flair_dictionary(monkeypatch):
+    """A class that pickles as Flair's; the package is not there when the file is read."""
+
+    class Dictionary:
+        pass
+
+    Dictionary.__module__, Dictionary.__qualname__ = "flair.data", "Dictionary"
+    package, module = types.ModuleType("flair"), types.ModuleType("flair.data")
+    module.Dictionary, package.data = Dictionary, module
+    made = Dictionary()
+    made.idx2item = [b"<unk>", *(char.encode() for char in CHARS), b"two", b"\xff"]
+    made.item2idx = {item: n for n, item in enumerate(made.idx2item)}
+    made.item2idx_not_encoded = __import__("collections").defaultdict(int, a=2)
+
+    def saved(data, path, **options):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "flair", package)
+            patch.setitem(sys.modules, "flair.data", module)
+            torch.save({**data, "dictionary": made}, path, **options)
+
+    return saved
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_flair_of_any_protocol(tmp_path, flair_dictionary, protocol, zipped):
+    theirs = Plain(nn.GRU, V=3 + len(CHARS))
+    data = {"state_dict": theirs.state_dict(), "is_forward_lm": False, "dropout": 0.25}
+    path, options = tmp_path / "lm.pt", {"_use_new_zipfile_serialization": zipped}
+    flair_dictionary(data, path, pickle_protocol=protocol, **options)
+    loaded, said = import_model(path, "flair")
+    assert said == ["left out the ids that stand for no single character: '<unk>', 'two', None"]
+    assert loaded.vocab.characters == CHARS
+    model = loaded.config.model
+    assert (model.cell, model.num_layers, model.direction, model.dropout) == ("gru", 2, "backward", 0.25)
+    wanted = theirs.logits(torch.tensor([1 + CHARS.index(char) for char in "abba ñ😀"]))
+    assert torch.allclose(logits_of(loaded, "abba ñ😀"), wanted[:, 1 : 1 + len(CHARS)], atol=1e-6)
+
+
+def test_flair_s_projection_is_multiplied_into_the_head(tmp_path, flair_dictionary):
+    theirs = Plain(nn.LSTM, V=3 + len(CHARS))
+    projection = nn.Linear(H, H)
+    state = {**theirs.state_dict(), "proj.weight": projection.weight, "proj.bias": projection.bias}
+    theirs.decoder = nn.Sequential(projection, theirs.decoder)
+    flair_dictionary({"state_dict": state, "nout": H}, tmp_path / "lm.pt")
+    wanted = theirs.logits(torch.tensor([1, 2, 3]))[:, 1 : 1 + len(CHARS)]
+    assert torch.allclose(logits_of(import_model(tmp_path / "lm.pt", "flair")[0], "ba "), wanted, atol=1e-6)
+    for wrong in ({"decoder.bias": torch.ones(2)}, {"decoder.weight": torch.ones(H)}):
+        flair_dictionary({"state_dict": {**state, **wrong}}, tmp_path / "lm.pt")
+        with pytest.raises(CharlmError, match="its projection does not fit"):
+            import_model(tmp_path / "lm.pt", "flair")
+    flair_dictionary({"state_dict": state, "has_decoder": False}, tmp_path / "lm.pt")
+    with pytest.raises(CharlmError, match="without its decoder"):
+        import_model(tmp_path / "lm.pt", "flair")
+
+
+VOCABULARIES = [
+    list(CHARS),
+    CHARS,
+    {char: n for n, char in enumerate(CHARS)},
+    {str(n): char for n, char in enumerate(CHARS)},
+]
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_a_plain_model_under_any_names(tmp_path, kind, vocab):
+    theirs = Plain(kind)
+    state = {f"module.my_{name}": each for name, each in theirs.state_dict().items()}
+    torch.save({"epoch": 3, "model_state": state}, tmp_path / "m.pt")
+    loaded, said = import_model(tmp_path / "m.pt", "torch-char-rnn", vocab_file(tmp_path, vocab))
+    assert not said and loaded.config.model.cell == kind.__name__.lower()
+    ids = torch.tensor([CHARS.index(char) for char in "abba ñ😀"])
+    assert torch.allclose(logits_of(loaded, "abba ñ😀"), theirs.logits(ids), atol=1e-6)
+
+
+def one_hot(theirs):
+    del theirs.encoder
+    theirs.rnn = nn.LSTM(len(CHARS), H)
+    theirs.encoder = lambda ids: nn.functional.one_hot(ids, len(CHARS)).float()
+
+
+def tied(theirs):
+    theirs.rnn, theirs.encoder = nn.LSTM(H, H), nn.Embedding(len(CHARS), H)
+    theirs.decoder.weight = theirs.encoder.weight
+
+
+def as_wide_as_deep(theirs):
+    theirs.rnn, theirs.encoder = nn.LSTM(H, H), nn.Embedding(len(CHARS), H)
+
+
+def without_biases(theirs):
+    theirs.rnn, theirs.encoder = nn.LSTM(H, H, bias=False), nn.Embedding(len(CHARS), H)
+    theirs.decoder = nn.Linear(H, len(CHARS), bias=False)
+
+
+@pytest.mark.parametrize("change", [one_hot, tied, as_wide_as_deep, without_biases])
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_a_plain_model_of_another_build(tmp_path, monkeypatch, change, kind):
+    monkeypatch.setattr(torch, "eye", None)  # of a large vocabulary it takes all memory
+    theirs = Plain(nn.LSTM)
+    change(theirs)
+    state = theirs.state_dict()
+    if kind == "safetensors":
+        # which has a tied matrix once
+        save_file(
+            {k: each.clone() for k, each in state.items() if change is not tied or k != "decoder.weight"},
+            tmp_path / "m",
+        )
+    else:
+        torch.save(state, tmp_path / "m")
+    loaded, _ = import_model(tmp_path / "m", "torch-char-rnn", vocab_file(tmp_path, CHARS))
+    assert loaded.config.model.tie_weights == (change is tied)
+    assert loaded.config.model.input == ("one_hot" if change is one_hot else "embedding")
+    ids = torch.tensor([CHARS.index(char) for char in "abba ñ😀"])
+    assert torch.allclose(logits_of(loaded, "abba ñ😀"), theirs.logits(ids), atol=1e-6)
+
+
+def test_ids_of_no_character_are_left_out_with_their_rows(tmp_path):
+    theirs = Plain(nn.GRU, V=4)
+    torch.save(theirs.state_dict(), tmp_path / "m.pt")
+    vocab = vocab_file(tmp_path, {"<pad>" + "d" * 999: 0, "a": 1, "b": 3})
+    loaded, said = import_model(tmp_path / "m.pt", "torch-char-rnn", vocab)
+    assert loaded.vocab.characters == "ab" and said[0].endswith(": '<pad>" + "d" * 34 + "…, None")
+    wanted = theirs.logits(torch.tensor([1, 3, 3]))[:, [1, 3]]
+    assert torch.allclose(logits_of(loaded, "abb"), wanted, atol=1e-6)
+
+
+def test_one_hot_ids_of_no_character_are_left_out_with_their_columns(tmp_path):
+    theirs = Plain(nn.GRU, V=4, E=4, L=1)
+    del theirs.encoder
+    theirs.encoder = lambda ids: nn.functional.one_hot(ids, 4).float()
+    torch.save(theirs.state_dict(), tmp_path / "m.pt")
+    vocab = vocab_file(tmp_path, {"<pad>": 0, "a": 1, "b": 3})
+    loaded, _ = import_model(tmp_path / "m.pt", "torch-char-rnn", vocab)
+    assert loaded.config.model.input == "one_hot" and loaded.model.recurrent.weight_ih_l0.shape[1] == 2
+    wanted = theirs.logits(torch.tensor([1, 3, 3]))[:, [1, 3]]
+    assert torch.allclose(logits_of(loaded, "abb"), wanted, atol=1e-6)
+
+
+def test_what_the_weights_do_not_say_is_set(tmp_path):
+    theirs = Plain(nn.RNN, nonlinearity="relu")
+    torch.save(theirs.state_dict(), tmp_path / "m.pt")
+    arguments = (tmp_path / "m.pt", "torch-char-rnn", vocab_file(tmp_path, CHARS))
+    overrides = ("model.nonlinearity=relu", "model.direction=backward", "corpus.lowercase=true")
+    loaded, _ = import_model(*arguments, overrides)
+    assert loaded.config.model.direction == "backward" and loaded.config.corpus.lowercase
+    assert torch.allclose(logits_of(loaded, "ba"), theirs.logits(torch.tensor([0, 1])), atol=1e-6)
+    for wrong in ("model.hidden_size=9", "model.direction=both", "train.lr=1"):
+        with pytest.raises(ConfigError, match="not for an import|not both"):
+            import_model(*arguments, (wrong,))
+
+
+@pytest.mark.parametrize(
+    ("change", "vocab", "reason"),
+    [
+        (lambda state: state.update({"norm.weight": torch.ones(3)}), CHARS, r"no place for \(norm.weight\)"),
+        (
+            lambda state: state.update({"a\n\x1b[31m" + "b" * 999: torch.ones(3)}),
+            CHARS,
+            r"a \\x1b\[31mb*\\u2026",
+        ),
+        (lambda state: state.update({"\n\x1b[31m": torch.ones(6, 5)}), CHARS, r"stack it has .*\\x1b\[31m"),
+        (lambda state: state.update({"rnn.bias_hh_l" + "7" * 999: torch.ones(8)}), CHARS, "fit.*7… is"),
+        (lambda state: state.update({"b.weight_hh_l0": torch.ones(3)}), CHARS, "2 recurrent stacks"),
+        (lambda state: state.update({"rnn.weight_hh_l0_reverse": torch.ones(3)}), CHARS, "no place for"),
+        (lambda state: state.update({"rnn.weight_hh_l0": torch.ones(5, H)}), CHARS, "one, 3 or 4 gates"),
+        (lambda state: state.pop("rnn.weight_ih_l1"), CHARS, "weight_ih_l1 is missing"),
+        (lambda state: state.pop("rnn.bias_hh_l0"), CHARS, "bias_hh_l0 is missing"),
+        (lambda state: state.update({"rnn.bias_hh_l2": torch.ones(8)}), CHARS, "bias_hh_l2 is .* need none"),
+        (lambda state: state.update({"n": torch.tensor(3)}), CHARS, "has n among its weights"),
+        (lambda state: state.update({"rnn.weight_hh_l0": torch.tensor(1.0)}), CHARS, "no tensor of numbers"),
+        (lambda state: state.update({7: torch.ones(2)}), CHARS, "a name among its weights is no text"),
+        (lambda state: state.update(a=torch.zeros(1).half().expand(9999)), CHARS, "more numbers than it has"),
+        (lambda state: state.update(a=torch.ones(3, device="meta")), CHARS, "asks for .*meta_tensor"),
+        (lambda state: state.update(a=torch.eye(3).to_sparse()), CHARS, "asks for .*sparse_tensor"),
+        (lambda state: state.clear(), CHARS, "no state dict"),
+        (lambda state: None, CHARS + "z", r"embedding \(7, 5\) and a head \(7, 8\).*encoder.weight \(6, 5\)"),
+        (lambda state: None, "bab ñ😀", "'b' .* more than once"),
+        (lambda state: None, ["<a>"] * 6, "no characters"),
+        (lambda state: None, {"a": "b"}, "must be a JSON list"),
+        (lambda state: None, {"a": 0, "b": 0}, "must be a JSON list"),
+        (lambda state: None, {"a": 10**12}, "must be a JSON list"),
+        (lambda state: None, {"vocab": list(CHARS), "direction": 3}, "model.direction is 3"),
+        (lambda state: None, {"vocab": list(CHARS), "cleaning": {"a.b": 3}}, "unknown key corpus.a.b"),
+        (lambda state: None, 7, "must be a JSON list"),
+    ],
+)
+def test_what_is_no_plain_model_is_refused(tmp_path, change, vocab, reason):
+    state = Plain(nn.LSTM).state_dict()
+    change(state)
+    torch.save(dict(state), tmp_path / "m.pt")
+    with pytest.raises(CharlmError, match=reason) as caught:
+        import_model(tmp_path / "m.pt", "torch-char-rnn", vocab_file(tmp_path, vocab))
+    told = str(caught.value).replace(str(tmp_path), "")
+    assert told.isprintable() and len(told) < 500
+
+
+def test_a_vocabulary_of_anything_but_texts_is_refused(tmp_path):
+    """A list that a few bytes spell may be as long as a book in a message."""
+    data = stanza_data(Plain(nn.LSTM, V=4 + len(CHARS)))
+    data["model"]["vocab"]["_id2unit"][3] = functools.reduce(lambda each, _: [each, each], range(9), "a")
+    torch.save(data, tmp_path / "m.pt")
+    with pytest.raises(CharlmError, match="no list of texts"):
+        import_model(tmp_path / "m.pt", "stanza")
+
+
+class Hostile:
+    """Runs a command when it is unpickled by pickle."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("origin", ["stanza", "flair", "torch-char-rnn"])
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_asks_for_code_is_refused_and_runs_none(charlm, folder, origin, protocol, zipped):
+    data = {**stanza_data(Plain(nn.LSTM, V=4 + len(CHARS))), "optimizer": Hostile()}
+    torch.save(data, "m.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    vocab = ["--vocab", vocab_file(folder, CHARS)] if origin == "torch-char-rnn" else []
+    done = charlm("import", "m.pt", "--from", origin, *vocab)
+    assert done.code == 1 and "asks for posix.mkdir" in done.err and done.err.count("\n") == 1
+    assert not Path("pwned").exists() and not Path("m.safetensors").exists()
+    torch.load("m.pt", weights_only=False)
+    assert Path("pwned").exists(), "the file can do harm"
+
+
+@pytest.mark.parametrize("origin", ["stanza", "flair"])
+def test_what_is_no_file_of_theirs_is_refused(tmp_path, origin, flair_dictionary):
+    path = tmp_path / "m.pt"
+    flair_dictionary({"state_dict": Plain(nn.LSTM).state_dict()}, path, pickle_protocol=4)
+    whole = path.read_bytes()
+    contents = [b"", b"Hola", whole[:-40], whole[: len(whole) // 2], b"PK\x03\x04", b"\x80\x04."]
+    for data in ({}, [], 3, {"model": {"state_dict": 1}}, {"state_dict": {}, "dictionary": {}}):
+        buffer = io.BytesIO()
+        torch.save(data, buffer)
+        contents.append(buffer.getvalue())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(CharlmError) as caught:
+            import_model(path, origin)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(CharlmError, match="No such file"):
+        import_model(path, origin)
+
+
+def test_what_takes_more_memory_than_it_has_bytes_is_refused(tmp_path, monkeypatch):
+    path, packed = tmp_path / "m.pt", tmp_path / "packed.pt"
+    torch.save({"a": torch.zeros(9), "b": ["text" * 99] * 999}, path, pickle_protocol=4)
+    read_torch_file(path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+    with pytest.raises(CharlmError, match="parts of it are compressed"):
+        read_torch_file(packed)
+    monkeypatch.setattr(torchfile, "_MAX_SPELLED", 10**5)
+    with pytest.raises(CharlmError, match="its pickle takes more than 100,000 bytes"):
+        read_torch_file(path)
+    monkeypatch.setattr(torchfile, "_MAX_OPCODES", 999)
+    with pytest.raises(CharlmError, match="its pickle has more than 999 opcodes"):
+        read_torch_file(path)
+
+
+class Large:
+    """Makes as many bytes as it says, of a few."""
+
+    def __init__(self, *made):
+        self.made = made
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_makes_much_of_little_is_refused(tmp_path, protocol, zipped):
+    path, options = tmp_path / "m.pt", {"_use_new_zipfile_serialization": zipped}
+    for large, reason in (
+        (Large(bytearray, (10**4,)), "asks for (__builtin__|builtins).bytearray"),
+        (Large(torch.Tensor, (10**4,)), "asks for torch.Tensor"),
+        (Large(codecs.encode, (Large(codecs.encode, ("a", "latin-1")), "hex")), "damaged or holds no model"),
+    ):
+        torch.save({"a": large}, path, pickle_protocol=protocol, **options)
+        with pytest.raises(CharlmError, match=reason):
+            read_torch_file(path)
+
+
+def test_a_pickle_that_claims_more_than_the_file_has_is_damaged(tmp_path):
+    """As an error of memory it would have been a fault of the machine."""
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"\x80\x04\x8e" + (2**45).to_bytes(8, "little"))
+    with pytest.raises(CharlmError, match="damaged or holds no model"):
+        read_torch_file(path)
+
+
+def test_files_of_the_older_format_cut_short_are_damaged(tmp_path):
+    path = tmp_path / "m.pt"
+    torch.save({"a": torch.zeros(9), "b": ["text"]}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in range(2, len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CharlmError, match="damaged or holds no model: ."):
+            read_torch_file(path)
+
+
+def test_two_pickles_in_an_archive_are_refused(tmp_path):
+    path = tmp_path / "m.pt"
+    torch.save({"a": 1}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other/data.pkl", b"\x80\x02}.")
+    with pytest.raises(CharlmError, match="2 files data.pkl"):
+        read_torch_file(path)
+
+
+def test_a_pickle_spelled_in_protocol_2_says_the_same(monkeypatch):
+    monkeypatch.setattr(package, "latin1", torchfile._latin1, raising=False)
+    class_, text = OrderedDict, "ñ" * 300
+    value = [
+        text,
+        {"a": (1, -5, 2**70, 1.5, None, True)},
+        text,
+        b"\x00\xff" * 200,
+        class_,
+        ("a", class_),
+        set(),
+    ]
+    for protocol in (2, 3, 4, 5):
+        data = io.BytesIO(pickle.dumps(value, protocol) + b"rest")
+        spelled = in_protocol_2(data)
+        assert spelled[:2] == b"\x80\x02" and pickle.loads(spelled) == value and data.read() == b"rest"
+
+
+def test_a_parameter_with_an_attribute_of_its_own_is_read(tmp_path):
+    weight = nn.Parameter(torch.ones(2))
+    weight.tag = "x"
+    torch.save({"a": weight}, tmp_path / "m.pt")
+    assert torch.equal(read_torch_file(tmp_path / "m.pt")["a"], weight)
+
+
+def test_the_vocabulary_goes_with_plain_models(charlm, folder):
+    torch.save(Plain(nn.LSTM).state_dict(), "m.pt")
+    vocab = vocab_file(folder, CHARS)
+    done = charlm("import", "m.pt", "--from", "torch-char-rnn")
+    assert done.code == 2 and "--vocab FILE.json" in done.err
+    assert charlm("import", "m.pt", "--from", "stanza", "--vocab", vocab).code == 2
+    assert charlm("import", "m.pt", "--from", "torch-char-rnn", "--vocab", "no.json").code == 1
+    vocab.write_text("{")
+    done = charlm("import", "m.pt", "--from", "torch-char-rnn", "--vocab", vocab)
+    assert done.code == 1 and "is no JSON" in done.err

@@ -1,0 +1,216 @@
+"""`fused` against the equations of `cells`, forward and backward, in each of its ways of computing a step."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from charlm.nn import cells, fused
+from charlm.nn.kernels.native import kernels
+
+T, B, H, V = 5, 3, 19, 7  # all different, and no multiple of a vector's length
+CASES = [("rnn", "tanh"), ("rnn", "relu"), ("lstm", "tanh"), ("gru", "tanh")]
+
+
+@pytest.fixture(params=["kernels", "compiled arithmetic", "torch"])
+def steps(request, monkeypatch):
+    """Compiled steps where this machine has a compiler, all or without the product; and torch's."""
+    if request.param == "torch":
+        monkeypatch.setattr(fused, "kernels", lambda dtype: None)
+    elif kernels(torch.float64) is None:
+        pytest.skip("there is no C compiler here")
+    elif request.param != "kernels":
+        for dtype in (torch.float32, torch.float64):
+            monkeypatch.setattr(kernels(dtype), "multiplies", False)
+    return request.param
+
+
+def example(cell, table, dtype=torch.float64, steps=T, batch=B, hidden=H):
+    generator = torch.Generator().manual_seed(7)
+    rows = cells.GATES[cell] * hidden
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    ids = torch.randint(V, (steps, batch), generator=generator) if table else None
+    x = draw(V, rows) if table else draw(steps, batch, rows)
+    tensors = {"x": x, "W_hh": draw(rows, hidden), "h": draw(batch, hidden)}
+    with torch.no_grad():
+        tensors["W_hh"] *= hidden**-0.5
+    if cell == "lstm":
+        tensors["c"] = draw(batch, hidden)
+    if cell == "gru":
+        tensors["b_hn"] = draw(hidden)
+    return ids, tensors
+
+
+def run_fused(cell, nonlinearity, ids, x, W_hh, h, c=None, b_hn=None):
+    if cell == "rnn":
+        return fused.rnn(x, ids, W_hh, h, nonlinearity)
+    if cell == "lstm":
+        return fused.lstm(x, ids, W_hh, h, c)
+    return fused.gru(x, ids, W_hh, b_hn, h)
+
+
+def run_cells(cell, nonlinearity, ids, x, W_hh, h, c=None, b_hn=None):
+    step = cells.step_of(cell, nonlinearity)
+    b_hh = x.new_zeros(len(W_hh))
+    if cell == "gru":
+        b_hh = torch.cat([b_hh[: 2 * len(b_hn)], b_hn])
+    state, outputs = ((h,) if c is None else (h, c)), []
+    for a in x if ids is None else x[ids]:
+        state = step(a, state, W_hh, b_hh)
+        outputs.append(state[0])
+    return torch.stack(outputs), *state
+
+
+def loss(results):
+    """A sum in which every number of the results has a weight of its own."""
+    generator = torch.Generator().manual_seed(3)
+    return sum(
+        (result.double() * torch.randn(result.shape, generator=generator, dtype=torch.float64)).sum()
+        for result in results
+    )
+
+
+@pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("hidden", [1, H, 64])
+def test_equals_the_equations(steps, cell, nonlinearity, table, hidden):
+    ids, tensors = example(cell, table, hidden=hidden)
+    ours = run_fused(cell, nonlinearity, ids, **tensors)
+    theirs = run_cells(cell, nonlinearity, ids, **tensors)
+    for mine, yours in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(loss(result), list(tensors.values())) for result in (ours, theirs))
+    for name, mine, yours in zip(tensors, *gradients, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
+def test_numeric_gradients(steps, cell, nonlinearity):
+    ids, tensors = example(cell, True, steps=3, batch=2, hidden=3)
+    names, values = tensors.keys(), tuple(tensors.values())
+    assert torch.autograd.gradcheck(
+        lambda *inputs: run_fused(cell, nonlinearity, ids, **dict(zip(names, inputs, strict=True))), values
+    )
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])  # relu's gradient jumps at 0
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_lower_precision_is_near(steps, cell, dtype, tolerance):
+    ids, exact = example(cell, True, hidden=40, batch=9)
+    lower = {
+        name: tensor.detach().to(torch.float32 if name in ("h", "c", "b_hn") else dtype).requires_grad_()
+        for name, tensor in exact.items()
+    }
+    ours, theirs = (run_fused(cell, "tanh", ids, **tensors) for tensors in (lower, exact))
+    assert ours[0].dtype == dtype
+    assert all(state.dtype == torch.float32 for state in ours[2:]), "the LSTM's c stays in float32"
+    gradients = [
+        torch.autograd.grad(loss(result), list(tensors.values()))
+        for result, tensors in ((ours, lower), (theirs, exact))
+    ]
+    for mine, yours in itertools.chain(zip(ours, theirs, strict=True), zip(*gradients, strict=True)):
+        assert (mine - yours).norm() <= tolerance * yours.norm()
+
+
+@pytest.mark.usefixtures("steps")
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_states_and_ids_of_other_types_are_converted(cell):
+    ids, tensors = example(cell, True, dtype=torch.float32)
+    expected = run_fused(cell, "tanh", ids, **tensors)
+    for dtype in (torch.float64, torch.bfloat16):
+        states = {name: tensors[name].to(dtype) for name in ("h", "c", "b_hn") if name in tensors}
+        found = run_fused(cell, "tanh", ids.int(), **{**tensors, **states})
+        for mine, yours in zip(found, expected, strict=True):
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine, yours, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_ids_beyond_the_table_are_refused(wrong):
+    ids, tensors = example("rnn", True)
+    ids[1, 1] = wrong
+    with pytest.raises(IndexError, match=f"an id is from 0 to {V - 1}"):
+        run_fused("rnn", "tanh", ids, **tensors)
+
+
+@pytest.mark.parametrize("rows", [V, 1500])
+def test_a_table_s_gradient_does_not_sum_in_bfloat16(rows):
+    da = torch.full((64, 64, 3), 0.01, dtype=torch.bfloat16)
+    ids = torch.zeros(64, 64, dtype=torch.int64)
+    found = fused._gathered(da, ids, rows)
+    assert found.shape == (rows, 3) and not found[1:].any()
+    torch.testing.assert_close(found[0].double(), da.double().sum((0, 1)), rtol=0.005, atol=0)
+
+
+@pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
+def test_memory_of_any_layout(steps, cell, nonlinearity):
+    """Transposed inputs, and transposed gradients as a batch-first reader of y gives them."""
+    ids, tensors = example(cell, True)
+    weight = torch.randn(B, T, H, dtype=torch.float64)
+    plain = run_fused(cell, nonlinearity, ids, **tensors)
+    expected = torch.autograd.grad(
+        (plain[0] * weight.transpose(0, 1).contiguous()).sum(), [*tensors.values()]
+    )
+    strided = {
+        name: tensor.detach().t().contiguous().t().requires_grad_() if tensor.dim() == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+    results = run_fused(cell, nonlinearity, ids.t().contiguous().t(), **strided)
+    found = torch.autograd.grad((results[0].transpose(0, 1) * weight).sum(), [*strided.values()])
+    torch.testing.assert_close((results, found), (plain, expected), rtol=0, atol=1e-12)
+
+
+def test_gradients_flow_from_the_last_state_alone(steps):
+    ids, tensors = example("lstm", False)
+    for which in (1, 2):
+        ours, theirs = (
+            torch.autograd.grad(run("lstm", "tanh", ids, **tensors)[which].sum(), tensors["W_hh"])[0]
+            for run in (run_fused, run_cells)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (13, 33, 17), (101, 7, 70)])
+@pytest.mark.usefixtures("steps")
+def test_product_of_any_shape(shape):
+    M, K, N = shape
+    a, W = torch.randn(M, K, dtype=torch.float64), torch.randn(N, K, dtype=torch.float64)
+    out = torch.full((M, N), torch.nan, dtype=torch.float64)
+    steps = fused.steps_for(a)
+    steps.product(W.t(), M)(steps.at(a), steps.at(out))
+    torch.testing.assert_close(out, a @ W.t(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_large_and_undefined_numbers(steps, cell):
+    """Saturated gates are 0 and 1; what is no number stays none, so that a divergence is seen."""
+    ids, tensors = example(cell, False, dtype=torch.float32)
+    with torch.no_grad():
+        tensors["x"][:, 0] = 1e30
+        tensors["x"][:, 1] = -1e30
+        tensors["x"][:, 2] = torch.nan
+        y = run_fused(cell, "tanh", ids, **tensors)[0]
+        expected = run_cells(cell, "tanh", ids, **tensors)[0]
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5, equal_nan=True)
+    assert y[:, 2].isnan().all()
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_a_second_derivative_is_refused(cell):
+    """It would be wrong: the backward pass is written by hand, and nothing differentiates it."""
+    ids, tensors = example(cell, True)
+    results = run_fused(cell, "tanh", ids, **tensors)
+    (gradient,) = torch.autograd.grad(loss(results) ** 2, tensors["W_hh"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_gradient_that_was_expanded(steps):
+    one = torch.ones(1, 1, dtype=torch.float64)
+    W_hh = one.clone().requires_grad_()
+    fused.rnn(one[None], None, W_hh, one)[0].sum().backward()
+    assert W_hh.grad.item() == pytest.approx(1 - math.tanh(2) ** 2)

@@ -1,0 +1,135 @@
+"""The compiled part: kept where only its owner writes, and never needed."""
+
+import mmap
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from charlm.files import cache_folder, is_ours
+from charlm.nn.kernels import native
+
+needs_compiler = pytest.mark.skipif(native.kernels(torch.float32) is None, reason="no C compiler here")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("CHARLM_KERNELS", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    native.load.cache_clear()
+    yield tmp_path / "charlm"
+    native.load.cache_clear()
+
+
+@needs_compiler
+def test_is_compiled_once_and_kept_privately(cache, monkeypatch):
+    library, reason = native.load("f32")
+    assert library and "compiled by" in reason
+    (kept,) = cache.iterdir()
+    assert kept.suffix == ".so" and cache.stat().st_mode & 0o777 == 0o700
+    commands, run = [], native._run
+    monkeypatch.setattr(
+        native, "_run", lambda command, **options: commands.append(command) or run(command, **options)
+    )
+    native.load.cache_clear()
+    assert native.load("f32")[0] and not any("-shared" in command for command in commands)
+
+
+@needs_compiler
+def test_a_folder_that_others_may_write_to_is_not_trusted(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert native.load("f32")[0]
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such modes here")
+@pytest.mark.parametrize(("mode", "safe"), [(0o700, True), (0o777, False), (0o1777, True)])
+def test_a_folder_that_others_could_move_away_is_not_trusted(cache, mode, safe):
+    cache.parent.chmod(mode)
+    assert cache_folder() == (cache if safe else None)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such modes here")
+def test_only_a_library_of_one_s_own_is_loaded(tmp_path):
+    library, link = tmp_path / "a.so", tmp_path / "b.so"
+    library.touch(mode=0o700)
+    link.symlink_to(library)
+    assert is_ours(library, stat.S_ISREG) and not is_ours(link, stat.S_ISREG)
+    library.chmod(0o722)
+    assert not is_ours(library, stat.S_ISREG)
+
+
+@needs_compiler
+def test_a_damaged_library_is_made_again(cache):
+    native.load("f32")
+    (kept,) = cache.iterdir()
+    kept.unlink()  # not written over: this process has it loaded
+    kept.write_bytes(b"cut short")
+    native.load.cache_clear()
+    assert native.load("f32")[0] and kept.stat().st_size > 1000
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_made_is_done_without(tmp_path, cache, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert native.load("f32")[0] and not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("CHARLM_KERNELS", "off", "CHARLM_KERNELS is off"),
+        ("CC", "no-such-compiler", "there is no C compiler no-such-compiler"),
+        ("CC", "false", "false could not compile them"),
+        ("CC", 'gcc "', "CC names no compiler"),
+    ],
+)
+def test_without_them_says_why(cache, monkeypatch, name, value, why):
+    monkeypatch.setenv(name, value)
+    library, reason = native.load("f32")
+    assert library is None and why in reason
+
+
+@needs_compiler
+def test_uses_the_threads_of_torch():
+    """One pool of threads: a second OpenMP library would fight torch's for the cores."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc here")
+    code = (
+        "import torch; from charlm.nn.kernels.native import kernels; kernels(torch.float32);"
+        "print(open('/proc/self/maps').read())"
+    )
+    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    libraries = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}
+    assert len(libraries) == 1
+
+
+@needs_compiler
+def test_a_folder_where_nothing_may_be_executed_is_done_without(cache, monkeypatch):
+    load = native._open
+
+    def open_(path, openmp):
+        if cache in path.parents:
+            raise OSError("failed to map segment from shared object")
+        return load(path, openmp)
+
+    monkeypatch.setattr(native, "_open", open_)
+    assert native.load("f32")[0] and list(cache.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_file_in_memory_whose_name_is_not_utf_8(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9"
+    with open(path, "wb+") as file:  # noqa: PTH123 - the name is bytes
+        file.write(b"x")
+        file.flush()
+        with mmap.mmap(file.fileno(), 1):
+            native._torch_openmp()

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from torch import nn
+
+from charlm.config import ModelConfig
+from charlm.nn.cells import STATES
+from charlm.nn.layers import BuiltinLayers, choose_implementation, make_recurrent
+
+B, E, H = 3, 5, 4
+KINDS = [("rnn", {"nonlinearity": "tanh"}), ("rnn", {"nonlinearity": "relu"}), ("lstm", {}), ("gru", {})]
+
+
+def stacks(cell, num_layers, **options):
+    """The same weights in the three implementations, in float64: builtin, scratch, fused."""
+    torch.manual_seed(1)
+    builtin, *others = (
+        make_recurrent(
+            E, ModelConfig(cell=cell, implementation=i, hidden_size=H, num_layers=num_layers, **options)
+        ).double()
+        for i in ("builtin", "scratch", "fused")
+    )
+    for parameter in builtin.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    for stack in others:
+        stack.load_state_dict(builtin.state_dict())
+    return builtin, *others
+
+
+@pytest.mark.parametrize(("cell", "options"), KINDS)
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("T", [1, 7])
+def test_all_equal_torch_forward_and_backward(cell, options, num_layers, T):
+    results = []
+    for stack in stacks(cell, num_layers, dropout=0.0, **options):
+        torch.manual_seed(2)
+        x = torch.randn(B, T, E, dtype=torch.double, requires_grad=True)
+        state = tuple(
+            torch.randn(num_layers, B, H, dtype=torch.double, requires_grad=True) for _ in range(STATES[cell])
+        )
+        y, last = stack(x, state)
+        weights = torch.randn_like(y)
+        (y * weights).sum().add(sum(s.square().sum() for s in last)).backward()
+        gradients = [p.grad for _, p in sorted(stack.named_parameters())]
+        results.append([y, *last, x.grad, *(s.grad for s in state), *gradients])
+    for theirs, *ours in zip(*results, strict=True):
+        for tensor in ours:
+            torch.testing.assert_close(tensor, theirs, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_names_and_shapes_are_torch_s(cell):
+    reference = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell](E, H, 2)
+    for stack in stacks(cell, 2):
+        named = [(name, parameter.shape) for name, parameter in stack.named_parameters()]
+        assert named == [(name, parameter.shape) for name, parameter in reference.named_parameters()]
+
+
+def test_gradients_of_the_gru_that_torch_lacks():
+    config = ModelConfig(
+        cell="gru", implementation="scratch", gru_reset="before", hidden_size=3, num_layers=2
+    )
+    stack = make_recurrent(2, config).double().eval()
+    parameters = [nn.init.normal_(p).detach().clone().requires_grad_() for p in stack.parameters()]
+    names = [name for name, _ in stack.named_parameters()]
+    x, h = torch.randn(2, 4, 2, dtype=torch.double), torch.randn(2, 2, 3, dtype=torch.double)
+
+    def run(x, h, *parameters):
+        y, (last,) = torch.func.functional_call(stack, dict(zip(names, parameters, strict=True)), (x, (h,)))
+        return y, last
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), h.requires_grad_(), *parameters))
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_dropout_falls_between_layers_and_only_in_training(cell):
+    for stack in stacks(cell, 2, dropout=0.5):
+        x = torch.randn(B, 6, E, dtype=torch.double)
+        state = tuple(torch.zeros(2, B, H, dtype=torch.double) for _ in range(STATES[cell]))
+        (y1, last1), (y2, last2) = stack(x, state), stack(x, state)
+        assert torch.equal(last1[0][0], last2[0][0]), "the first layer sees the whole input"
+        assert not torch.equal(y1, y2), "the second does not"
+        stack.eval()
+        assert torch.equal(stack(x, state)[0], stack(x, state)[0])
+
+
+REGULARISERS = [
+    {"weight_dropout": 0.5},
+    {"locked_dropout": True, "dropout": 0.5},
+    {"weight_dropout": 0.5, "dropout": 0.5},
+    {"weight_dropout": 0.3, "locked_dropout": True, "dropout": 0.3},
+]
+
+
+def run(stack, cell, seed=3):
+    """y, the last state and the gradients of a forward pass whose masks `seed` gives."""
+    torch.manual_seed(2)
+    x = torch.randn(B, 7, E, dtype=torch.double)
+    state = tuple(torch.randn(stack.num_layers, B, H, dtype=torch.double) for _ in range(STATES[cell]))
+    torch.manual_seed(seed)
+    stack.zero_grad()
+    y, last = stack(x, state)
+    (y.square().sum() + sum(s.sum() for s in last)).backward()
+    return [y, *last, *(parameter.grad for _, parameter in sorted(stack.named_parameters()))]
+
+
+@pytest.mark.parametrize("regulariser", REGULARISERS)
+@pytest.mark.parametrize(("cell", "options"), KINDS)
+def test_the_regularisers_are_the_same_in_all_implementations(cell, options, regulariser):
+    implemented = stacks(cell, 3, **options, **regulariser)
+    assert isinstance(implemented[0], BuiltinLayers)
+    for theirs, *ours in zip(*(run(stack, cell) for stack in implemented), strict=True):
+        for tensor in ours:
+            torch.testing.assert_close(tensor, theirs, atol=1e-10, rtol=0)
+    for stack in implemented:
+        assert not torch.allclose(run(stack, cell)[0], run(stack, cell, seed=4)[0])
+        plain = stacks(cell, 3, dropout=0.0, **options)[0]
+        plain.load_state_dict(stack.state_dict())
+        stack.eval()
+        assert torch.allclose(run(stack, cell)[0], run(plain, cell)[0], atol=1e-10), "off in eval"
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_weight_dropout_is_one_mask_of_the_recurrent_matrix_a_pass(cell):
+    for stack in stacks(cell, 2, weight_dropout=0.4):
+        before = {name: parameter.clone() for name, parameter in stack.named_parameters()}
+        (W_ih, W_hh, *biases), (_, other, *_) = stack.weights(1), stack.weights(1)
+        kept = W_hh != 0
+        assert 0 < kept.sum() < kept.numel() and not torch.equal(W_hh, other)
+        assert torch.allclose(W_hh[kept], stack.weight_hh_l1[kept] / 0.6)
+        assert W_ih is stack.weight_ih_l1
+        assert biases[0] is stack.bias_ih_l1 and biases[1] is stack.bias_hh_l1
+        run(stack, cell)
+        assert 0 < (stack.weight_hh_l1.grad == 0).sum() < kept.numel(), "what is dropped learns nothing"
+        assert all(torch.equal(parameter, before[name]) for name, parameter in stack.named_parameters())
+        assert stack.eval().weights(1)[1] is stack.weight_hh_l1
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_locked_dropout_falls_between_layers_once_for_all_steps(cell):
+    for stack in stacks(cell, 3, locked_dropout=True, dropout=0.5):
+        entered, layer = [], stack.layer
+        stack.layer = lambda x, state, weights, e=entered, f=layer: (e.append(x), f(x, state, weights))[1]
+        run(stack, cell)
+        first, *later = [(x == 0) for x in entered]
+        assert not first.any(), "the input stays whole"
+        for dropped in later:
+            assert dropped.any() and torch.equal(dropped, dropped[:1].expand_as(dropped))
+        assert not torch.equal(*later), "each layer has its own"
+
+
+def test_without_them_builtin_is_torch_s_module():
+    for options in ({}, {"locked_dropout": True}, {"num_layers": 2, "locked_dropout": True, "dropout": 0.0}):
+        assert isinstance(make_recurrent(E, ModelConfig(implementation="builtin", **options)), nn.LSTM)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "kernels", "chosen"),
+    [
+        ({}, "cpu", True, "fused"),
+        ({}, "cpu", None, "builtin"),
+        ({}, "cuda", True, "builtin"),
+        ({"cell": "gru", "gru_reset": "before"}, "cpu", True, "scratch"),
+        ({"implementation": "scratch"}, "cpu", True, "scratch"),
+    ],
+)
+def test_auto_is_the_fastest_that_is_right(monkeypatch, options, device, kernels, chosen):
+    monkeypatch.setattr("charlm.nn.layers.kernels", lambda dtype: kernels)
+    assert choose_implementation(ModelConfig(**options), torch.device(device))[0] == chosen
+
+
+@pytest.mark.parametrize("shape", [(2, 1, H), (3, B, H)])
+def test_a_state_of_other_sizes_is_refused(shape):
+    for stack in stacks("lstm", 2)[1:]:
+        with pytest.raises(ValueError, match="a state is of tensors"):
+            stack(torch.zeros(B, 2, E, dtype=torch.double), (torch.zeros(shape, dtype=torch.double),) * 2)

@@ -1,0 +1,130 @@
+import hashlib
+import tracemalloc
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from charlm.config import CorpusConfig
+from charlm.errors import CharlmError
+from charlm.text import read
+from charlm.text.clean import clean
+from charlm.text.corpus import Corpus
+from conftest import PIECES
+
+
+def test_splits_are_contiguous_and_whole(words):
+    corpus = Corpus.from_text(words, (0.8, 0.15, 0.05))
+    assert (len(corpus.train), len(corpus.val), len(corpus.test)) == (1600, 300, 100)
+    assert corpus.vocab.decode(torch.cat([corpus.train, corpus.val, corpus.test])) == words
+    assert corpus.unseen == 0
+
+
+def test_the_vocabulary_is_the_train_split_s():
+    corpus = Corpus.from_text("ab" * 40 + "aZbabababa" + "bZZa!!!abb", (0.8, 0.1, 0.1))
+    assert corpus.vocab.characters == "ab"
+    assert corpus.vocab.decode(corpus.val) == "ababababa"
+    assert corpus.vocab.decode(corpus.test) == "baabb"
+    assert corpus.unseen == 6
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(256, torch.uint8), (257, torch.int16), (40_000, torch.int32)])
+def test_ids_take_the_smallest_type(size, dtype):
+    content = "".join(chr(0x10000 + i) for i in range(size))
+    corpus = Corpus.from_text(content * 2, (0.5, 0.5, 0.0))
+    assert corpus.train.dtype == dtype
+    assert corpus.vocab.decode(corpus.val) == content
+
+
+def test_load_reads_cleans_and_limits(folder):
+    (folder / "a.txt").write_text("Él dijo: ¡SÍ!\n" * 30)
+    corpus = Corpus.load(CorpusConfig(source="a.txt", keep="A-ZÍÉa-zíé", lowercase=True, max_chars=100))
+    assert (
+        corpus.vocab.decode(torch.cat([corpus.train, corpus.val, corpus.test])) == ("él dijo sí " * 30)[:100]
+    )
+    assert [path.name for path in corpus.files] == ["a.txt"]
+
+
+def test_the_text_can_begin_at_given_words(folder):
+    (folder / "a.txt").write_text("Licence.\nPrologue.\nEn un lugar: " + "uno dos " * 20)
+    corpus = Corpus.load(CorpusConfig(source="a.txt", start="En un lugar", lowercase=True, max_chars=40))
+    assert (
+        corpus.vocab.decode(torch.cat([corpus.train, corpus.val, corpus.test]))
+        == ("en un lugar: " + "uno dos " * 9)[:40]
+    )
+    with pytest.raises(CharlmError, match=r"'Érase' does not stand in a\.txt"):
+        Corpus.load(CorpusConfig(source="a.txt", start="Érase"))
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_text_is_refused(folder, content):
+    (folder / "void.txt").write_text(content)
+    with pytest.raises(CharlmError, match=r"empty.*void\.txt"):
+        Corpus.load(CorpusConfig(source="void.txt"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(PIECES, min_size=1, max_size=3),
+    st.sampled_from(["NFC", "NFKD", "none"]),
+    st.booleans(),
+    st.sampled_from([None, "A-ZÉΣa-zéσς"]),
+    st.sampled_from([None, "a"]),
+    st.sampled_from([None, 12]),
+    st.booleans(),
+)
+def test_reading_in_pieces_is_reading_whole(
+    tmp_path_factory, files, normalize, lowercase, keep, start, max_chars, framed
+):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as name,
+    ):
+        for what, value in (("read._PIECE", 5), ("encode._CHUNK", 4), ("corpus.IN_MEMORY", 20)):
+            patch.setattr(f"charlm.text.{what}", value)
+        patch.setenv("XDG_CACHE_HOME", name)
+        whole = ""
+        for number, pieces in enumerate(files):
+            content = "".join(pieces)
+            frame = (
+                f"*** START OF THE PROJECT GUTENBERG EBOOK\n{content}\n*** END OF THE PROJECT GUTENBERG EBOOK"
+            )
+            Path(name, f"{number}.txt").write_bytes((frame if framed else content).encode())
+            content = read.decode((content if not framed else frame).encode(), "")
+            content = read.strip_gutenberg(content)
+            whole += content + "\n" * (content != "" and content[-1] != "\n")
+        begin = whole.find(start or "")  # in the text as it stands in the files
+        whole = clean(whole[begin:], normalize, lowercase, keep)[:max_chars] if begin >= 0 else ""
+        config = CorpusConfig(
+            source=name, normalize=normalize, lowercase=lowercase, keep=keep, start=start, max_chars=max_chars
+        )
+        try:
+            expected = Corpus.from_text(whole)
+            assert whole.strip()
+        except (CharlmError, AssertionError):
+            with pytest.raises(CharlmError):
+                Corpus.load(config)
+            return
+        corpus = Corpus.load(config)
+        for split in ("train", "val", "test"):
+            assert torch.equal(getattr(corpus, split), getattr(expected, split))
+        assert corpus.vocab.characters == expected.vocab.characters
+        assert (corpus.unseen, corpus.fingerprint) == (expected.unseen, expected.fingerprint)
+
+
+def test_the_fingerprint_is_the_text_s(words):
+    assert Corpus.from_text(words).fingerprint == Corpus.from_text(words).fingerprint
+    assert Corpus.from_text(words).fingerprint != Corpus.from_text(words + "a").fingerprint
+
+
+def test_a_long_text_is_split_and_encoded_in_little_memory(words):
+    content = words * 2000  # ñ and é: a byte a character in Python's memory, two in UTF-8
+    tracemalloc.start()
+    corpus = Corpus.from_text(content)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * len(content), "the splits' text, and no other copy"
+    assert corpus.fingerprint == hashlib.sha256(content.encode()).hexdigest()

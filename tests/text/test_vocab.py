@@ -1,0 +1,68 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charlm.errors import CharlmError, UnknownCharactersError
+from charlm.text.vocab import Vocab
+
+TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pieces():
+    """Short texts are encoded in several pieces too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("charlm.text.vocab._CHUNK", 3)
+        yield
+
+
+def test_most_frequent_first_ties_by_code_point():
+    assert Vocab.from_text("b aab\nñ c").characters == " ab\ncñ"
+
+
+@given(TEXTS)
+def test_order_and_round_trip(content):
+    vocab = Vocab.from_text(content)
+    assert vocab.characters == "".join(sorted(set(content), key=lambda char: (-content.count(char), char)))
+    assert vocab.decode(vocab.encode(content)) == content
+
+
+@given(TEXTS, TEXTS)
+def test_unknown_characters(known, content):
+    vocab = Vocab.from_text(known)
+    kept = "".join(char for char in content if char in known)
+    stand_in = " " if " " in known else vocab.characters[0]
+    assert vocab.decode(vocab.encode(content, "skip")) == kept
+    replaced = "".join(char if char in known else stand_in for char in content)
+    assert vocab.decode(vocab.encode(content, "replace")) == replaced
+    if kept != content:
+        with pytest.raises(UnknownCharactersError):
+            vocab.encode(content)
+
+
+def test_the_error_names_each_character_and_its_place():
+    with pytest.raises(UnknownCharactersError) as caught:
+        Vocab("ab ").encode("aΩb\udc80Ω", name="the prefix")
+    message = str(caught.value)
+    assert all(
+        part in message for part in ("the prefix", "U+03A9", "position 1", "U+DC80", "position 3", "skip")
+    )
+    assert message.count("U+03A9") == 1
+    message.encode()  # can be printed
+    assert "replace puts ' ' for each" in message
+    with pytest.raises(UnknownCharactersError, match="'b' for each"):
+        Vocab("ba").encode("Ω")
+
+
+def test_the_bytes_of_a_text():
+    vocab = Vocab("añ€\U0001f469\n")
+    ids = vocab.encode("a€€\n\U0001f469ñ" * 50)
+    assert vocab.num_bytes(ids) == len(vocab.decode(ids).encode()) and vocab.num_bytes(ids[:0]) == 0
+
+
+def test_empty():
+    assert Vocab("ab").encode("").shape == (0,)
+    assert Vocab("ab").encode("").dtype == torch.int32
+    with pytest.raises(CharlmError, match="empty"):
+        Vocab.from_text("")

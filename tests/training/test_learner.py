@@ -1,0 +1,49 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from charlm.text.corpus import Corpus
+from charlm.training.learner import Learner
+from conftest import configure
+
+
+def test_streams_carry_the_state_and_windows_do_not(words):
+    for sampling, carried in (("contiguous", True), ("sliding", False)):
+        learner = Learner(configure(f"batches.sampling={sampling}"), Corpus.from_text(words))
+        starts = []
+        forward = learner.model.forward
+        learner.model.forward = lambda x, state, f=forward, s=starts: (s.append(state), f(x, state))[1]
+        for _, (x, y) in zip(range(3), learner.remaining_batches(), strict=False):
+            learner.step(x, y)
+        assert not starts[0][0].any()
+        assert bool(starts[1][0].any()) == bool(starts[2][0].any()) == carried
+        assert not any(state[0].requires_grad for state in starts)
+
+
+def test_bfloat16_trains_float32_weights(words):
+    learner = Learner(configure("model.implementation=scratch", "train.lr=0.02"), Corpus.from_text(words))
+    learner.precision = torch.bfloat16  # which `choose_precision` refuses on a CPU that emulates it
+    losses = []
+    for x, y in learner.batches.loader(1, 0):
+        learner.step(x, y)
+        losses.append(learner.progress.train_nats / learner.progress.train_characters)
+    assert losses[-1] < losses[0]
+    assert all(parameter.dtype == torch.float32 for parameter in learner.model.parameters())
+
+
+def test_loss_on_last_trains_on_the_last_character_of_each_window(words):
+    learner = Learner(configure("train.loss_on=last", "model.dropout=0.0"), Corpus.from_text(words))
+    x, y = next(iter(learner.batches.loader(1, 0)))
+    logits, _ = learner.model.eval()(x, learner.model.initial_state(len(x)))
+    expected = F.cross_entropy(logits[:, -1], y[:, -1]).item()
+    loss, characters, _ = learner.step(x, y)
+    assert (loss, characters) == (pytest.approx(expected, rel=1e-5), len(x))
+
+
+def test_a_backward_model_trains_on_the_text_reversed(words):
+    forward, backward = (
+        Learner(configure(f"model.direction={d}"), Corpus.from_text(words)) for d in ("forward", "backward")
+    )
+    for learner, expected in ((forward, words[:9]), (backward, words[1799:1790:-1])):
+        x, y = learner.batches[0]
+        assert learner.corpus.vocab.decode(torch.cat([x, y[-1:]])) == expected

@@ -1,0 +1,41 @@
+import pytest
+
+from charlm.config import Config, override
+from charlm.errors import ConfigError
+from charlm.training.learner import differences, refuse_changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "allow", "refused"),
+    [
+        ([], False, None),
+        (["train.epochs=50", "train.device=cpu", "corpus.source=a.txt"], False, None),
+        (
+            ["train.lr=0.1", "model.dropout=0.5"],
+            False,
+            "model.dropout: 0.1 → 0.5, train.lr: 0.008 → 0.1;.*--allow-changes",
+        ),
+        (["train.lr=0.1", "model.dropout=0.5", "batches.batch_size=9", "train.ema=0.9"], True, None),
+        (
+            ["model.hidden_size=5", "train.lr=0.1"],
+            True,
+            r"cannot change model.hidden_size: 192 → 5 \(the weights",
+        ),
+        (["model.init=normal"], True, "default → normal .it takes effect at the beginning only"),
+        (["corpus.lowercase=true"], True, "false → true .the text would be another"),
+        (["train.optimizer=sgd"], True, "adamw → sgd"),
+    ],
+)
+def test_what_may_change(changes, allow, refused):
+    before = Config()
+    after = override(before, changes)
+    if refused is None:
+        refuse_changes(before, after, allow)
+    else:
+        with pytest.raises(ConfigError, match=refused) as caught:
+            refuse_changes(before, after, allow)
+        assert "\n" not in str(caught.value)
+
+
+def test_differences_name_both_values():
+    assert differences(Config(), override(Config(), ["train.ema=0.9"])) == {"train.ema": (None, 0.9)}

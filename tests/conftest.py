@@ -57,7 +57,7 @@ def settings(*overrides):
 
 
 def pytest_configure(config):
-    """End a run in bfloat16 on a processor that cannot compute in it."""
+    """End a run in bfloat16 on a processor that lacks it."""
     if (
         PRECISION == "bfloat16"
         and not torch.cpu._is_avx512_supported()

@@ -1,7 +1,7 @@
 """charlm: character-level language models with recurrent networks.
 
-`charlm.load` loads a trained model, which generates and scores texts. Importing this package does not import torch;
-importing its modules does.
+`charlm.load` loads a trained model, which generates and scores texts. Importing this package does not import
+torch; importing its modules does.
 """
 
 from os import PathLike

@@ -53,6 +53,7 @@ def test_yaml_round_trip():
         ("model.hidden_size=big", ["model.hidden_size is 'big'", "integer"]),
         ("model.hidden_size=2.0", ["model.hidden_size is 2.0", "integer"]),
         ("model.cell=transformer", ["'transformer'", "'rnn', 'lstm' or 'gru'"]),
+        ("model.cell=lstmm", ["'lstmm'", "did you mean lstm"]),
         ("corpus.lowercase=1", ["corpus.lowercase is 1", "boolean"]),
         ("corpus.source=5", ["corpus.source is 5"]),
         ("corpus.split=[0.9, 0.1]", ["[0.9, 0.1]", "three numbers"]),

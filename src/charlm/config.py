@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from charlm.errors import ConfigError
 
@@ -108,10 +109,24 @@ class BatchesConfig(Section):
         return self
 
 
+# The values of `model.cell`, to which `nn.cells.register` appends. They are listed here because they are
+# needed before torch is imported.
+CELL_NAMES = ["rnn", "lstm", "gru"]
+
+
+def _known_cell(name: str) -> str:
+    if name not in CELL_NAMES:
+        *others, last = map(repr, CELL_NAMES)
+        near = difflib.get_close_matches(name, CELL_NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise PydanticCustomError("cell", f"{', '.join(others)} or {last}{hint}")
+    return name
+
+
 class ModelConfig(Section):
     """The network: input, recurrent stack, linear head."""
 
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"
+    cell: Annotated[str, AfterValidator(_known_cell)] = "lstm"
     direction: Literal["forward", "backward", "both"] = "forward"
     implementation: Literal["auto", "scratch", "builtin", "fused"] = "auto"
     input: Literal["embedding", "one_hot"] = "embedding"

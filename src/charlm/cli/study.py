@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from charlm.cli.options import complete_recipes, complete_settings
+from charlm.config import CELL_NAMES
 from charlm.errors import CharlmError, ConfigError
 from charlm.storage.log import json_text
 
@@ -120,7 +121,7 @@ def gradflow(
         for state, norms in flow(model, ids, steps).items():
             curves[f"{name}, {state}"] = norms
 
-    for cell in ("rnn", "lstm", "gru"):
+    for cell in CELL_NAMES:
         changes = [
             f"model.cell={cell}",
             "model.direction=forward",
@@ -201,7 +202,7 @@ def compare(
     "--cell",
     "cells",
     multiple=True,
-    type=click.Choice(["rnn", "lstm", "gru"]),
+    type=click.Choice(CELL_NAMES),
     help="May be given again.  [default: all]",
 )
 @click.option("--hidden-size", type=click.IntRange(1), default=192, show_default=True)
@@ -238,7 +239,7 @@ def bench(
     from charlm.study.compare import markdown
 
     report = benchmark.bench(
-        cells or ("rnn", "lstm", "gru"),
+        cells or CELL_NAMES,
         ModelConfig(hidden_size=hidden_size, num_layers=num_layers),
         BatchesConfig(batch_size=batch_size, seq_len=seq_len, stride=seq_len),
         device,

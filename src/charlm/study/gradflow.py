@@ -8,10 +8,8 @@ from torch.nn import functional as F
 
 from charlm.errors import CharlmError
 from charlm.files import write_atomically
-from charlm.nn.cells import input_product, step_of
+from charlm.nn.cells import cell_of, input_product
 from charlm.nn.model import CharLM
-
-STATE_NAMES = {"rnn": "h", "lstm": "hc", "gru": "h"}
 
 
 @torch.enable_grad()
@@ -41,7 +39,7 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
             "take a longer text or fewer steps"
         )
     config = model.config
-    step = step_of(config.cell, config.nonlinearity, config.gru_reset)
+    cell = cell_of(config)
     weights = {name: tensor.cpu().double() for name, tensor in model.state_dict().items()}
     ids = ids.cpu()
     if config.input == "embedding":
@@ -57,14 +55,14 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
         state = tuple(zeros[k].cpu().double().requires_grad_() for zeros in model.initial_state(B))
         states = []
         for a in input_product(y, W_ih, b_ih).unbind(0):
-            state = step(a, state, W_hh, b_hh)
+            state = cell.step(a, state, W_hh, b_hh)
             states.append(state)
         y = torch.stack([state[0] for state in states])
     logits = F.linear(states[-1][0], weights["head.weight"], weights["head.bias"])
     loss = F.cross_entropy(logits, ids[:, -1], reduction="sum")  # the mean would divide each gradient by B
     back = reversed(states[-1 - steps :])
     flow = {}
-    for name, tensors in zip(STATE_NAMES[config.cell], zip(*back, strict=True), strict=True):
+    for name, tensors in zip(cell.state, zip(*back, strict=True), strict=True):
         gradients = torch.stack(torch.autograd.grad(loss, tensors, retain_graph=True))  # (steps+1, B, H)
         flow[name] = gradients.square().sum(dim=2).mean(dim=1).sqrt().tolist()
     return flow

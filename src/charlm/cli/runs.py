@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charlm.cli.options import complete_runs
+from charlm.cli.options import complete_runs, corpus_option, json_option, output_option
 from charlm.errors import one_line
-from charlm.storage.log import json_text
+from charlm.files import json_text
 
 if TYPE_CHECKING:
     from charlm.storage.header import Header
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=complete_runs)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def info(models: tuple[str, ...], as_json: bool) -> None:
     """Show what is in a model file: configuration, parameters, vocabulary, figures.
 
@@ -123,8 +123,8 @@ def _side_by_side(paths: list[Path], headers: list["Header"]) -> None:
 
 @click.command()
 @click.argument("run", metavar="RUN", shell_complete=complete_runs)
-@click.option("--output", "-o", metavar="FILE", help="The page.  [default: report.html in the run's folder]")
-@click.option("--corpus", metavar="PATH", help="Where the training text is, if it has been moved.")
+@output_option(help="The page.  [default: report.html in the run's folder]")
+@corpus_option()
 def report(run: str, output: str | None, corpus: str | None) -> None:
     """Show a run on one HTML page: curves, samples, what surprises the model, what its units follow.
 
@@ -172,14 +172,7 @@ def log(names: tuple[str, ...], form: str) -> None:
 
 @click.command()
 @_runs_argument
-@click.option(
-    "--output",
-    "-o",
-    default="curves.png",
-    show_default=True,
-    metavar="FILE",
-    help="Where to draw: a .png, .svg or .pdf.",
-)
+@output_option(default="curves.png", show_default=True, help="Where to draw: a .png, .svg or .pdf.")
 @click.option(
     "--along",
     type=click.Choice(["step", "epoch", "seconds"]),

@@ -6,34 +6,17 @@ from pathlib import Path
 
 import click
 
-from charlm.cli.options import complete_recipes, complete_settings
+from charlm.cli.options import config_option, json_option, set_option
 from charlm.config import CELL_NAMES
 from charlm.errors import CharlmError, ConfigError
-from charlm.storage.log import json_text
+from charlm.files import json_text
 
 SIX = ["rnn.yaml", "rnn-scratch.yaml", "lstm.yaml", "lstm-scratch.yaml", "gru.yaml", "gru-scratch.yaml"]
 
-_overrides_option = click.option(
-    "--set",
-    "-s",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    shell_complete=complete_settings,
-    help="Override, as model.num_layers=2.",
-)
-
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    "recipe",
-    metavar="FILE",
-    shell_complete=complete_recipes,
-    help="A recipe.  [default: the defaults]",
-)
-@_overrides_option
+@config_option()
+@set_option()
 @click.option(
     "--entries", type=click.IntRange(1), default=10, show_default=True, help="Numbers a tensor to check."
 )
@@ -64,15 +47,8 @@ def gradcheck(recipe: str | None, overrides: tuple[str, ...], entries: int, tole
 
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    "recipe",
-    metavar="FILE",
-    shell_complete=complete_recipes,
-    help="A recipe: text and sizes.  [default: the defaults]",
-)
-@_overrides_option
+@config_option(help="A recipe: the text and the sizes.  [default: the defaults]")
+@set_option()
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="How far back to look.")
 @click.option(
     "--train-steps", type=click.IntRange(0), default=300, show_default=True, help="Steps to train for."
@@ -150,17 +126,9 @@ def gradflow(
 
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    "recipes",
-    multiple=True,
-    metavar="FILE",
-    shell_complete=complete_recipes,
-    help="A recipe; give two or more.",
-)
+@config_option("--config", "-c", "recipes", multiple=True, help="A recipe; give two or more.")
 @click.option("--all", "all_six", is_flag=True, help="The six: RNN, LSTM and GRU, built in and from scratch.")
-@_overrides_option
+@set_option()
 @click.option(
     "--format", "form", type=click.Choice(["markdown", "csv", "json"]), default="markdown", show_default=True
 )
@@ -217,7 +185,7 @@ def compare(
     help="How long each row of the table trains; it writes a third as long.",
 )
 @click.option("--device", metavar="NAME", default="auto", show_default=True, help="cuda, mps or cpu.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def bench(
     cells: tuple[str, ...],
     hidden_size: int,

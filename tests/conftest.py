@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from charlm.cli import main
@@ -54,6 +56,11 @@ def configure(*overrides):
 def settings(*overrides):
     """Return the tiny model's overrides and more as command-line arguments."""
     return [part for override in (*TINY, *overrides) for part in ("--set", override)]
+
+
+# On a busy machine an example may take any time.
+hypothesis_settings.register_profile("charlm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("charlm")
 
 
 def pytest_configure(config):

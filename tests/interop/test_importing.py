@@ -18,7 +18,7 @@ from torch import nn
 from charlm.errors import CharlmError, ConfigError
 from charlm.interop import importing, torchfile
 from charlm.interop.importing import import_model
-from charlm.interop.torchfile import _Storages, read_pickle, read_torch_file
+from charlm.interop.torchfile import Builder, read_pickle, read_torch_file
 from charlm.nn.model import CharLM
 from charlm.storage.model_file import load_model
 
@@ -27,7 +27,7 @@ H, E = 8, 5
 
 
 class Plain(nn.Module):
-    """What people have: an embedding, a recurrent stack, a linear head, under names of their own."""
+    """A typical model: an embedding, a recurrent stack and a linear head, with other names."""
 
     def __init__(self, kind, V=6, E=E, L=2, **options):
         super().__init__()
@@ -38,7 +38,7 @@ class Plain(nn.Module):
         self.decoder = nn.Linear(H, V)
 
     def logits(self, ids, state=None):
-        """Of ids (T,), (T, V)."""
+        """Return the logits (T, V) of ids (T,)."""
         with torch.inference_mode():
             return self.decoder(self.rnn(self.encoder(ids), state)[0])
 
@@ -92,7 +92,7 @@ def test_stanza(charlm, folder, bare):
     assert done.code == 2 and "es.safetensors exists" in done.err
 
 
-def test_a_learned_initial_state_is_left_out_and_its_effect_told(tmp_path, monkeypatch):
+def test_a_learned_initial_state_is_left_out_and_its_effect_is_reported(tmp_path, monkeypatch):
     theirs, start = Plain(nn.LSTM, V=4 + len(CHARS)), torch.full((2, 1, H), 0.5)
     torch.save(stanza_data(theirs, start), tmp_path / "m.pt")
     loaded, said = import_model(tmp_path / "m.pt", "stanza")
@@ -108,16 +108,16 @@ def test_a_learned_initial_state_is_left_out_and_its_effect_told(tmp_path, monke
     sizes = set()
     forward = CharLM.forward
     monkeypatch.setattr(CharLM, "forward", lambda *given: sizes.add(len(given[1])) or forward(*given))
-    monkeypatch.setattr(importing, "_LOGITS", 5 * 32 * len(CHARS))
+    monkeypatch.setattr(importing, "_MAX_LOGITS", 5 * 32 * len(CHARS))
     assert import_model(tmp_path / "m.pt", "stanza")[1] == said and sizes == {5, 4}, "a few texts at a time"
     torch.save(stanza_data(theirs, start[:1]), tmp_path / "m.pt")
-    with pytest.raises(CharlmError, match="initial state does not fit"):
+    with pytest.raises(CharlmError, match="initial state"):
         import_model(tmp_path / "m.pt", "stanza")
 
 
 @pytest.fixture
 def flair_dictionary(monkeypatch):
-    """A class that pickles as Flair's; the package is not there when the file is read."""
+    """Saves data with a dictionary of Flair's class, without the package."""
 
     class Dictionary:
         pass
@@ -147,7 +147,7 @@ def test_flair_of_any_protocol(tmp_path, flair_dictionary, protocol, zipped):
     path, options = tmp_path / "lm.pt", {"_use_new_zipfile_serialization": zipped}
     flair_dictionary(data, path, pickle_protocol=protocol, **options)
     loaded, said = import_model(path, "flair")
-    assert said == ["left out the ids that stand for no single character: '<unk>', 'two', None"]
+    assert len(said) == 1 and said[0].endswith(": '<unk>', 'two', None")
     assert loaded.vocab.characters == CHARS
     model = loaded.config.model
     assert (model.cell, model.num_layers, model.direction, model.dropout) == ("gru", 2, "backward", 0.25)
@@ -155,7 +155,7 @@ def test_flair_of_any_protocol(tmp_path, flair_dictionary, protocol, zipped):
     assert torch.allclose(logits_of(loaded, "abba ñ😀"), wanted[:, 1 : 1 + len(CHARS)], atol=1e-6)
 
 
-def test_flair_s_projection_is_multiplied_into_the_head(tmp_path, flair_dictionary):
+def test_a_flair_projection_is_multiplied_into_the_head(tmp_path, flair_dictionary):
     theirs = Plain(nn.LSTM, V=3 + len(CHARS))
     projection = nn.Linear(H, H)
     state = {**theirs.state_dict(), "proj.weight": projection.weight, "proj.bias": projection.bias}
@@ -165,10 +165,10 @@ def test_flair_s_projection_is_multiplied_into_the_head(tmp_path, flair_dictiona
     assert torch.allclose(logits_of(import_model(tmp_path / "lm.pt", "flair")[0], "ba "), wanted, atol=1e-6)
     for wrong in ({"decoder.bias": torch.ones(2)}, {"decoder.weight": torch.ones(H)}):
         flair_dictionary({"state_dict": {**state, **wrong}}, tmp_path / "lm.pt")
-        with pytest.raises(CharlmError, match="its projection does not fit"):
+        with pytest.raises(CharlmError, match="projection"):
             import_model(tmp_path / "lm.pt", "flair")
     flair_dictionary({"state_dict": state, "has_decoder": False}, tmp_path / "lm.pt")
-    with pytest.raises(CharlmError, match="without its decoder"):
+    with pytest.raises(CharlmError, match="decoder"):
         import_model(tmp_path / "lm.pt", "flair")
 
 
@@ -214,7 +214,7 @@ def without_biases(theirs):
 
 @pytest.mark.parametrize("change", [one_hot, tied, as_wide_as_deep, without_biases])
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
-def test_a_plain_model_of_another_build(tmp_path, monkeypatch, change, kind):
+def test_a_plain_model_of_another_structure(tmp_path, monkeypatch, change, kind):
     monkeypatch.setattr(torch, "eye", None)  # of a large vocabulary it takes all memory
     theirs = Plain(nn.LSTM)
     change(theirs)
@@ -234,7 +234,7 @@ def test_a_plain_model_of_another_build(tmp_path, monkeypatch, change, kind):
     assert torch.allclose(logits_of(loaded, "abba ñ😀"), theirs.logits(ids), atol=1e-6)
 
 
-def test_ids_of_no_character_are_left_out_with_their_rows(tmp_path):
+def test_ids_that_are_not_a_character_are_left_out_with_their_rows(tmp_path):
     theirs = Plain(nn.GRU, V=4)
     torch.save(theirs.state_dict(), tmp_path / "m.pt")
     vocab = vocab_file(tmp_path, {"<pad>" + "d" * 999: 0, "a": 1, "b": 3})
@@ -244,7 +244,7 @@ def test_ids_of_no_character_are_left_out_with_their_rows(tmp_path):
     assert torch.allclose(logits_of(loaded, "abb"), wanted, atol=1e-6)
 
 
-def test_one_hot_ids_of_no_character_are_left_out_with_their_columns(tmp_path):
+def test_one_hot_ids_that_are_not_a_character_are_left_out_with_their_columns(tmp_path):
     theirs = Plain(nn.GRU, V=4, E=4, L=1)
     del theirs.encoder
     theirs.encoder = lambda ids: nn.functional.one_hot(ids, 4).float()
@@ -256,47 +256,51 @@ def test_one_hot_ids_of_no_character_are_left_out_with_their_columns(tmp_path):
     assert torch.allclose(logits_of(loaded, "abb"), wanted, atol=1e-6)
 
 
-def test_what_the_weights_do_not_say_is_set(tmp_path):
+def test_settings_that_the_weights_do_not_determine_are_set(tmp_path):
     theirs = Plain(nn.RNN, nonlinearity="relu")
     torch.save(theirs.state_dict(), tmp_path / "m.pt")
     arguments = (tmp_path / "m.pt", "torch-char-rnn", vocab_file(tmp_path, CHARS))
-    overrides = ("model.nonlinearity=relu", "model.direction=backward", "corpus.lowercase=true")
+    overrides = ("model.nonlinearity=relu", "direction=backward", "corpus.lowercase=true")
     loaded, _ = import_model(*arguments, overrides)
     assert loaded.config.model.direction == "backward" and loaded.config.corpus.lowercase
     assert torch.allclose(logits_of(loaded, "ba"), theirs.logits(torch.tensor([0, 1])), atol=1e-6)
     for wrong in ("model.hidden_size=9", "model.direction=both", "train.lr=1"):
-        with pytest.raises(ConfigError, match="not for an import|not both"):
+        with pytest.raises(ConfigError, match=wrong.split("=")[0]):
             import_model(*arguments, (wrong,))
 
 
 @pytest.mark.parametrize(
     ("change", "vocab", "reason"),
     [
-        (lambda state: state.update({"norm.weight": torch.ones(3)}), CHARS, r"no place for \(norm.weight\)"),
+        (lambda state: state.update({"norm.weight": torch.ones(3)}), CHARS, r"\(norm.weight\)"),
         (
             lambda state: state.update({"a\n\x1b[31m" + "b" * 999: torch.ones(3)}),
             CHARS,
             r"a \\x1b\[31mb*\\u2026",
         ),
         (lambda state: state.update({"\n\x1b[31m": torch.ones(6, 5)}), CHARS, r"stack it has .*\\x1b\[31m"),
-        (lambda state: state.update({"rnn.bias_hh_l" + "7" * 999: torch.ones(8)}), CHARS, "fit.*7… is"),
-        (lambda state: state.update({"b.weight_hh_l0": torch.ones(3)}), CHARS, "2 recurrent stacks"),
-        (lambda state: state.update({"rnn.weight_hh_l0_reverse": torch.ones(3)}), CHARS, "no place for"),
-        (lambda state: state.update({"rnn.weight_hh_l0": torch.ones(5, H)}), CHARS, "one, 3 or 4 gates"),
+        (lambda state: state.update({"rnn.bias_hh_l" + "7" * 999: torch.ones(8)}), CHARS, "7… is"),
+        (lambda state: state.update({"b.weight_hh_l0": torch.ones(3)}), CHARS, "has 2 "),
+        (lambda state: state.update({"rnn.weight_hh_l0_reverse": torch.ones(3)}), CHARS, "_l0_reverse"),
+        (lambda state: state.update({"rnn.weight_hh_l0": torch.ones(5, H)}), CHARS, "1, 3 or 4 gates"),
         (lambda state: state.pop("rnn.weight_ih_l1"), CHARS, "weight_ih_l1 is missing"),
         (lambda state: state.pop("rnn.bias_hh_l0"), CHARS, "bias_hh_l0 is missing"),
-        (lambda state: state.update({"rnn.bias_hh_l2": torch.ones(8)}), CHARS, "bias_hh_l2 is .* need none"),
-        (lambda state: state.update({"n": torch.tensor(3)}), CHARS, "has n among its weights"),
-        (lambda state: state.update({"rnn.weight_hh_l0": torch.tensor(1.0)}), CHARS, "no tensor of numbers"),
-        (lambda state: state.update({7: torch.ones(2)}), CHARS, "a name among its weights is no text"),
+        (lambda state: state.update({"rnn.bias_hh_l2": torch.ones(8)}), CHARS, "bias_hh_l2 is"),
+        (lambda state: state.update({"n": torch.tensor(3)}), CHARS, "n is not"),
+        (
+            lambda state: state.update({"rnn.weight_hh_l0": torch.tensor(1.0)}),
+            CHARS,
+            "rnn.weight_hh_l0 is not",
+        ),
+        (lambda state: state.update({7: torch.ones(2)}), CHARS, "name of a weight"),
         (lambda state: state.update(a=torch.zeros(1).half().expand(9999)), CHARS, "more numbers"),
         (lambda state: state.update({f"a{n}": state["encoder.weight"] for n in range(999)}), CHARS, "bytes"),
-        (lambda state: state.update(a=torch.ones(3, device="meta")), CHARS, "asks for .*meta_tensor"),
-        (lambda state: state.update(a=torch.eye(3).to_sparse()), CHARS, "asks for .*sparse_tensor"),
-        (lambda state: state.clear(), CHARS, "no state dict"),
-        (lambda state: None, CHARS + "z", r"embedding \(7, 5\) and a head \(7, 8\).*encoder.weight \(6, 5\)"),
+        (lambda state: state.update(a=torch.ones(3, device="meta")), CHARS, "meta_tensor"),
+        (lambda state: state.update(a=torch.eye(3).to_sparse()), CHARS, "sparse_tensor"),
+        (lambda state: state.clear(), CHARS, "weight_hh_l0"),
+        (lambda state: None, CHARS + "z", r"\(7, 5\).*\(7, 8\).*encoder.weight \(6, 5\)"),
         (lambda state: None, "bab ñ😀", "'b' .* more than once"),
-        (lambda state: None, ["<a>"] * 6, "no characters"),
+        (lambda state: None, ["<a>"] * 6, "vocabulary"),
         (lambda state: None, {"a": "b"}, "must be a JSON list"),
         (lambda state: None, {"a": 0, "b": 0}, "must be a JSON list"),
         (lambda state: None, {"a": 10**12}, "must be a JSON list"),
@@ -305,7 +309,7 @@ def test_what_the_weights_do_not_say_is_set(tmp_path):
         (lambda state: None, 7, "must be a JSON list"),
     ],
 )
-def test_what_is_no_plain_model_is_refused(tmp_path, change, vocab, reason):
+def test_a_state_dict_of_another_model_is_refused(tmp_path, change, vocab, reason):
     state = Plain(nn.LSTM).state_dict()
     change(state)
     torch.save(dict(state), tmp_path / "m.pt")
@@ -315,17 +319,17 @@ def test_what_is_no_plain_model_is_refused(tmp_path, change, vocab, reason):
     assert told.isprintable() and len(told) < 500
 
 
-def test_a_vocabulary_of_anything_but_texts_is_refused(tmp_path):
-    """A list that a few bytes spell may be as long as a book in a message."""
+def test_a_vocabulary_with_an_entry_that_is_not_a_text_is_refused(tmp_path):
+    """The message would contain a list that a few bytes make very long."""
     data = stanza_data(Plain(nn.LSTM, V=4 + len(CHARS)))
     data["model"]["vocab"]["_id2unit"][3] = functools.reduce(lambda each, _: [each, each], range(9), "a")
     torch.save(data, tmp_path / "m.pt")
-    with pytest.raises(CharlmError, match="no list of texts"):
+    with pytest.raises(CharlmError, match="vocabulary"):
         import_model(tmp_path / "m.pt", "stanza")
 
 
 class Hostile:
-    """Runs a command when it is unpickled by pickle."""
+    """Runs a command when `pickle` reads it."""
 
     def __reduce__(self):
         return os.mkdir, ("pwned",)
@@ -339,14 +343,14 @@ def test_a_file_that_asks_for_code_is_refused_and_runs_none(charlm, folder, orig
     torch.save(data, "m.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     vocab = ["--vocab", vocab_file(folder, CHARS)] if origin == "torch-char-rnn" else []
     done = charlm("import", "m.pt", "--from", origin, *vocab)
-    assert done.code == 1 and "asks for posix.mkdir" in done.err and done.err.count("\n") == 1
+    assert done.code == 1 and "posix.mkdir" in done.err and done.err.count("\n") == 1
     assert not Path("pwned").exists() and not Path("m.safetensors").exists()
     torch.load("m.pt", weights_only=False)
-    assert Path("pwned").exists(), "the file can do harm"
+    assert Path("pwned").exists(), "the file is hostile"
 
 
 @pytest.mark.parametrize("origin", ["stanza", "flair"])
-def test_what_is_no_file_of_theirs_is_refused(tmp_path, origin, flair_dictionary):
+def test_a_file_of_another_kind_is_refused(tmp_path, origin, flair_dictionary):
     path = tmp_path / "m.pt"
     flair_dictionary({"state_dict": Plain(nn.LSTM).state_dict()}, path, pickle_protocol=4)
     whole = path.read_bytes()
@@ -365,14 +369,14 @@ def test_what_is_no_file_of_theirs_is_refused(tmp_path, origin, flair_dictionary
         import_model(path, origin)
 
 
-def test_what_takes_more_memory_than_it_has_bytes_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_takes_more_memory_than_its_size_is_refused(tmp_path, monkeypatch):
     path, packed = tmp_path / "m.pt", tmp_path / "packed.pt"
     torch.save({"a": torch.zeros(9), "b": [bytes([n % 256, n // 256] * 99) for n in range(999)]}, path)
     read_torch_file(path)
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in whole.namelist():
             archive.writestr(name, whole.read(name))
-    with pytest.raises(CharlmError, match="parts of it are compressed"):
+    with pytest.raises(CharlmError, match="compressed"):
         read_torch_file(packed)
     monkeypatch.setattr(torchfile, "_MAX_COPIED", 10**5)
     with pytest.raises(CharlmError, match="100,000"):
@@ -383,7 +387,7 @@ def test_what_takes_more_memory_than_it_has_bytes_is_refused(tmp_path, monkeypat
 
 
 class Large:
-    """Makes as many bytes as it says, of a few."""
+    """Pickles as a call of a function."""
 
     def __init__(self, *made):
         self.made = made
@@ -394,11 +398,11 @@ class Large:
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_makes_much_of_little_is_refused(tmp_path, protocol, zipped):
+def test_a_call_that_allocates_much_is_refused(tmp_path, protocol, zipped):
     path, options = tmp_path / "m.pt", {"_use_new_zipfile_serialization": zipped}
     for large, reason in (
-        (Large(bytearray, (10**4,)), "asks for (__builtin__|builtins).bytearray"),
-        (Large(torch.Tensor, (10**4,)), "asks for torch.Tensor"),
+        (Large(bytearray, (10**4,)), "(__builtin__|builtins).bytearray"),
+        (Large(torch.Tensor, (10**4,)), "torch.Tensor"),
         (Large(codecs.encode, (Large(codecs.encode, ("a", "latin-1")), "hex")), "damaged"),
     ):
         torch.save({"a": large}, path, pickle_protocol=protocol, **options)
@@ -407,7 +411,7 @@ def test_what_makes_much_of_little_is_refused(tmp_path, protocol, zipped):
 
 
 def test_a_pickle_that_claims_more_than_the_file_has_is_damaged(tmp_path):
-    """As an error of memory it would have been a fault of the machine."""
+    """A MemoryError would blame the machine."""
     path = tmp_path / "m.pt"
     path.write_bytes(b"\x80\x04\x8e" + (2**45).to_bytes(8, "little"))
     with pytest.raises(CharlmError, match="damaged"):
@@ -431,8 +435,8 @@ def text(value):
 def hostile_pickles():
     """Pickles, written by hand, that take the stack, the memory or the time of a naive reader."""
     storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n"
-    shared = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(200))
-    lists = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (n, n, n + 1) for n in range(200))
+    shared = b")" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(200))  # t = (t, t), 200 times
+    lists = b"](" * 200 + b"]" + b"".join(b"q%ch%ce" % (n, n) for n in range(200))
     return {
         "a deep key": b"})" + b"\x85" * 900_000 + b"Ns.",
         "a deep key among others": b"}(" + text(b"a") + b"N)" + b"\x85" * 900_000 + b"Nu.",
@@ -446,7 +450,7 @@ def hostile_pickles():
         "a shared function": lists + b")R.",
         "a shared class": lists + b")\x81.",
         "a shared encoding": b"c_codecs\nencode\n" + text(b"a") + lists + b"\x86R.",
-        "a shared shape": b"ctorch._utils\n_rebuild_tensor\n(NK\x00" + shared + b"h\xc8tR.",
+        "a shared shape": b"ctorch._utils\n_rebuild_tensor\n(NK\x00" + shared + b"q\xc8h\xc8tR.",
         "a frozenset": b"(" + shared + b"\x91.",
         "a long int as a key": b"}\x8a\xff" + b"\x7f" * 255 + b"Ns.",
         "a long int as a length": storage + text(b"0") + b"N\x8a\x7f" + b"\x7f" * 127 + b"tQ.",
@@ -459,6 +463,14 @@ def hostile_pickles():
         + b"\x86q\x01"
         + b"h\x00h\x01R" * 10**5
         + b"t.",
+        "many names": text(b"torch")
+        + b"q\x00"
+        + text(b"int" + b"1" * 2**20)
+        + b"q\x01"
+        + b"h\x00h\x01\x93" * 10**5
+        + b".",
+        "many persistent ids": b"(" + b"N" * 2**18 + b"tq\x00" + b"h\x00Q" * 10**5 + b".",
+        "many arguments": b"ctorch\nSize\nq\x01(" + b"N" * 2**18 + b"tq\x00" + b"h\x01h\x00R" * 10**5 + b".",
         "marks alone": b"(" * 10**5 + b".",
     }
 
@@ -473,6 +485,7 @@ def test_a_pickle_that_exhausts_a_reader_is_refused_in_one_line(tmp_path, name, 
     if zipped:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("m/data.pkl", pickled)
+            archive.writestr("m/version", "3\n")
     else:
         whole = io.BytesIO()
         torch.save(0, whole, _use_new_zipfile_serialization=False)
@@ -481,7 +494,7 @@ def test_a_pickle_that_exhausts_a_reader_is_refused_in_one_line(tmp_path, name, 
     if name in HARMLESS:  # a part that is not needed, and that nothing looks at
         read_torch_file(path)
         return
-    with pytest.raises(CharlmError, match="damaged") as caught:
+    with pytest.raises(CharlmError, match="damaged|int111") as caught:
         read_torch_file(path)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
@@ -491,7 +504,7 @@ def test_two_pickles_in_an_archive_are_refused(tmp_path):
     torch.save({"a": 1}, path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/data.pkl", b"\x80\x02}.")
-    with pytest.raises(CharlmError, match="2 files data.pkl"):
+    with pytest.raises(CharlmError, match="data.pkl"):
         read_torch_file(path)
 
 
@@ -501,29 +514,30 @@ def test_a_pickle_of_any_protocol_gives_the_same_values(protocol):
     value = [text, {"a": (1, -5, 2**70, 1.5, None, True), 7: ("a", [[]])}, text, b"\x00\xff" * 200, (), "😀"]
     ordered = OrderedDict(a=[1], b=value)
     file = io.BytesIO(pickle.dumps([*value, ordered], protocol) + b"rest")
-    assert read_pickle(file, _Storages(0)) == [*value, {"a": [1], "b": value}] and file.read() == b"rest"
+    assert read_pickle(file, Builder(0)) == [*value, {"a": [1], "b": value}] and file.read() == b"rest"
 
 
 def test_an_ordered_dict_of_python_2_is_read(tmp_path):
     """Its arguments are a list of pairs, and its texts are byte strings."""
     pickled = b"\x80\x02ccollections\nOrderedDict\n](](U\x01aK\x05e](U\x01bNee\x85R."
-    assert read_pickle(io.BytesIO(pickled), _Storages(0)) == {"a": 5, "b": None}
+    assert read_pickle(io.BytesIO(pickled), Builder(0)) == {"a": 5, "b": None}
 
 
-def test_a_parameter_with_an_attribute_of_its_own_is_read(tmp_path):
+def test_a_parameter_with_an_attribute_is_read(tmp_path):
     weight = nn.Parameter(torch.ones(2))
     weight.tag = "x"
     torch.save({"a": weight}, tmp_path / "m.pt")
     assert torch.equal(read_torch_file(tmp_path / "m.pt")["a"], weight)
 
 
-def test_the_vocabulary_goes_with_plain_models(charlm, folder):
+def test_only_plain_models_take_a_vocabulary_file(charlm, folder):
     torch.save(Plain(nn.LSTM).state_dict(), "m.pt")
     vocab = vocab_file(folder, CHARS)
     done = charlm("import", "m.pt", "--from", "torch-char-rnn")
     assert done.code == 2 and "--vocab FILE.json" in done.err
     assert charlm("import", "m.pt", "--from", "stanza", "--vocab", vocab).code == 2
     assert charlm("import", "m.pt", "--from", "torch-char-rnn", "--vocab", "no.json").code == 1
-    vocab.write_text("{")
-    done = charlm("import", "m.pt", "--from", "torch-char-rnn", "--vocab", vocab)
-    assert done.code == 1 and "is no JSON" in done.err
+    for text, named in (("{", "vocab.json"), ('{"a": Infinity}', "Infinity"), ("[" * 10**5, "vocab.json")):
+        vocab.write_text(text)
+        done = charlm("import", "m.pt", "--from", "torch-char-rnn", "--vocab", vocab)
+        assert done.code == 1 and named in done.err and done.err.count("\n") == 1

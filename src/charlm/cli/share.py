@@ -1,14 +1,15 @@
-"""The commands between charlm and other programs: export, import."""
+"""The commands export and import, which write and read the files of other programs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from charlm.cli.options import complete_runs, output_option, set_option
-from charlm.errors import ConfigError
+from charlm.errors import ConfigError, Interrupted
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_force_option = click.option("--force", is_flag=True, help="Write over files that exist.")
+_force_option = click.option("--force", is_flag=True, help="Overwrite existing files.")
 
 
 @click.command()
@@ -17,36 +18,52 @@ _force_option = click.option("--force", is_flag=True, help="Write over files tha
     "--to",
     required=True,
     type=click.Choice(["onnx", "stanza", "flair", "torch"]),
-    help="onnx: a graph of one or more steps. stanza, flair: what those packages load. torch: a state dict, "
-    "with the vocabulary (.json) and a module that loads it (char_rnn.py) beside it.",
+    help="onnx: a graph with a state. stanza, flair: a character model of that package. torch: a state dict "
+    "with the vocabulary (.json) and a module that loads both (char_rnn.py).",
 )
 @output_option(type=_FILE, help="The file to write.  [default: the run's name, here]")
 @_force_option
 def export(model: str | None, to: str, output: Path | None, force: bool) -> None:
-    """Write a model as a file that other programs load.
+    """Write a model to a file that another program loads.
 
-    RUN is a run's folder or name, or a model file; the newest run by default. The weights go over as they
-    are, so that the logits are charlm's. What a format cannot hold is refused.
+    RUN is a run's name or folder, or a model file; the default is the newest run. The weights are copied
+    unchanged, so that the logits are the same. A model that the format cannot represent is refused.
     """
-    from charlm.interop.export import ENDINGS, files_of, is_module, refuse
-    from charlm.interop.export import export as write
+    from charlm.training.reporting import caught_signals
+
+    _check_name(output)
+    with caught_signals() as caught:  # an exception inside native code would end in a traceback
+
+        def stop_if_interrupted() -> None:
+            if caught:
+                raise Interrupted("interrupted; no file was written", caught[0])
+
+        notes, files = _export(model, to, output, force, stop_if_interrupted)
+    for note in notes:
+        click.echo(note, err=True)
+    click.echo(f"wrote {', '.join(map(str, files))}", err=True)
+
+
+def _export(
+    model: str | None, to: str, output: Path | None, force: bool, stop_if_interrupted: Callable[[], None]
+) -> tuple[list[str], list[Path]]:
+    """Write the model; return notes for the user and the paths of the files."""
+    from charlm.interop.export import ENDINGS, check_format, export_model, files_of, is_module
     from charlm.storage import run as runs
     from charlm.storage.header import read_header
     from charlm.storage.model_file import load_model
 
-    _check_name(output)
+    stop_if_interrupted()
     path = runs.find_model(model)
-    refuse(to, read_header(path).config)
+    check_format(to, read_header(path).config)
     if output is None:
         output = Path((path.parent.name if path.name == "model.safetensors" else path.stem) + ENDINGS[to])
     if to == "torch" and output.suffix in (".json", ".py"):
-        raise ConfigError(f"--output {output} ends as the files beside the weights do: take NAME.pt")
+        raise ConfigError(f"--output {output}: .json and .py are the files beside the weights; use NAME.pt")
     files = files_of(to, output)
     # char_rnn.py is the same for all models.
-    _refuse_existing([path for path in files if not is_module(path)], force)
-    for remark in write(load_model(path), to, output):
-        click.echo(remark, err=True)
-    click.echo(f"wrote {', '.join(map(str, files))}", err=True)
+    _check_existing([path for path in files if not is_module(path)], force)
+    return export_model(load_model(path), to, output, stop_if_interrupted), files
 
 
 @click.command("import")
@@ -56,31 +73,31 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
     "origin",
     required=True,
     type=click.Choice(["stanza", "flair", "torch-char-rnn"]),
-    help="stanza, flair: those packages' character models. torch-char-rnn: a state dict of an nn.Embedding, "
-    "an nn.RNN, LSTM or GRU, and an nn.Linear, by torch.save or safetensors.",
+    help="stanza, flair: a character model of that package. torch-char-rnn: a state dict of an nn.Embedding, "
+    "an nn.RNN, LSTM or GRU, and an nn.Linear, saved by torch.save or safetensors.",
 )
 @click.option(
     "--vocab",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Of torch-char-rnn: JSON, a list of characters, or a dictionary from characters to ids or back.",
+    help="For torch-char-rnn: a JSON list of characters, or a dictionary from characters to ids or back.",
 )
-@set_option(help="A setting that the file does not hold, as corpus.lowercase=true or direction=backward.")
+@set_option(help="A setting that the file does not contain: corpus.lowercase=true, direction=backward.")
 @output_option(type=_FILE, help="The model file to write.  [default: NAME.safetensors, here]")
 @_force_option
 def import_model(
     file: Path, origin: str, vocab: Path | None, overrides: tuple[str, ...], output: Path | None, force: bool
 ) -> None:
-    """Make a model file of another program's model.
+    """Convert a model of another program to a model file.
 
-    All commands take it with --model. Files are read without running what they might hold; what charlm has no
-    place for is refused, or left out and named.
+    All commands take the model file with --model. FILE is read without running code. Parts of the model that
+    charlm does not have are refused, or left out and listed.
     """
     if (vocab is None) == (origin == "torch-char-rnn"):
         raise ConfigError(
-            "--from torch-char-rnn needs --vocab FILE.json, what each id stands for"
+            "--from torch-char-rnn needs --vocab FILE.json, the character of each id"
             if vocab is None
-            else f"--vocab goes with --from torch-char-rnn; a file of {origin}'s holds its vocabulary"
+            else f"--vocab is for --from torch-char-rnn; --from {origin} reads the vocabulary from the file"
         )
     _check_name(output)
     from charlm.interop.importing import import_model as read
@@ -88,12 +105,12 @@ def import_model(
 
     output = output or Path(f"{file.stem}.safetensors")
     if output.resolve() == file.resolve():
-        raise ConfigError(f"{output} is the file that is imported; give another --output FILE")
-    _refuse_existing([output], force)
-    loaded, remarks = read(file, origin, vocab, overrides)
+        raise ConfigError(f"--output {output} is the imported file itself; use another name")
+    _check_existing([output], force)
+    loaded, notes = read(file, origin, vocab, overrides)
     save_model(output, loaded.model, loaded.vocab, loaded.config, loaded.figures)
-    for remark in remarks:
-        click.echo(remark, err=True)
+    for note in notes:
+        click.echo(note, err=True)
     model = loaded.config.model
     click.echo(
         f"wrote {output}: {model.cell} {model.num_layers} × {model.hidden_size}, {model.direction}, "
@@ -104,10 +121,10 @@ def import_model(
 
 def _check_name(output: Path | None) -> None:
     if output is not None and not output.name:
-        raise ConfigError("--output '' names no file; give the one to write, or leave --output out")
+        raise ConfigError("--output is ''; give a file name, or omit --output")
 
 
-def _refuse_existing(files: list[Path], force: bool) -> None:
-    """Raise `ConfigError` for a file that exists, unless it may be written over."""
+def _check_existing(files: list[Path], force: bool) -> None:
+    """Raise `ConfigError` if one of `files` exists, unless `force` is set."""
     if not force and (existing := [path for path in files if path.exists()]):
-        raise ConfigError(f"{existing[0]} exists; give another --output FILE, or --force to write over it")
+        raise ConfigError(f"{existing[0]} exists; use another --output, or --force to overwrite it")

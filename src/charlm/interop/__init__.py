@@ -1,1 +1,1 @@
-"""Other programs' files: exports and imports."""
+"""Export to, and import from, the files of other programs."""

@@ -1,13 +1,14 @@
-"""A model as the files that other programs read: Stanza's, Flair's, and plain PyTorch's.
+"""Export of a model to the files of other programs: ONNX, Stanza, Flair and plain PyTorch.
 
-The weights go over as they are; what differs is names, and the ids that a format keeps for itself. Those get
-embeddings of zeros and logits so low that the other characters' probabilities stay the same.
+The weights are copied unchanged; the formats differ in names, and in the ids that they reserve. Reserved ids
+get embeddings of zeros, and logits so low that the probabilities of the characters stay the same.
 """
 
 import io
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,118 +31,109 @@ from charlm.text.vocab import Vocab
 ENDINGS = {"onnx": ".onnx", "stanza": "-stanza.pt", "flair": "-flair.pt", "torch": ".pt"}
 STANZA_UNITS = ("<PAD>", "<UNK>", "<EMPTY>", "<ROOT>")  # Stanza's ids 0 to 3
 FLAIR_UNITS = ("<unk>",)  # Flair's id 0
-_NEVER = -100.0  # the logit of an id that stands for no character: its probability is under e⁻⁵⁰ in practice
+_RESERVED_LOGIT = -100.0  # gives a reserved id a probability below e⁻⁵⁰ in practice
 
 
-def refuse(to: str, config: Config) -> None:
-    """Raise `CharlmError`, saying why, for a model that the format `to` cannot hold."""
-    model = config.model
+def check_format(to: str, config: Config) -> None:
+    """Raise `CharlmError` for a model that the format `to` cannot represent."""
+    model, cell = config.model, cell_of(config.model)
     if model.direction == "both":
         raise CharlmError(
-            f"--to {to} takes models that predict the next character; this one fills in characters from both "
-            "sides (model.direction: both): train one with model.direction: forward or backward"
+            f"--to {to} needs a model that predicts the next character; this one fills in characters "
+            "(model.direction: both): train one with model.direction: forward or backward"
         )
-    cell = cell_of(model)
-    if not cell.onnx:
+    formats = ["onnx"] * bool(cell.onnx) + ["torch"] * bool(cell.builtin)
+    formats += ["flair"] * (model.cell in ("lstm", "gru") and bool(cell.builtin))
+    formats += ["stanza"] * (model.cell == "lstm")
+    if not formats:
+        exportable = ", ".join(name for name, each in CELLS.items() if each.onnx)
         raise CharlmError(
-            f"no other program computes model.cell: {model.cell}, so it cannot be exported: train one with "
-            f"model.cell: {', '.join(name for name, each in CELLS.items() if each.onnx)}"
+            f"a model with model.cell: {model.cell} cannot be exported; train one of model.cell: {exportable}"
         )
-    if to == "stanza" and model.cell != "lstm":
+    if to not in formats:
         raise CharlmError(
-            f"Stanza's character models are LSTMs; this one has model.cell: {model.cell}: train an lstm, or "
-            f"export it with --to {'flair, ' if model.cell == 'gru' else ''}onnx or torch"
-        )
-    if to == "flair" and model.cell == "rnn":
-        raise CharlmError(
-            "Flair's language models are LSTMs or GRUs; this one has model.cell: rnn: train one of those, "
-            "or export it with --to onnx or torch"
-        )
-    if to != "onnx" and not cell.builtin:
-        raise CharlmError(
-            f"--to {to} computes GRUs with torch's, which resets after the recurrent product; this one has "
-            "model.gru_reset: before: train it with gru_reset: after, or export it with --to onnx"
+            f"--to {to} cannot represent a model with {cell.setting}; use --to {' or '.join(formats)}, "
+            "or train another model.cell"
         )
 
 
-def remarks(to: str, config: Config, vocab: Vocab) -> list[str]:
-    """What whoever uses the file must know: what it does not hold, and what its reader will ask for."""
+def _notes(to: str, config: Config, vocab: Vocab) -> list[str]:
+    """Return what the file does not contain and the program that reads it needs."""
     if to in ("onnx", "torch"):
-        return []  # they hold all of it
-    said, cleaning = [], config.corpus
-    lost = [
-        f"corpus.{key}: {value}"
-        for key, value, held in (
-            ("normalize", cleaning.normalize, cleaning.normalize in ("NFC", "none")),
-            ("lowercase", "true", to == "stanza" or not cleaning.lowercase),
-            ("keep", cleaning.keep, cleaning.keep is None),
-        )
-        if not held
-    ]
+        return []  # they contain everything
+    corpus, notes, lost = config.corpus, [], []
+    if corpus.normalize not in ("NFC", "none"):
+        lost.append(f"corpus.normalize: {corpus.normalize}")
+    if corpus.lowercase and to != "stanza":
+        lost.append("corpus.lowercase: true")
+    if corpus.keep is not None:
+        lost.append(f"corpus.keep: {corpus.keep}")
     if lost:
-        hint = "; FlairEmbeddings takes is_lower=True" if to == "flair" and cleaning.lowercase else ""
-        said.append(f"the format does not hold {', '.join(lost)}: give it text that is so already{hint}")
-    names = {"\n": "line end", " ": "space"}
+        hint = "; FlairEmbeddings takes is_lower=True" if to == "flair" and corpus.lowercase else ""
+        notes.append(f"the format does not contain {', '.join(lost)}: apply it to the text yourself{hint}")
+    names = {"\n": "newline", " ": "space"}
     if missing := [name for char, name in names.items() if char not in vocab.characters]:
-        said.append(
-            f"the model knows no {' and no '.join(missing)}, which {to.capitalize()} puts around texts and "
-            "words: it reads them as unknown characters"
+        notes.append(
+            f"the vocabulary has no {' and no '.join(missing)}, which {to.capitalize()} puts around texts "
+            "and words: the model reads an unknown character instead"
         )
-    return said
+    return notes
 
 
 def files_of(to: str, output: Path) -> list[Path]:
-    """The files that `export` writes for `output`, which comes first."""
+    """Return the paths that `export_model` writes for `output`, `output` first."""
     if to == "torch":
         return [output, output.with_suffix(".json"), output.with_name("char_rnn.py")]
     return [output]
 
 
-def export(loaded: Loaded, to: str, output: Path) -> list[str]:
-    """Write the model to `output`, for ``torch`` with two files beside it; all of them whole, or none.
+def export_model(
+    loaded: Loaded, to: str, output: Path, before_writing: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Write the model to `output`, with ``torch`` and two files beside it; on an error no file is changed.
 
-    Returns what whoever uses the file should know. Raises `CharlmError` for a model that the format cannot
-    hold.
+    before_writing: called once the contents of the files are ready.
+    Returns notes for the user of the file. Raises `CharlmError` for a model that the format cannot represent
+    and for a file that cannot be written.
     """
-    refuse(to, loaded.config)
-    said = remarks(to, loaded.config, loaded.vocab)
+    check_format(to, loaded.config)
+    notes = _notes(to, loaded.config, loaded.vocab)
     if to == "onnx":
-        content, difference = checked_onnx(loaded, plain_weights(loaded.model), about(loaded))
+        content, difference = checked_onnx(loaded, plain_weights(loaded.model), metadata(loaded))
         contents = [content]
-        said.append(
-            "not compared with torch: that takes onnxruntime: pip install 'charlm-torch[onnx]'"
+        notes.append(
+            "not compared with torch, because onnxruntime is not installed: pip install 'charlm-torch[onnx]'"
             if difference is None
             else f"compared in onnxruntime: the logits differ from torch's by {difference:.1e} at most"
         )
     elif to == "torch":
-        contents = [_saved(plain_weights(loaded.model)), _about(loaded), module_source()]
+        contents = [_torch_saved(plain_weights(loaded.model)), _module_json(loaded), module_source()]
     else:
-        contents = [_saved((stanza_state if to == "stanza" else flair_state)(loaded))]
+        contents = [_torch_saved((stanza_state if to == "stanza" else flair_state)(loaded))]
+    before_writing()
     _write_all(list(zip(files_of(to, output), contents, strict=True)))
-    return said
+    return notes
 
 
 def _write_all(files: list[tuple[Path, bytes]]) -> None:
-    """Write each path's content; none is put in its place before all fit on the disk."""
-    if not files:
-        return
-    (path, content), *rest = files
+    """Write each content to its path; no path changes before all contents are on the disk."""
+    if files:
+        (path, content), *rest = files
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # some disks are found full only here
-        _write_all(rest)
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(content)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # some file systems report a full disk only here
+            _write_all(rest)
 
-    write_atomically(path, write)
+        write_atomically(path, write)
 
 
 def plain_weights(model: CharLM, extra: int = 0) -> dict[str, Tensor]:
-    """The weights as an `nn.Embedding`, a recurrent stack and an `nn.Linear` have them, in float32.
+    """Return the weights in float32, by the names of an `nn.Embedding`, a recurrent stack and an `nn.Linear`.
 
-    extra: so many ids stand before the characters'. A model that reads one-hot vectors gets the embedding
-        that makes them.
+    extra: the number of reserved ids before those of the characters. A model that reads one-hot vectors gets
+        the embedding that makes them.
     """
     weights = {
         name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()
@@ -154,19 +146,19 @@ def plain_weights(model: CharLM, extra: int = 0) -> dict[str, Tensor]:
         "embedding.weight": F.pad(table, (0, 0, extra, 0)),
         **weights,
         "head.weight": F.pad(head, (0, 0, extra, 0)),
-        "head.bias": F.pad(bias, (extra, 0), value=_NEVER),
+        "head.bias": F.pad(bias, (extra, 0), value=_RESERVED_LOGIT),
     }
 
 
 def _renamed(weights: dict[str, Tensor], embedding: str, recurrent: str, head: str) -> dict[str, Tensor]:
-    """`weights` with the first part of each name another."""
+    """Return `weights` with the first part of each name replaced."""
     names = {"embedding": embedding, "recurrent": recurrent, "head": head}
     parts = {name: name.split(".") for name in weights}
     return {f"{names[parts[name][0]]}.{parts[name][1]}": tensor for name, tensor in weights.items()}
 
 
 def stanza_state(loaded: Loaded) -> dict[str, Any]:
-    """What `stanza`'s CharacterLanguageModel loads: plain values and tensors."""
+    """Return what Stanza's `CharacterLanguageModel` loads: plain values and tensors."""
     model, config = loaded.model, loaded.config
     units = [*STANZA_UNITS, *loaded.vocab.characters]
     weights = plain_weights(model, len(STANZA_UNITS))
@@ -203,7 +195,7 @@ def stanza_state(loaded: Loaded) -> dict[str, Any]:
 
 
 def flair_state(loaded: Loaded) -> dict[str, Any]:
-    """What `flair`'s LanguageModel loads: the same, and a dictionary of class `flair.data.Dictionary`."""
+    """Return what Flair's `LanguageModel` loads: plain values, tensors and a `flair.data.Dictionary`."""
     model, config = loaded.model, loaded.config
     items = [unit.encode() for unit in (*FLAIR_UNITS, *loaded.vocab.characters)]
     dictionary = FlairDictionary()
@@ -224,8 +216,8 @@ def flair_state(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def about(loaded: Loaded) -> dict[str, Any]:
-    """What a reader of the weights alone must know besides them, as JSON has it."""
+def metadata(loaded: Loaded) -> dict[str, Any]:
+    """Return what is needed to use the weights, as JSON values."""
     return {
         "vocab": list(loaded.vocab.characters),
         "direction": loaded.config.model.direction,
@@ -233,10 +225,11 @@ def about(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _about(loaded: Loaded) -> bytes:
+def _module_json(loaded: Loaded) -> bytes:
+    """Return the JSON file that `char_rnn` reads."""
     model = loaded.config.model
     builtin = cell_of(model).builtin
-    assert builtin  # `refuse` has checked it
+    assert builtin, "check_format refuses other cells"
     arguments = {
         **builtin.options,
         "cell": builtin.name,
@@ -245,24 +238,24 @@ def _about(loaded: Loaded) -> bytes:
         "hidden_size": model.hidden_size,
         "num_layers": model.num_layers,
     }
-    return json.dumps({"model": arguments, **about(loaded)}, ensure_ascii=False, indent=1).encode() + b"\n"
+    return json.dumps({"model": arguments, **metadata(loaded)}, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
 def module_source() -> bytes:
-    """The source of `char_rnn`, which reads what ``--to torch`` writes."""
+    """Return the source of `char_rnn`, the module that loads what ``--to torch`` writes."""
     return Path(char_rnn.__file__).read_bytes()
 
 
 def is_module(path: Path) -> bool:
-    """Whether `path` is that module already."""
+    """Return whether `path` contains that module already."""
     return path.name == "char_rnn.py" and path.is_file() and path.read_bytes() == module_source()
 
 
 class _Pickler(pickle._Pickler):
-    """Writes the name `flair.data.Dictionary` for its stand-in, without that package."""
+    """Writes the name `flair.data.Dictionary` for its stand-in, without importing Flair."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
-        """Write the name of a class or function; others than the stand-in must be importable by theirs."""
+        """Write the name of a class or function."""
         if obj is FlairDictionary:
             self.write(pickle.GLOBAL + b"flair.data\nDictionary\n")  # type: ignore[attr-defined]
             self.memoize(obj)  # type: ignore[attr-defined]
@@ -270,8 +263,8 @@ class _Pickler(pickle._Pickler):
             super().save_global(obj, name)  # type: ignore[misc]
 
 
-def _saved(data: dict[str, Any]) -> bytes:
-    """What ``torch.save`` makes of `data`."""
+def _torch_saved(data: dict[str, Any]) -> bytes:
+    """Return the file that ``torch.save`` writes for `data`."""
     buffer = io.BytesIO()
     torch.save(data, buffer, pickle_module=SimpleNamespace(Pickler=_Pickler, __name__="pickle"))
     return buffer.getvalue()

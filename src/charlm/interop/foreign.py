@@ -1,4 +1,4 @@
-"""The character models of other programs, taken apart: Stanza's, Flair's, and plain PyTorch's state dicts."""
+"""Read the character models of Stanza, Flair and plain PyTorch into their parts."""
 
 import json
 import re
@@ -14,19 +14,19 @@ from torch import Tensor
 from charlm.errors import CharlmError, one_line
 from charlm.interop.torchfile import FlairDictionary, read_torch_file
 
-_MOST = 0x200000  # ids in a vocabulary
+_MAX_IDS = 0x200000  # of a vocabulary
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_NAMED = 8  # how many weights a message names
+_MAX_LISTED = 8  # weights in a message
 
 
 @dataclass
 class Parts:
-    """A foreign model taken apart.
+    """The parts of a model of another program.
 
-    units: what each id stands for; None where the file does not say.
-    embedding: (V, E), or None where the stack reads one-hot vectors. recurrent: by torch's names without
+    units: the text of each id; None where the file has none.
+    embedding: (V, E), or None where the stack reads one-hot vectors. recurrent: by torch's names without a
         prefix. head: (V, H). bias: (V,).
-    settings: of the configuration, by dotted key. start: the learned initial state, (L, 1, H) each.
+    settings: configuration values by dotted key. start: the learned initial state, tensors (L, 1, H).
     """
 
     units: list[str | None]
@@ -39,7 +39,7 @@ class Parts:
 
 
 def read_stanza(path: Path) -> Parts:
-    """A file of Stanza's CharacterLanguageModel, or its trainer's checkpoint."""
+    """Read a file of Stanza's `CharacterLanguageModel` or a checkpoint of its trainer."""
     data = read_torch_file(path)
     if not (isinstance(data, dict) and "state_dict" in data):
         data = _entry(data, "model", dict, path, "Stanza")
@@ -47,7 +47,7 @@ def read_stanza(path: Path) -> Parts:
     vocab, arguments = (_entry(data, key, dict, path, "Stanza") for key in ("vocab", "args"))
     units = _entry(vocab, "_id2unit", list, path, "Stanza")
     if not all(isinstance(unit, str) for unit in units):
-        raise CharlmError(f"{path} is damaged: its vocabulary is no list of texts")
+        raise CharlmError(f"{path} is damaged: its vocabulary is not a list of texts")
     # With recurrent dropout Stanza has a module for each layer: cells.0.weight_ih is weight_ih_l0.
     weights = {
         re.sub(r"^charlstm\.lstm\.cells\.(\d+)\.(\w+)$", r"charlstm.lstm.\2_l\1", name): tensor
@@ -60,9 +60,9 @@ def read_stanza(path: Path) -> Parts:
         _take(weights, "decoder.weight", path),
         _take(weights, "decoder.bias", path),
         {
-            "corpus.lowercase": bool(vocab.get("lower")),
-            "model.direction": "forward" if data.get("is_forward_lm", True) else "backward",
-            "model.dropout": _share(arguments.get("char_dropout")),
+            "corpus.lowercase": vocab.get("lower") is True,
+            "model.direction": "backward" if data.get("is_forward_lm") is False else "forward",
+            "model.dropout": _dropout(arguments.get("char_dropout")),
         },
         (_take(weights, "charlstm_h_init", path), _take(weights, "charlstm_c_init", path)),
     )
@@ -71,20 +71,24 @@ def read_stanza(path: Path) -> Parts:
 
 
 def read_flair(path: Path) -> Parts:
-    """A file of Flair's LanguageModel, or its trainer's checkpoint."""
+    """Read a file of Flair's `LanguageModel` or a checkpoint of its trainer."""
     data = read_torch_file(path)
     weights = _weights(_entry(data, "state_dict", dict, path, "Flair"), path)
     items = getattr(_entry(data, "dictionary", FlairDictionary, path, "Flair"), "idx2item", None)
     if not (isinstance(items, list) and all(isinstance(item, bytes) for item in items)):
-        raise CharlmError(f"{path} is damaged: its dictionary is no list of bytes")
-    if not data.get("has_decoder", True):
-        raise CharlmError(f"{path} was saved without its decoder: it predicts no characters")
+        raise CharlmError(f"{path} is damaged: its dictionary is not a list of bytes")
+    if data.get("has_decoder") is False:
+        raise CharlmError(f"{path} was saved without its decoder and cannot predict characters")
     head, bias = _take(weights, "decoder.weight", path), _take(weights, "decoder.bias", path)
-    if "proj.weight" in weights:  # a linear layer before the head, and nothing between: one product
+    if "proj.weight" in weights:  # a linear layer before the head: multiply both
         inner, inner_bias = _take(weights, "proj.weight", path), _take(weights, "proj.bias", path)
         fits = head.dim() == inner.dim() == 2 and head.shape[1:] == inner.shape[:1] == inner_bias.shape
         if not (fits and bias.shape == head.shape[:1]):
             raise CharlmError(f"{path} is damaged: its projection does not fit its decoder")
+        if len(head) * inner.shape[1] > path.stat().st_size:
+            raise CharlmError(
+                f"{path} is damaged: its projection makes a decoder that is larger than the file"
+            )
         head, bias = head @ inner, head @ inner_bias + bias
     parts = Parts(
         [_decoded(item) for item in items],
@@ -93,8 +97,8 @@ def read_flair(path: Path) -> Parts:
         head,
         bias,
         {
-            "model.direction": "forward" if data.get("is_forward_lm", True) else "backward",
-            "model.dropout": _share(data.get("dropout")),
+            "model.direction": "backward" if data.get("is_forward_lm") is False else "forward",
+            "model.dropout": _dropout(data.get("dropout")),
         },
     )
     _refuse_rest(weights, path)
@@ -102,17 +106,17 @@ def read_flair(path: Path) -> Parts:
 
 
 def read_plain(path: Path, vocab: Path) -> Parts:
-    """A state dict of an `nn.Embedding` (or none), one `nn.RNN`, `nn.LSTM` or `nn.GRU`, and an `nn.Linear`.
+    """Read a state dict of an `nn.Embedding` (or none), an `nn.RNN`, LSTM or GRU, and an `nn.Linear`.
 
-    Names do not matter, but for the recurrent weights' endings: ``weight_ih_l0`` and so on.
+    Only the endings of the recurrent weights' names matter: ``weight_ih_l0`` and so on.
     """
     weights = _weights(_state_dict(path), path)
     units, settings = read_vocab(vocab)
     prefixes = {found[1] for name in weights if (found := re.fullmatch(r"(.*?)weight_hh_l0", name))}
     if len(prefixes) != 1:
         raise CharlmError(
-            f"{path} has {len(prefixes)} recurrent stacks, not one: of an nn.RNN, nn.LSTM or nn.GRU, whose "
-            "weights' names end in weight_ih_l0, weight_hh_l0 and so on"
+            f"{path} has {len(prefixes)} recurrent stacks; it must have one nn.RNN, nn.LSTM or nn.GRU, with "
+            "weights named ...weight_ih_l0, ...weight_hh_l0 and so on"
         )
     stack = _take_stack(weights, prefixes.pop())
     biases = [name for name, tensor in weights.items() if tensor.shape == (len(units),)]
@@ -134,10 +138,10 @@ def read_plain(path: Path, vocab: Path) -> Parts:
 def _find_ends(
     weights: dict[str, Tensor], stack: dict[str, Tensor], biases: list[str], V: int, path: Path
 ) -> tuple[str, str | None]:
-    """The names of the head's and the embedding's matrix, the same where they are tied.
+    """Return the names of the head's and the embedding's matrix, the same name if they are tied.
 
-    They are told by their shapes, (V, H) and (V, E); where E = H, by the bias beside the head or by their
-    names. No embedding where the stack reads one-hot vectors, E = V.
+    Their shapes, (V, H) and (V, E), identify them; if E = H, the bias beside the head or their names do.
+    The embedding is None where the stack reads one-hot vectors, E = V.
     """
     E, H = (_take(dict(stack), f"weight_{part}_l0", path).shape[-1] for part in ("ih", "hh"))
     heads = [name for name, tensor in weights.items() if tensor.shape == (V, H)]
@@ -153,25 +157,25 @@ def _find_ends(
             return heads[0], None if E == V else heads[0]
     shapes = one_line(", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights.items()))
     raise CharlmError(
-        f"for the vocabulary's {V} ids {path} should have an embedding ({V}, {E}) and a head ({V}, {H}), one "
-        f"each; besides the recurrent stack it has {shapes or 'nothing'}"
+        f"{path} must have one embedding ({V}, {E}) and one head ({V}, {H}), as the vocabulary has {V} ids; "
+        f"besides the recurrent stack it has {shapes or 'nothing'}"
     )
 
 
 def read_vocab(path: Path) -> tuple[list[str | None], dict[str, Any]]:
-    """What each id stands for, as the JSON file at `path` has it, and settings that stand there too.
+    """Read the text of each id, and settings, from the JSON file at `path`.
 
-    It holds a list or a text of the characters, a dictionary from them to their ids or from ids to them, or
-    what ``charlm export --to torch`` writes. Raises `CharlmError` for anything else.
+    The file contains a list or a string of the characters, a dictionary from characters to ids or from ids to
+    characters, or what ``charlm export --to torch`` writes. Raises `CharlmError` for anything else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
     except OSError as error:
         raise CharlmError(f"cannot read the vocabulary {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CharlmError(f"the vocabulary {path} is no JSON: {one_line(str(error))}") from None
+        raise CharlmError(f"the vocabulary {path} is not JSON: {one_line(str(error))}") from None
     settings: dict[str, Any] = {}
-    if isinstance(data, dict) and isinstance(data.get("vocab"), list):  # charlm's own
+    if isinstance(data, dict) and isinstance(data.get("vocab"), list):  # from charlm export
         settings["model.direction"] = data.get("direction", "forward")
         cleaning, arguments = data.get("cleaning"), data.get("model")
         if isinstance(cleaning, dict):
@@ -187,16 +191,20 @@ def read_vocab(path: Path) -> tuple[list[str | None], dict[str, Any]]:
         by_id: dict[Any, Any] = {number: unit for unit, number in data.items() if type(number) is int}
         if not by_id and all(re.fullmatch(r"[0-9]{1,7}", number) for number in data):
             by_id = {int(number): unit for number, unit in data.items() if isinstance(unit, str)}
-        if len(by_id) == len(data) and all(0 <= number < _MOST for number in by_id):
+        if len(by_id) == len(data) and all(0 <= number < _MAX_IDS for number in by_id):
             return [by_id.get(number) for number in range(max(by_id, default=-1) + 1)], settings
     raise CharlmError(
-        f"the vocabulary {path} must be a JSON list of characters, or a dictionary from characters to their "
-        "ids or from ids, 0 and up, to their characters"
+        f"the vocabulary {path} must be a JSON list of characters, or a dictionary from characters to ids or "
+        "from ids, 0 and up, to characters"
     )
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _state_dict(path: Path) -> Any:
-    """The state dict in a safetensors file or one of ``torch.save``, where it may lie beside other things."""
+    """Return the state dict in a file of safetensors or ``torch.save``, also inside a checkpoint."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -216,20 +224,20 @@ def _state_dict(path: Path) -> Any:
 
 
 def _weights(data: Any, path: Path) -> dict[str, Tensor]:
-    """`data` as tensors by name, in float32; what is no vector or matrix of floating point is refused."""
+    """Return the tensors of `data` in float32; raise `CharlmError` for an entry of another kind."""
     for name, tensor in data.items():
         if not isinstance(name, str):
-            raise CharlmError(f"{path} is damaged: a name among its weights is no text")
+            raise CharlmError(f"{path} is damaged: the name of a weight is not a text")
         if not (isinstance(tensor, Tensor) and tensor.dtype in _TYPES and tensor.dim()):
-            raise CharlmError(f"{path} has {one_line(name)} among its weights, which is no tensor of numbers")
-    # A view may repeat what is there.
+            raise CharlmError(f"{path}: {one_line(name)} is not a tensor of floating-point numbers")
+    # Tensors may share their storage.
     if sum(tensor.numel() for tensor in data.values()) > path.stat().st_size:
-        raise CharlmError(f"{path} is damaged: its weights have more numbers than it has bytes")
+        raise CharlmError(f"{path} is damaged: its weights have more numbers than the file has bytes")
     return {name: tensor.detach().float() for name, tensor in data.items()}
 
 
 def _take_stack(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The recurrent stack's weights, whose names begin with `prefix`, out of `weights`."""
+    """Remove from `weights` the recurrent stack, whose names start with `prefix`, and return it."""
     pattern = re.escape(prefix) + r"((?:weight|bias)_(?:ih|hh)_l\d+)"
     names = {found[1]: name for name in weights if (found := re.fullmatch(pattern, name))}
     return {short: weights.pop(name) for short, name in names.items()}
@@ -237,30 +245,30 @@ def _take_stack(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _take(weights: dict[str, Tensor], name: str, path: Path) -> Tensor:
     if name not in weights:
-        raise CharlmError(f"{path} is damaged or of another kind: it has no weights {name}")
+        raise CharlmError(f"{path} has no weights {name}: it is damaged or of another kind")
     return weights.pop(name)
 
 
 def _refuse_rest(weights: dict[str, Tensor], path: Path) -> None:
-    """Raise `CharlmError` for weights that charlm has no place for: without them it were another model."""
+    """Raise `CharlmError` for weights that are left over: without them it would be another model."""
     if weights:
-        names = one_line(", ".join(list(weights)[:_NAMED]))
+        names = one_line(", ".join(list(weights)[:_MAX_LISTED]))
         raise CharlmError(
-            f"{path} has weights that charlm has no place for ({names}): it takes an embedding, a recurrent "
-            "stack in one direction, and a linear head"
+            f"{path} has weights that charlm does not support ({names}): a model is an embedding, a "
+            "recurrent stack in one direction, and a linear head"
         )
 
 
 def _entry(data: Any, key: str, kind: type, path: Path, origin: str) -> Any:
-    """The entry `key` of `data`, which must be of class `kind`."""
+    """Return the entry `key` of `data`; raise `CharlmError` if it is not of class `kind`."""
     value = data.get(key) if isinstance(data, dict) else None
     if not isinstance(value, kind):
-        raise CharlmError(f"{path} is no language model of {origin}'s: it has no {key}")
+        raise CharlmError(f"{path} is not a language model of {origin}: it has no {key}")
     return value
 
 
-def _share(value: Any) -> float:
-    """A dropout; 0 for what is none."""
+def _dropout(value: Any) -> float:
+    """Return `value` if it is a valid dropout, else 0."""
     return float(value) if isinstance(value, (int, float)) and 0 <= value < 1 else 0.0
 
 

@@ -1,7 +1,7 @@
-"""Other programs' models as charlm's: Stanza's, Flair's, and plain PyTorch's.
+"""Import of the models of other programs: Stanza, Flair and plain PyTorch.
 
-Each is an embedding, a recurrent stack and a linear head, whose weights are taken over as they are. Ids that
-stand for no single character, as ``<UNK>``, are left out: the other characters keep their logits.
+Each is an embedding, a recurrent stack and a linear head, whose weights are copied unchanged. Ids that are
+not a single character, such as ``<UNK>``, are left out: the other characters keep their logits.
 """
 
 import math
@@ -23,19 +23,19 @@ from charlm.nn.model import CharLM, make_model
 from charlm.storage.model_file import Loaded, load_weights
 from charlm.text.vocab import Vocab, ascii_name
 
-_NAMED = 8  # how many ids a message names
-_TEXTS, _STEPS = 64, 32  # over which the effect of an initial state is measured
-_LOGITS = 2**24  # so many are computed at once
+_MAX_LISTED = 8  # ids in a message
+_TEXTS, _STEPS = 64, 32  # on which the effect of an initial state is measured
+_MAX_LOGITS = 2**24  # computed at once
 _CHANGEABLE = ("corpus.", "model.direction", "model.nonlinearity", "model.gru_reset", "model.dropout")
 
 
 def import_model(
     path: Path, origin: str, vocab: Path | None = None, overrides: tuple[str, ...] = ()
 ) -> tuple[Loaded, list[str]]:
-    """The model in the file at `path`, which `origin` wrote, and what was left out of it.
+    """Read the model at `path`; return it with notes on the parts that were left out.
 
-    origin: stanza, flair or torch-char-rnn. vocab: the JSON file with the vocabulary, of ``torch-char-rnn``.
-    overrides: ``section.key=value`` texts for what the weights do not say.
+    origin: stanza, flair or torch-char-rnn. vocab: the JSON file with the vocabulary, for torch-char-rnn.
+    overrides: ``section.key=value`` texts for settings that the weights do not determine.
     Raises `CharlmError` for a file that is damaged, is of another kind, or has parts that charlm lacks.
     """
     if origin == "stanza":
@@ -43,57 +43,61 @@ def import_model(
     elif origin == "flair":
         parts = read_flair(path)
     else:
-        assert vocab is not None, "the command asks for it"
+        assert vocab is not None, "the command checks it"
         parts = read_plain(path, vocab)
     return assemble(parts, path, origin, overrides)
 
 
 def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) -> tuple[Loaded, list[str]]:
-    """charlm's model of `parts`, and what was left out.
+    """Make a model of `parts`; return it with notes on the parts that were left out.
 
     Raises `CharlmError` where the parts do not fit together, `ConfigError` for `overrides` of what they fix.
     """
-    said: list[str] = []
-    kept = [n for n, unit in enumerate(parts.units) if _is_character(unit)]
-    vocab = "".join(str(parts.units[n]) for n in kept)
-    if doubled := [char for char, count in Counter(vocab).items() if count > 1]:
-        raise CharlmError(f"the vocabulary of {path} has {ascii_name(doubled[0])} more than once")
+    notes: list[str] = []
+    ids = [n for n, unit in enumerate(parts.units) if _is_character(unit)]
+    vocab = "".join(str(parts.units[n]) for n in ids)
+    if repeated := [char for char, count in Counter(vocab).items() if count > 1]:
+        raise CharlmError(f"the vocabulary of {path} has {ascii_name(repeated[0])} more than once")
     if not vocab:
         raise CharlmError(f"the vocabulary of {path} has no characters")
-    if len(kept) < len(parts.units):
-        others = [one_line(repr(unit), 40) for unit in parts.units if not _is_character(unit)]
-        named = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" * (len(others) > _NAMED))
-        said.append(f"left out the ids that stand for no single character: {named}")
-    weights = _weights_of(parts, kept, path)
-    config = _config_of(weights, parts.settings, f"{path.name}, imported from {origin}", path)
+    if others := [one_line(repr(unit), 40) for unit in parts.units if not _is_character(unit)]:
+        more = f" and {len(others) - _MAX_LISTED} more" if len(others) > _MAX_LISTED else ""
+        notes.append(f"left out ids that are not a single character: {', '.join(others[:_MAX_LISTED])}{more}")
+    weights = _weights(parts, ids, path)
+    config = _config(weights, parts.settings, f"{path.name}, imported from {origin}", path)
     config = _overridden(config, overrides)
-    with Uninitialised(), torch.device("meta"):  # sizes are checked before memory is taken
-        model = make_model(len(vocab), config.model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name in sorted(
-        shapes.keys() | weights.keys() - ({"head.weight"} if config.model.tie_weights else set())
-    ):
-        have = tuple(weights[name].shape) if name in weights else None
-        if have != shapes.get(name):
-            raise CharlmError(
-                f"the tensors of {path} do not fit together: {one_line(name)} is {have or 'missing'} where "
-                f"the others need {shapes.get(name, 'none')}"
-            )
+    _check_shapes(weights, len(vocab), config, path)
     with Uninitialised():
         model = make_model(len(vocab), config.model)
     load_weights(model, weights)
     model.eval()
     if any(tensor.any() for tensor in parts.start):
-        first, later = _effect(model, parts.start, path)
-        said.append(
-            "left out the learned initial state: charlm begins with zeros. Over characters by chance the "
-            f"prediction after the first differs by {first:.2g} bits, after {_STEPS} by {later:.2g}"
+        first, last = _divergence_from_zeros(model, parts.start, path)
+        notes.append(
+            "left out the learned initial state: charlm starts from zeros. On random characters the "
+            f"prediction after the first differs by {first:.2g} bits, after {_STEPS} by {last:.2g} bits"
         )
-    return Loaded(model, Vocab(vocab), config, {"imported_from": origin}), said
+    return Loaded(model, Vocab(vocab), config, {"imported_from": origin}), notes
 
 
-def _weights_of(parts: Parts, kept: list[int], path: Path) -> dict[str, Tensor]:
-    """The weights by charlm's names, with the rows of the ids `kept` alone."""
+def _check_shapes(weights: dict[str, Tensor], V: int, config: Config, path: Path) -> None:
+    """Raise `CharlmError` unless `weights` have the shapes of the model, before memory is taken for it."""
+    with Uninitialised(), torch.device("meta"):
+        model = make_model(V, config.model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if config.model.tie_weights:
+        del found["head.weight"]
+    for name in sorted(shapes.keys() | found.keys()):
+        if found.get(name) != shapes.get(name):
+            raise CharlmError(
+                f"the tensors of {path} do not fit together: {one_line(name)} is "
+                f"{found.get(name, 'missing')}, the others require {shapes.get(name, 'no such tensor')}"
+            )
+
+
+def _weights(parts: Parts, ids: list[int], path: Path) -> dict[str, Tensor]:
+    """Return the weights by charlm's names, with the rows of `ids` only."""
     V, embedding = len(parts.units), parts.embedding
     for name, tensor in (("an embedding", embedding), ("a head", parts.head)):
         if tensor is not None and not (tensor.dim() == 2 and len(tensor) == V):
@@ -107,27 +111,27 @@ def _weights_of(parts: Parts, kept: list[int], path: Path) -> dict[str, Tensor]:
         for name in [name for name in weights if "weight_hh" in name]:
             for kind in ("ih", "hh"):
                 weights[name.replace("weight_hh", f"bias_{kind}")] = torch.zeros(len(weights[name]))
-    weights |= {"head.weight": parts.head[kept], "head.bias": parts.bias[kept]}
+    weights |= {"head.weight": parts.head[ids], "head.bias": parts.bias[ids]}
     if embedding is None:  # one column for each id
-        weights["recurrent.weight_ih_l0"] = weights["recurrent.weight_ih_l0"][..., kept]
-    elif not _is_identity(table := embedding[kept]):
+        weights["recurrent.weight_ih_l0"] = weights["recurrent.weight_ih_l0"][..., ids]
+    elif not _is_identity(table := embedding[ids]):
         weights["embedding.weight"] = table
     return weights
 
 
 def _is_identity(matrix: Tensor) -> bool:
-    """Whether `matrix` (N, K) is the identity, which is not made for it: of a large vocabulary it is huge."""
+    """Return whether `matrix` (N, K) is the identity, without allocating one: it can be huge."""
     N, K = matrix.shape
     return N == K == int(matrix.count_nonzero()) and bool((matrix.diagonal() == 1).all())
 
 
-def _config_of(weights: dict[str, Tensor], settings: dict[str, Any], source: str, path: Path) -> Config:
-    """The configuration that `weights` and `settings` amount to."""
+def _config(weights: dict[str, Tensor], settings: dict[str, Any], source: str, path: Path) -> Config:
+    """Return the configuration that `weights` and `settings` determine."""
     hidden = weights.get("recurrent.weight_hh_l0", torch.empty(0))
     rows, H = hidden.shape if hidden.dim() == 2 else (0, 0)
     cells = {cell.gates * H: name for name, cell in CELLS.items() if cell.builtin}
     if not (H and rows in cells):
-        raise CharlmError(f"{path} is damaged: its recurrent stack lacks a first layer of one, 3 or 4 gates")
+        raise CharlmError(f"{path} is damaged: its recurrent stack has no first layer of 1, 3 or 4 gates")
     embedding = weights.get("embedding.weight")
     model = {
         "cell": cells[rows],
@@ -147,23 +151,24 @@ def _config_of(weights: dict[str, Tensor], settings: dict[str, Any], source: str
 
 
 def _overridden(config: Config, overrides: tuple[str, ...]) -> Config:
-    """`config` with `overrides`, which must leave what the weights say."""
-    if fixed := [text for text in overrides if not text.strip().startswith(_CHANGEABLE)]:
+    """Return `config` with `overrides`; `ConfigError` for a setting that the weights determine."""
+    keys = {text: configuration.find_key(text.partition("=")[0].strip()) for text in overrides}
+    if fixed := [text for text, key in keys.items() if not key.startswith(_CHANGEABLE)]:
         raise ConfigError(
-            f"--set {fixed[0]!r} is not for an import, where the file says the rest: set corpus.*, "
+            f"--set {fixed[0]!r}: an import takes this setting from the file; allowed: corpus.*, "
             + ", ".join(_CHANGEABLE[1:])
         )
     config = configuration.override(config, overrides)
     if config.model.direction == "both":
-        raise ConfigError("a model that is imported reads in one direction: forward or backward, not both")
+        raise ConfigError("model.direction is both; allowed for an import: forward, backward")
     return config
 
 
 @torch.inference_mode()
-def _effect(model: CharLM, start: tuple[Tensor, ...], path: Path) -> tuple[float, float]:
-    """The mean divergence, in bits, of the predictions after one character and after `_STEPS`.
+def _divergence_from_zeros(model: CharLM, start: tuple[Tensor, ...], path: Path) -> tuple[float, float]:
+    """Return the mean KL divergence, in bits, of predictions from `start` from those from zeros.
 
-    Those from `start`, (L, 1, H) each, against those from zeros, over characters drawn evenly.
+    start: tensors (L, 1, H). The first value is after one random character, the second after `_STEPS`.
     """
     zeros = model.initial_state(1)
     L, _, H = zeros[0].shape
@@ -172,17 +177,17 @@ def _effect(model: CharLM, start: tuple[Tensor, ...], path: Path) -> tuple[float
     ids = torch.randint(model.vocab_size, (_TEXTS, _STEPS), generator=torch.Generator().manual_seed(1))
 
     def predicted(ids: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-        """The logarithms of the probabilities after the first and the last of `ids` (B, T): (B, 2, V)."""
+        """Return the log-probabilities after the first and the last of `ids` (B, T): (B, 2, V)."""
         logits, _ = model(ids, tuple(tensor.repeat(1, len(ids), 1) for tensor in state))
         return F.log_softmax(logits[:, [0, -1]].double(), -1)
 
     bits = torch.zeros(2)
-    for part in torch.split(ids, max(_LOGITS // (_STEPS * model.vocab_size), 1)):
+    for part in torch.split(ids, max(_MAX_LOGITS // (_STEPS * model.vocab_size), 1)):
         p, q = predicted(part, start), predicted(part, zeros)
         bits += (p.exp() * (p - q)).sum((0, 2)) / (_TEXTS * math.log(2))
     return float(bits[0]), float(bits[1])
 
 
 def _is_character(unit: Any) -> bool:
-    """Whether `unit` is one character, and not half of one."""
+    """Return whether `unit` is one character and not a surrogate."""
     return isinstance(unit, str) and len(unit) == 1 and not "\ud800" <= unit <= "\udfff"

@@ -1,7 +1,8 @@
-"""A model as an ONNX graph: ids and a state in, logits and the state after them out.
+"""A model as an ONNX graph, from ids and a state to logits and the next state.
 
-The graph is put together from ONNX's own RNN, LSTM and GRU, node by node: small, with batch and time open,
-without tracing the model. They differ from torch's in the order of the gates, and have time first.
+The graph is built node by node from ONNX's own RNN, LSTM and GRU, without tracing the model: it is small, and
+the sizes of batch and time are open. ONNX's operators differ from torch's in the order of the gates, and time
+is their first dimension.
 """
 
 import json
@@ -17,26 +18,26 @@ from charlm.storage.model_file import Loaded
 if TYPE_CHECKING:
     import onnx
 
-OPSET, IR_VERSION = 17, 8  # of 2022: what all runtimes now in use read
+OPSET, IR_VERSION = 17, 8  # of 2022; all current runtimes read them
 TOLERANCE = 1e-4
-_ROUNDING = 1e-5  # of the largest logit, which counts where that is more
-_LIMIT = 2**31 - 2**25  # bytes of weights in a protocol buffer's 2 GiB, with room for the vocabulary
+_RELATIVE_TOLERANCE = 1e-5  # of the largest logit; the larger of both tolerances applies
+_MAX_WEIGHTS = 2**31 - 2**25  # bytes: a protocol buffer takes 2 GiB; the rest is for the vocabulary
 
 
 def checked_onnx(
     loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]
 ) -> tuple[bytes, float | None]:
-    """The model as an ONNX file's bytes, and by how much its logits differ from torch's at most.
+    """Return the bytes of the ONNX file, and the largest difference of its logits from torch's.
 
-    weights: those of an embedding, a recurrent stack and a head, by name. metadata: goes in as JSON.
-    The difference is None where there is no onnxruntime. Raises `CharlmError` without the package onnx, for a
-    model beyond a file's 2 GiB, and for a difference of more than 1e-4 and than 1e-5 of the largest logit.
+    weights: of an embedding, a recurrent stack and a head, by name. metadata: stored as JSON.
+    The difference is None without onnxruntime. Raises `CharlmError` without the package onnx, for a model of
+    more than 2 GiB, and for a difference of more than 1e-4 and more than 1e-5 of the largest logit.
     """
     tied = {"head.weight"} if loaded.config.model.tie_weights else set()
     size = 4 * sum(tensor.numel() for name, tensor in weights.items() if name not in tied)
-    if size > _LIMIT:
+    if size > _MAX_WEIGHTS:
         raise CharlmError(
-            f"the model's weights take {size:,} bytes, more than the 2 GiB of an ONNX file hold"
+            f"the model's weights take {size:,} bytes, an ONNX file at most {_MAX_WEIGHTS:,}: use --to torch"
         )
     try:
         model = build(loaded, weights, metadata)
@@ -46,29 +47,29 @@ def checked_onnx(
         ) from None
     content = bytes(model.SerializeToString())
     compared = compare(content, loaded)
-    if compared and not compared[0] <= max(TOLERANCE, _ROUNDING * compared[1]):
+    if compared and not compared[0] <= max(TOLERANCE, _RELATIVE_TOLERANCE * compared[1]):
         raise CharlmError(
-            f"onnxruntime's logits differ from torch's by {compared[0]:.2g}: nothing was written; this is a "
-            "fault of charlm's, please report it"
+            f"onnxruntime's logits differ from torch's by {compared[0]:.2g}: no file was written; this is "
+            "a bug in charlm, please report it"
         )
     return content, compared[0] if compared else None
 
 
 def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) -> "onnx.ModelProto":
-    """The graph: ids (B, T), h and for the LSTM c, both (L, B, H), in; logits (B, T, V), h_n and c_n out."""
+    """Return the graph from ids (B, T), h and, for the LSTM, c (L, B, H) to logits (B, T, V), h_n and c_n."""
     from onnx import TensorProto, helper
 
     config = loaded.config.model
     L, H, V = config.num_layers, config.hidden_size, len(loaded.vocab)
     cell = cell_of(config)
     states, onnx = cell.state, cell.onnx
-    assert onnx  # `export.refuse` has checked it
+    assert onnx, "check_format refuses other cells"
     constants: dict[str, Any] = {"embedding": weights["embedding.weight"]}
     nodes = [
         helper.make_node("Transpose", ["ids"], ["ids_by_time"], perm=[1, 0]),
         helper.make_node("Gather", ["embedding", "ids_by_time"], ["y0"]),  # (T, B, E)
     ]
-    for name in states:  # a tensor (1, B, H) for each layer
+    for name in states:  # one tensor (1, B, H) for each layer
         nodes.append(helper.make_node("Split", [name, "ones"], [f"{name}{k}" for k in range(L)], axis=0))
     constants["ones"], constants["one"] = torch.ones(L, dtype=torch.int64), torch.tensor([1])
     for k in range(L):
@@ -76,7 +77,9 @@ def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) 
         inputs = [f"y{k}", f"W{k}", f"R{k}", f"B{k}", "", *(f"{name}{k}" for name in states)]
         outputs = [f"all{k}", *(f"{name}_n{k}" for name in states)]
         nodes.append(helper.make_node(onnx.op, inputs, outputs, hidden_size=H, **onnx.attributes))
-        nodes.append(helper.make_node("Squeeze", [f"all{k}", "one"], [f"y{k + 1}"]))  # ONNX's directions
+        nodes.append(
+            helper.make_node("Squeeze", [f"all{k}", "one"], [f"y{k + 1}"])
+        )  # removes ONNX's dimension of directions
     tied = config.tie_weights
     if not tied:
         constants["head"] = weights["head.weight"]
@@ -106,7 +109,7 @@ def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) 
 
 
 def _layer(weights: dict[str, Tensor], order: tuple[int, ...], k: int) -> dict[str, Tensor]:
-    """Layer k's W (1, G·H, E), R (1, G·H, H) and B (1, 2·G·H), the gates in ONNX's order."""
+    """Return layer k's W (1, G·H, E), R (1, G·H, H) and B (1, 2·G·H), with the gates in ONNX's order."""
 
     def ordered(name: str) -> Tensor:
         blocks = weights[f"recurrent.{name}_l{k}"].chunk(len(order))
@@ -129,9 +132,9 @@ def _constant(name: str, tensor: Tensor) -> "onnx.TensorProto":
 
 @torch.inference_mode()
 def compare(content: bytes, loaded: Loaded) -> tuple[float, float] | None:
-    """The largest difference of a logit from torch's, and the largest logit, over two texts in two parts.
+    """Return the largest difference of a logit from torch's and the largest logit, on two texts in parts.
 
-    None where there is no onnxruntime. Raises `CharlmError` for a model whose logits are not finite.
+    None without onnxruntime. Raises `CharlmError` for a model whose logits are not finite.
     """
     try:
         from onnxruntime import InferenceSession, SessionOptions

@@ -82,9 +82,9 @@ def _read_zip(file: BinaryIO) -> Any:
         order = f"{folder}byteorder"
         if order in archive.namelist() and archive.read(order) != b"little":
             raise ValueError("its numbers are not little-endian")
-        storages = _Storages(size)
-        data = read_pickle(io.BytesIO(archive.read(names[0])), storages)
-        for key, storage in storages.by_key.items():
+        builder = Builder(size)
+        data = read_pickle(io.BytesIO(archive.read(names[0])), builder)
+        for key, storage in builder.storages.items():
             _fill(storage, archive.read(f"{folder}data/{key}"))
     return data
 
@@ -101,43 +101,55 @@ def check_parts(archive: zipfile.ZipFile, size: int) -> None:
 def _read_sequence(file: BinaryIO) -> Any:
     """Read the older format: five pickles one after the other, then the storages."""
     whole = io.BytesIO(file.read())  # returns no more than it has, whatever length a pickle claims
-    storages = _Storages(len(whole.getbuffer()))
-    magic, _, _, data, keys = (read_pickle(whole, storages) for _ in range(5))
+    builder = Builder(len(whole.getbuffer()))
+    magic, _, _, data, keys = (read_pickle(whole, builder) for _ in range(5))
     if magic != _MAGIC:
         raise ValueError("it does not begin with the number that torch.save writes")
-    if not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(storages.by_key):
+    if not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(builder.storages):
         raise ValueError("its list of storages does not match its tensors")
     for key in keys:
-        storage = storages.by_key[key]
+        storage = builder.storages[key]
         whole.read(8)  # the storage's length, known from the pickle
         _fill(storage, whole.read(storage.nbytes))
     return data
 
 
-class _Storages:
-    """The memory of the tensors in a file: a vector for each key, filled once its bytes are known."""
+class Builder:
+    """Makes the tensors of one file, and calls the stand-ins, within limits that follow from its size."""
 
     def __init__(self, size: int):
-        self.by_key: dict[str, Tensor] = {}
+        self.storages: dict[str, Tensor] = {}  # vectors, which are filled once their bytes are known
         self.bytes_left = size
+        self.copied = 0
 
-    def find(self, reference: Any) -> Tensor:
-        """Return the vector that a pickle's persistent id refers to; `ValueError` for an invalid one."""
-        _, dtype, key, _, length, *rest = reference
+    def find_storage(self, reference: Any) -> Tensor:
+        """Return the vector that a persistent id refers to; `ValueError` for an invalid id."""
+        if type(reference) is not tuple or not 5 <= len(reference) <= 6:
+            raise ValueError("its pickle has an invalid persistent id")
+        _, dtype, key, _, length, *view = reference
         if not (isinstance(dtype, torch.dtype) and isinstance(key, str) and type(length) is int):
-            raise ValueError("a reference to a storage is invalid")
-        if key not in self.by_key:
+            raise ValueError("its pickle has an invalid persistent id")
+        if key not in self.storages:
             self.bytes_left -= length * dtype.itemsize
             if length < 0 or self.bytes_left < 0:
                 raise ValueError("its tensors take more bytes than it has")
-            self.by_key[key] = torch.empty(length, dtype=dtype)
-        storage = self.by_key[key]
+            self.storages[key] = torch.empty(length, dtype=dtype)
+        storage = self.storages[key]
         if storage.dtype != dtype:
             raise ValueError("a storage has two types")
-        if rest and rest[0] is not None:  # a view, in files of before 2018
-            _, start, length = rest[0]
+        if view and view[0] is not None:  # in files from before 2018
+            _, start, length = view[0]
             storage = storage.narrow(0, start, length)
         return storage
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        """Return the result of a stand-in; `ValueError` where calls copy too much."""
+        _expect(arguments, tuple)
+        kinds = (str, bytes, list, tuple, dict)
+        self.copied += sum(len(each) for each in (arguments, *arguments) if isinstance(each, kinds))
+        if self.copied > _MAX_COPIED:
+            raise ValueError(f"its pickle copies more than {_MAX_COPIED:,} characters and items")
+        return _expect(function, FunctionType)(*arguments)
 
 
 def _fill(storage: Tensor, content: bytes) -> None:
@@ -155,11 +167,10 @@ _LITERALS = {
     *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_COPIED = (str, bytes, list, tuple, dict)  # arguments of which a call may make a copy
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
 
 
-def read_pickle(file: BinaryIO, storages: _Storages) -> Any:
+def read_pickle(file: BinaryIO, builder: Builder) -> Any:
     """Build the value of the pickle at the position of `file`, and leave `file` after it.
 
     Raises `pickle.UnpicklingError` with the name of a class or function that has no stand-in, and many kinds
@@ -168,11 +179,10 @@ def read_pickle(file: BinaryIO, storages: _Storages) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}
-    copied = 0
 
-    def take(several: bool, count: int = 1) -> list[Any]:
-        """Remove the values above the last mark, or the last `count`."""
-        start = marks.pop() if several else len(stack) - count
+    def pop(count: int | None) -> list[Any]:
+        """Remove the last `count` values, or those above the last mark."""
+        start = marks.pop() if count is None else len(stack) - count
         values = stack[start:]
         del stack[start:]
         return values
@@ -194,28 +204,23 @@ def read_pickle(file: BinaryIO, storages: _Storages) -> Any:
         elif name == "MARK":
             marks.append(len(stack))
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(take(name == "TUPLE", int(name[5:] or 0))))
+            stack.append(tuple(pop(int(name[5:]) if name[5:] else None)))
         elif name in ("APPEND", "APPENDS", "ADDITEMS"):
-            values = take(name != "APPEND")
+            values = pop(1 if name == "APPEND" else None)
             _expect(stack[-1], list).extend(values)
         elif name in ("SETITEM", "SETITEMS"):
-            values = take(name == "SETITEMS", 2)
+            values = pop(2 if name == "SETITEM" else None)
             _add(_expect(stack[-1], dict), zip(values[::2], values[1::2], strict=True))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            module, attribute = argument.split(" ") if argument else take(False, 2)
-            stack.append(_stand_in(module, attribute))
+            stack.append(_stand_in(*(argument.split(" ") if argument else pop(2))))
         elif name in ("REDUCE", "NEWOBJ"):
-            function, arguments = take(False, 2)
-            copied += sum(len(each) for each in _expect(arguments, tuple) if isinstance(each, _COPIED))
-            if copied > _MAX_COPIED:
-                raise ValueError(f"its pickle copies more than {_MAX_COPIED:,} characters and items")
-            stack.append(_expect(function, FunctionType)(*arguments))
+            stack.append(builder.call(*pop(2)))
         elif name == "BUILD":
-            (state,) = take(False)
-            if isinstance(stack[-1], FlairDictionary):  # other objects' attributes are not needed
+            (state,) = pop(1)
+            if isinstance(stack[-1], FlairDictionary):  # the attributes of other objects are not needed
                 stack[-1].idx2item = _expect(state, dict).get("idx2item")
         elif name == "BINPERSID":
-            stack.append(storages.find(_expect(stack.pop(), tuple)))
+            stack.append(builder.find_storage(stack.pop()))
         elif name == "STOP":
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
@@ -239,20 +244,12 @@ def _add(target: dict[Any, Any], items: Iterable[Any]) -> dict[Any, Any]:
     return target
 
 
-def _tensor(
-    storage: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    grad: Any = None,
-    hooks: Any = None,
-    metadata: Any = None,
-) -> Tensor:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
     """Stands for `torch._utils._rebuild_tensor`, as a view of `storage` that cannot exceed it."""
     numbers = (offset, *size, *stride)
     if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
         raise ValueError("the shape of a tensor is not made of whole numbers")
-    if len(size) != len(stride) or len(size) > _MAX_DIMENSIONS or metadata:
+    if len(size) != len(stride) or len(size) > _MAX_DIMENSIONS or any(rest[2:]):
         raise ValueError("a tensor has an invalid shape or is a conjugate or negative view")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) > storage.numel() or last >= storage.numel() > 0:
@@ -267,30 +264,18 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _dict(items: Any = (), *_: Any) -> dict[Any, Any]:
+def _dict(items: Any = ()) -> dict[Any, Any]:
     return _add({}, items)
 
 
-def _flair_dictionary(*_: Any) -> FlairDictionary:
-    return FlairDictionary()
-
-
-def _ignored(*_: Any) -> dict[Any, Any]:
-    """Stands for what a checkpoint may contain and charlm does not need."""
-    return {}
-
-
 _STAND_INS = {
-    "flair.data Dictionary": _flair_dictionary,
+    "flair.data Dictionary": lambda *_: FlairDictionary(),
     "_codecs encode": _latin1,
     "collections OrderedDict": _dict,
-    **dict.fromkeys(("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"), _tensor),
-    "torch._utils _rebuild_parameter": _parameter,
-    "torch._utils _rebuild_parameter_with_state": _parameter,
+    "torch._utils _rebuild_tensor": _tensor,
+    "torch._utils _rebuild_tensor_v2": _tensor,
+    "torch._utils _rebuild_parameter": lambda data, *_: data,
+    "torch._utils _rebuild_parameter_with_state": lambda data, *_: data,
     "torch FloatStorage": torch.float32,
     "torch DoubleStorage": torch.float64,
     "torch HalfStorage": torch.float16,
@@ -307,8 +292,8 @@ TENSOR_NAMES = (
     r"|torch\._utils _rebuild_(tensor(_v2)?|parameter(_with_state)?)"
     r"|collections (OrderedDict|Counter|defaultdict)"
 )
-_IGNORED = re.compile(
-    r"torch (Size|device|u?int\d+|b?float\d+|bool)|collections (Counter|defaultdict)"
+_IGNORED = re.compile(  # a checkpoint may contain them; charlm does not need their values
+    r"torch (Size|device|u?int\d{1,2}|b?float\d{1,2}|bool)|collections (Counter|defaultdict)"
     r"|(__builtin__|builtins) (int|long|set)"
 )
 
@@ -319,5 +304,5 @@ def _stand_in(module: Any, name: Any) -> Any:
     if full in _STAND_INS:
         return _STAND_INS[full]
     if _IGNORED.fullmatch(full):
-        return _ignored
+        return lambda *_: {}
     raise pickle.UnpicklingError(f"{module}.{name}")

@@ -5,6 +5,7 @@ import math
 import os
 import pickletools
 import re
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from charlm.config import Config, CorpusConfig, ModelConfig
 from charlm.errors import CharlmError
+from charlm.interop import export
 from charlm.interop import onnx as onnx_graph
 from charlm.interop.export import (
     check_format,
@@ -269,6 +271,23 @@ def test_exported_files_have_the_name_of_the_run_and_existing_files_are_kept(cha
     for command in (("export", "--to", "torch"), ("import", "first.pt", "--from", "stanza")):
         done = charlm(*command, "--output", "", "--force")
         assert done.code == 2 and "--output" in done.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_inside_native_code_ends_an_export_without_a_file(charlm, folder, monkeypatch, number, code):
+    save(make(), folder / "runs/first/model.safetensors")
+
+    def native(*_):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise SystemError("a callback has raised an exception") from None
+        return b"graph", None
+
+    monkeypatch.setattr(export, "checked_onnx", native)
+    done = charlm("export", "first", "--to", "onnx")
+    assert done.code == code and done.err.count("\n") == 1
+    assert {path.name for path in folder.iterdir()} == {"runs", "corpus.txt"}
 
 
 @pytest.mark.parametrize("written", [0, 1, 2])

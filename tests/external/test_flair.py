@@ -1,4 +1,4 @@
-"""With the real package (make test-interop): it loads what charlm exports, and the other way round."""
+"""Tests with the real package (make test-interop): exported models load there, and its models load here."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ DOCS = (ROOT / "docs/export.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_flair_gives_charlm_s_logits_and_embeds(charlm, words, cell, direction):
+def test_flair_computes_the_logits_of_an_exported_model_and_its_embeddings(charlm, words, cell, direction):
     overrides = ("corpus.source=corpus.txt", "train.epochs=2", f"model.direction={direction}")
     more = (f"model.cell={cell}", "model.num_layers=2")
     assert charlm("train", "--name", "tiny", *settings(*overrides, *more)).code == 0
@@ -56,7 +56,7 @@ def test_flair_gives_charlm_s_logits_and_embeds(charlm, words, cell, direction):
 
 @pytest.mark.parametrize("nout", [None, 4])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_charlm_gives_flair_s_logits(charlm, words, kind, nout, tmp_path):
+def test_an_imported_flair_model_has_the_same_logits(charlm, words, kind, nout, tmp_path):
     dictionary = Dictionary()
     for char in [*sorted(set(words)), "two", "😀"]:
         dictionary.add_item(char)

@@ -1,4 +1,4 @@
-"""With the real package (make test-interop): it loads what charlm exports, and the other way round."""
+"""Tests with the real package (make test-interop): exported models load there, and its models load here."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ FIRST = len(STANZA_UNITS)
 
 
 def logits_of(model, ids, state=None):
-    """Stanza's logits for ids (T,): (T, V)."""
+    """Return the logits (T, V) that Stanza computes for ids (T,)."""
     with torch.inference_mode():
         return model(ids[None], [len(ids)], state)[2][0]
 
@@ -26,7 +26,7 @@ def logits_of(model, ids, state=None):
 @pytest.mark.parametrize(
     "options", [(), ("model.input=one_hot", "model.num_layers=2", "corpus.lowercase=true")]
 )
-def test_stanza_gives_charlm_s_logits(charlm, words, direction, options):
+def test_stanza_computes_the_logits_of_an_exported_model(charlm, words, direction, options):
     overrides = ("corpus.source=corpus.txt", "train.epochs=2", f"model.direction={direction}", *options)
     assert charlm("train", "--name", "tiny", *settings(*overrides)).code == 0
     assert charlm("export", "tiny", "--to", "stanza").code == 0
@@ -50,7 +50,7 @@ def test_stanza_gives_charlm_s_logits(charlm, words, direction, options):
 
 @pytest.mark.parametrize("recurrent_dropout", [0.0, 0.3])
 @pytest.mark.parametrize("saved", ["model", "checkpoint"])
-def test_charlm_gives_stanza_s_logits(charlm, words, tmp_path, recurrent_dropout, saved):
+def test_an_imported_stanza_model_has_the_same_logits(charlm, words, tmp_path, recurrent_dropout, saved):
     charlm("train", "--name", "tiny", *settings("corpus.source=corpus.txt", "train.max_steps=1"))
     charlm("export", "tiny", "--to", "stanza")
     vocab = {"char": CharacterLanguageModel.load("tiny-stanza.pt").char_vocab()}

@@ -10,7 +10,7 @@ from charlm import config
 from charlm.config import ModelConfig
 from charlm.errors import CharlmError, ConfigError
 from charlm.inference.sample import generate
-from charlm.interop.export import ENDINGS, refuse
+from charlm.interop.export import ENDINGS, check_format
 from charlm.nn import cells
 from charlm.nn.model import make_model
 from charlm.storage.model_file import load_model, save_model
@@ -61,7 +61,7 @@ def test_registered_cell_has_no_other_implementation(recipe, implementation):
 @pytest.mark.parametrize("to", ENDINGS)
 def test_registered_cell_is_not_exported(recipe, to):
     with pytest.raises(CharlmError, match="mgu"):
-        refuse(to, recipe)
+        check_format(to, recipe)
 
 
 def test_registering_a_name_twice_is_refused(recipe):

@@ -444,7 +444,7 @@ def hostile_pickles():
         "a key of a list": b"}" + lists + b"Ns.",
         "a shared element of a set": b"c__builtin__\nset\n](" + shared + b"e\x85R.",
         "a shared key of a Counter": b"ccollections\nCounter\n](" + shared + b"e\x85R.",
-        "a shared key of an OrderedDict": b"ccollections\nOrderedDict\n](](" + shared + b"Neee\x85R.",
+        "a shared key of an OrderedDict": b"ccollections\nOrderedDict\n](](" + shared + b"Nee\x85R.",
         "a shared attribute": b"ccollections\nOrderedDict\n)R](](" + shared + b"Neeb.",
         "a shared persistent id": storage + shared + b"NK\x01tQ.",
         "a shared function": lists + b")R.",

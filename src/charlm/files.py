@@ -1,21 +1,24 @@
-"""Files written whole or not at all, checksums, and the user's cache folder."""
+"""Files written whole or not at all, JSON text, checksums, and the user's cache folder."""
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
 import math
 import os
+import shlex
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from charlm.errors import CharlmError
 
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_RECENT = 600  # seconds
 _FIXES = {
     errno.ENOENT: "make the folder, or restore it if it was there",
     errno.EACCES: "make its folder writable or take another",
@@ -81,34 +84,129 @@ def sha256(file: io.BufferedIOBase, size: int) -> str:
 
 
 def cache_folder(name: str = "") -> Path | None:
-    """charlm's folder in the user's cache folder, or `name` in it, made if need be.
+    """Return `safe_cache_folder`, or None where that raises an error."""
+    try:
+        return safe_cache_folder(name)
+    except CharlmError:
+        return None
 
-    None where it cannot be made, and where others could put something into its place: where anyone else may
-    write to it, or to a folder above it in which they could move it away.
+
+def safe_cache_folder(name: str = "") -> Path:
+    """Return charlm's folder in the user's cache folder, or the folder `name` in it; create it if necessary.
+
+    The user's cache folder is $XDG_CACHE_HOME, if that is an absolute path, or ~/.cache.
+    Raises `CharlmError` if the folder cannot be created, and if another user could put files into it or
+    replace it, because that user can write to it or to a folder above it.
     """
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "charlm"
         for each in dict.fromkeys((folder.parent, folder, folder / name)):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = (folder / name).resolve(strict=True)  # so that no link is followed from here on
-        safe = os.name != "posix" or (is_ours(folder, stat.S_ISDIR) and all(map(_is_safe, folder.parents)))
-    except (OSError, RuntimeError):
-        return None
-    return folder if safe else None
+        folder = (folder / name).resolve(strict=True)  # no link is followed from here on
+        reasons = [_why_unsafe(each, above=each != folder) for each in (folder, *folder.parents)]
+    except (OSError, RuntimeError) as error:
+        reasons = [
+            f"{getattr(error, 'filename', None) or folder}: {getattr(error, 'strerror', None) or error}"
+        ]
+    if found := [reason for reason in reasons if reason]:
+        fix = "set XDG_CACHE_HOME to a folder that only you can write to"
+        raise CharlmError(f"no safe cache folder: {found[0]}{', or' if 'chmod' in found[0] else ';'} {fix}")
+    return folder
+
+
+def _why_unsafe(folder: Path, above: bool) -> str:
+    """Why others could write to `folder` or, `above` the cache, rename what is in it; else empty."""
+    if os.name != "posix":
+        return ""
+    found = folder.lstat()
+    if found.st_uid not in ((0, os.getuid()) if above else (os.getuid(),)):
+        return f"{folder} belongs to another user (uid {found.st_uid})"
+    if _others_write(found) and not (above and found.st_mode & stat.S_ISVTX):
+        return f"{folder} can be written to by others; run chmod go-w {shlex.quote(str(folder))}"
+    return ""
 
 
 def is_ours(path: Path, kind: Callable[[int], bool]) -> bool:
-    """Whether `path` itself, not what it links to, is of that kind, this user's, and written by no other."""
+    """Return whether `path`, not its target, is of that kind, this user's, and writable by no other."""
     try:
         found = path.lstat()
     except OSError:
         return False
-    return kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE
+    return kind(found.st_mode) and found.st_uid == os.getuid() and not _others_write(found)
 
 
-def _is_safe(folder: Path) -> bool:
-    """Whether none but this user and root can rename what stands in `folder`."""
-    found = folder.stat()
-    sticky = bool(found.st_mode & stat.S_ISVTX)
-    return found.st_uid in (0, os.getuid()) and (sticky or not found.st_mode & _OTHERS_WRITE)
+def _others_write(found: os.stat_result) -> bool:
+    if found.st_mode & stat.S_IWOTH:
+        return True
+    return bool(found.st_mode & stat.S_IWGRP) and not _is_private_group(found.st_gid)
+
+
+@functools.cache
+def _is_private_group(gid: int) -> bool:
+    """Whether the group is this user's private one, which many systems create for every user, with umask 002.
+
+    It has the user's name, is the user's primary group, and nobody else is in it.
+    """
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+        private = (
+            group.gr_name == user.pw_name and gid == user.pw_gid and not {*group.gr_mem} - {user.pw_name}
+        )
+        return private and all(each.pw_gid != gid or each.pw_uid == user.pw_uid for each in pwd.getpwall())
+    except KeyError:  # a user or a group without a name, as in a container
+        return False
+
+
+class CacheEntry(NamedTuple):
+    """A file of the cache. kind: text (an encoded text) or kernels; used: the time of its last use."""
+
+    path: Path
+    kind: str
+    size: int
+    used: float
+
+
+def cache_entries() -> list[CacheEntry]:
+    """Return the files of the cache, the most recently used first; without those that are being written.
+
+    Raises `CharlmError` if there is no safe cache folder.
+    """
+    folders = {"kernels": safe_cache_folder(), "text": safe_cache_folder("corpora")}
+    entries = []
+    for kind, folder in folders.items():
+        for path in folder.glob("[!.]*"):
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                found = path.lstat()
+                if stat.S_ISREG(found.st_mode):
+                    entries.append(CacheEntry(path, kind, found.st_size, found.st_mtime))
+    return sorted(entries, key=lambda entry: entry.used, reverse=True)
+
+
+def cache_limit() -> int:
+    """Return the bytes that the encoded texts may take: $CHARLM_CACHE_GB, by default 10, in 10^9 bytes."""
+    text = os.environ.get("CHARLM_CACHE_GB", "") or "10"
+    try:
+        limit = int(float(text) * 10**9)
+    except (ValueError, OverflowError):
+        limit = -1
+    if limit < 0:
+        raise CharlmError(f"CHARLM_CACHE_GB is {text!r}; allowed: a number >= 0, for example 10")
+    return limit
+
+
+def shrink_cache(keep: Path) -> None:
+    """Remove encoded texts, the least recently used first, until the rest fits into `cache_limit`.
+
+    Not `keep`, and none used in the last ten minutes, which another process may be about to open.
+    """
+    texts = [entry for entry in cache_entries() if entry.kind == "text"]
+    size, limit, recent = sum(entry.size for entry in texts), cache_limit(), time.time() - _RECENT
+    for entry in reversed(texts):
+        if size > limit and entry.path != keep and entry.used < recent:
+            with contextlib.suppress(OSError):  # removed by another process, or in use on Windows
+                entry.path.unlink()
+            size -= entry.size

@@ -40,7 +40,7 @@ def same(one, other):
     )
 
 
-def test_a_mapped_text_is_the_text_and_is_found_again(kept, built, words, monkeypatch):
+def test_a_mapped_text_equals_the_text_and_is_used_again(kept, built, words, monkeypatch):
     first = Corpus.load(CONFIG)
     assert same(first, Corpus.from_text(words.lower()))
     assert len(list(kept.iterdir())) == 1 and kept.stat().st_mode & 0o777 == 0o700
@@ -50,7 +50,7 @@ def test_a_mapped_text_is_the_text_and_is_found_again(kept, built, words, monkey
     assert same(first, second) and len(built) == 1
 
 
-def test_other_content_and_other_settings_are_other_texts(kept, built, folder, words):
+def test_other_content_or_settings_make_another_entry(kept, built, folder, words):
     Corpus.load(CONFIG)
     for change in ({"lowercase": False}, {"split": (0.8, 0.1, 0.1)}, {"max_chars": 900}, {"keep": "a-z"}):
         Corpus.load(CONFIG.model_copy(update=change))
@@ -63,7 +63,7 @@ def test_other_content_and_other_settings_are_other_texts(kept, built, folder, w
     assert len(built) == 6, "the same content under another name is the same text"
 
 
-def test_a_file_that_may_have_changed_unseen_is_read_again(kept, built, monkeypatch):
+def test_a_file_that_may_have_changed_is_hashed_again(kept, built, monkeypatch):
     monkeypatch.setattr(read, "_TICK", 10**12)
     digest, seen = read.TextFile.digest, []
     monkeypatch.setattr(read.TextFile, "digest", lambda file: seen.append(file.path) or digest(file))
@@ -84,7 +84,7 @@ def test_a_file_that_may_have_changed_unseen_is_read_again(kept, built, monkeypa
         lambda data: data[:79] + b"9" * 16 + data[95:],
     ],
 )
-def test_a_damaged_text_is_made_anew(kept, built, words, damage):
+def test_a_damaged_entry_is_written_again(kept, built, words, damage):
     Corpus.load(CONFIG)
     (path,) = kept.iterdir()
     whole = path.read_bytes()
@@ -94,14 +94,14 @@ def test_a_damaged_text_is_made_anew(kept, built, words, damage):
     assert len(built) == 2 and path.read_bytes() == whole
 
 
-def test_another_format_is_made_anew(kept, built, monkeypatch):
+def test_an_entry_of_another_format_is_written_again(kept, built, monkeypatch):
     Corpus.load(CONFIG)
     monkeypatch.setattr(cache, "FORMAT", 2)
     Corpus.load(CONFIG)
     assert len(built) == 2
 
 
-def test_several_may_make_it_at_once(kept, words):
+def test_several_processes_can_write_the_same_entry(kept, words):
     begin, found = threading.Barrier(4), []
 
     def load():
@@ -118,7 +118,7 @@ def test_several_may_make_it_at_once(kept, words):
 
 
 @pytest.mark.parametrize("most", [3_000, 70_000])
-def test_a_full_disk_leaves_nothing(kept, folder, words, most):
+def test_a_full_disk_leaves_no_file(kept, folder, words, most):
     (folder / "corpus.txt").write_text(words * 8)  # 16 KB of ids, put aside; 64 KiB more with the header
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_nothing(kept, folder, words, most):
     assert "\n" not in str(caught.value) and not list(kept.iterdir())
 
 
-def test_a_folder_that_others_write_to_is_not_used(kept, words, monkeypatch):
+def test_a_folder_that_others_can_write_to_is_not_used(kept, words, monkeypatch):
     kept.mkdir(parents=True)
     kept.chmod(0o777)
     with pytest.raises(CharlmError, match="XDG_CACHE_HOME"):
@@ -141,7 +141,7 @@ def test_a_folder_that_others_write_to_is_not_used(kept, words, monkeypatch):
     assert same(Corpus.load(CONFIG), Corpus.from_text(words.lower())), "a short text needs none"
 
 
-def test_what_killed_processes_left_is_swept(kept):
+def test_temporary_files_of_killed_processes_are_removed(kept):
     kept.mkdir(mode=0o700, parents=True)
     for name, age in ((".old.x", 2 * 24 * 3600), (".new.y", 60)):
         (kept / name).write_text("half")
@@ -150,7 +150,33 @@ def test_what_killed_processes_left_is_swept(kept):
     assert {path.name for path in kept.iterdir() if path.name.startswith(".")} == {".new.y"}
 
 
-def test_a_pipe_is_a_text_too(kept, folder, words):
+def test_the_least_recently_used_texts_are_removed(kept, built, folder, words, monkeypatch):
+    monkeypatch.setenv("CHARLM_CACHE_GB", "0.00015")  # two texts: each has a header of 64 KiB
+    sources = [CONFIG.model_copy(update={"max_chars": 1000 + k}) for k in range(3)]
+    for age, config in zip((2000, 3000), sources, strict=False):
+        before = set(kept.iterdir()) if kept.exists() else set()
+        Corpus.load(config)
+        (path,) = set(kept.iterdir()) - before
+        os.utime(path, (0, path.stat().st_mtime - age))
+    Corpus.load(sources[1])  # used again, it stays
+    Corpus.load(sources[2])
+    assert len(list(kept.iterdir())) == 2 and len(built) == 3
+    Corpus.load(sources[1])
+    assert len(built) == 3
+    Corpus.load(sources[0])
+    assert len(built) == 4
+    assert len(list(kept.iterdir())) == 3, "those used a moment ago stay, whatever the limit"
+
+
+def test_a_text_larger_than_the_limit_is_cached(kept, built, monkeypatch):
+    monkeypatch.setenv("CHARLM_CACHE_GB", "0")
+    monkeypatch.setattr("charlm.files._RECENT", -1)
+    for _ in range(2):
+        Corpus.load(CONFIG)
+    assert len(built) == 1
+
+
+def test_a_pipe_is_read_and_not_cached(kept, folder, words):
     os.mkfifo(folder / "pipe")
     writer = threading.Thread(target=lambda: (folder / "pipe").write_text(words))
     writer.start()

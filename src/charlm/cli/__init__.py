@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from charlm import __version__
-from charlm.cli import generate, runs, score, share, study, train
+from charlm.cli import generate, runs, score, settings, share, study, train
 from charlm.errors import CharlmError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -103,5 +103,7 @@ for command in (
     study.bench,
     share.export,
     share.import_model,
+    settings.show_config,
+    settings.show_cache,
 ):
     cli.add_command(command)

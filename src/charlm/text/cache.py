@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from charlm.errors import CharlmError
-from charlm.files import cache_folder, write_atomically
+from charlm.files import cache_folder, cache_limit, safe_cache_folder, shrink_cache, write_atomically
 from charlm.text.encode import Encoded, memory
 from charlm.text.read import TextFile
 from charlm.text.vocab import Vocab
@@ -72,14 +72,12 @@ class Mapped:
 
 
 def folder() -> Path:
-    """The folder of encoded texts; raises `CharlmError` where there can be none that is its owner's alone."""
-    found = cache_folder("corpora")
-    if found is None:
-        raise CharlmError(
-            "a text as long as this is encoded on the disk, and there is no cache folder that only you may "
-            "write to; set XDG_CACHE_HOME to one"
-        )
-    return found
+    """Return the folder of encoded texts; raises `CharlmError` if there is none, or none that is safe."""
+    cache_limit()  # an invalid one is an error before the text is read
+    try:
+        return safe_cache_folder("corpora")
+    except CharlmError as error:
+        raise CharlmError(f"a text as long as this is encoded on the disk, but there is {error}") from None
 
 
 def find(files: list[TextFile], settings: dict[str, Any]) -> Mapped | None:
@@ -100,7 +98,9 @@ def find(files: list[TextFile], settings: dict[str, Any]) -> Mapped | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             encoded, seen, offset = _read(path)
             if all(same(each, k) for k, each in enumerate(seen)):
-                return Mapped(path, encoded, offset)
+                mapped = Mapped(path, encoded, offset)
+                os.utime(path)  # of what is not used for long, the cache is freed
+                return mapped
     return None
 
 
@@ -121,7 +121,8 @@ def write(encoded: Encoded, files: list[TextFile], used: int, settings: dict[str
     written, _, offset = _read(path)
     mapped = Mapped(path, written, offset)
     if not all(file.regular for file in files):
-        path.unlink()  # nobody could find it again; the map stays
+        path.unlink()  # could not be found again; the map stays valid
+    shrink_cache(keep=path)
     return mapped
 
 

@@ -1,3 +1,5 @@
+from itertools import chain, pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +7,14 @@ from hypothesis import strategies as st
 
 from charlm.config import BatchesConfig
 from charlm.errors import CharlmError
-from charlm.text.batches import ContiguousStreams, SlidingWindows, make_batches, shuffled, val_characters
+from charlm.text.batches import (
+    ContiguousStreams,
+    SlidingWindows,
+    make_batches,
+    rank_slice,
+    shuffled,
+    val_characters,
+)
 
 
 def walk(batches, epoch=0, start=0, seed=7):
@@ -44,20 +53,20 @@ def test_windows_are_those_of_a_naive_loop(length, T, stride):
     assert sorted(shuffled_epoch) == sorted(naive)
 
 
-def test_windows_share_the_text_s_memory():
+def test_windows_are_views_of_the_text():
     ids = torch.zeros(1000, dtype=torch.uint8)
     windows = SlidingWindows(ids, 4, 99, 1)
     assert len(windows) == 901
     assert windows.ids.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
 
 
-def test_a_batch_is_gathered_at_once(monkeypatch):
+def test_a_batch_is_gathered_in_one_operation(monkeypatch):
     windows = SlidingWindows(torch.arange(100), 10, 9, 1)
     monkeypatch.setattr(SlidingWindows, "__getitem__", None)
     assert len(walk(windows)) == windows.steps_per_epoch == 10
 
 
-def test_the_order_of_many_batches_is_found_at_once(monkeypatch):
+def test_the_order_of_many_batches_is_computed_together(monkeypatch):
     sizes, orders = [], []
 
     def count(indices, *rest):
@@ -73,14 +82,14 @@ def test_the_order_of_many_batches_is_found_at_once(monkeypatch):
     assert max(sizes[:329]) == 3 and sizes[-1] == 985, "one by one, and all of the epoch that is left"
 
 
-def test_max_windows_takes_the_first():
+def test_max_windows_uses_the_first():
     ids = torch.arange(100)
     firsts = [x[0].item() for X, _ in walk(SlidingWindows(ids, 4, 10, 5, False, max_windows=6)) for x in X]
     assert firsts == [0, 5, 10, 15, 20, 25]
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 60), st.integers(0, 5))
-def test_streams_go_on_where_they_stopped(B, T, extra, epoch):
+def test_streams_continue_where_the_step_before_ended(B, T, extra, epoch):
     ids = torch.arange(B * T + 1 + extra)
     streams = ContiguousStreams(ids, B, T)
     steps = walk(streams, epoch)
@@ -95,7 +104,7 @@ def test_streams_go_on_where_they_stopped(B, T, extra, epoch):
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 60), st.integers(0, 5))
-def test_streams_of_random_lengths_go_on_where_they_stopped(B, T, extra, epoch):
+def test_streams_of_random_lengths_continue_too(B, T, extra, epoch):
     ids = torch.arange(B * T * 5 + 1 + extra)
     fixed, streams = ContiguousStreams(ids, B, T), ContiguousStreams(ids, B, T, random_length=True)
     steps = walk(streams, epoch)
@@ -114,14 +123,14 @@ def test_random_lengths_differ_and_average_t():
     assert lengths[7:] == [x.shape[1] for x, _ in walk(streams, 0, start=7)]
 
 
-def test_streams_begin_anew_each_epoch():
+def test_streams_begin_at_another_offset_each_epoch():
     streams = ContiguousStreams(torch.arange(1000), 4, 20)
     offsets = {walk(streams, epoch)[0][0][0, 0].item() for epoch in range(12)}
     assert len(offsets) > 4
 
 
 @pytest.mark.parametrize("kind", [SlidingWindows, ContiguousStreams])
-def test_an_epoch_can_start_anywhere_and_is_the_same_again(kind):
+def test_an_epoch_started_in_the_middle_has_the_same_batches(kind):
     batches = kind(torch.arange(500), 4, 10)
     whole, rest = walk(batches, 3), walk(batches, 3, start=5)
     assert len(rest) == len(whole) - 5
@@ -131,14 +140,14 @@ def test_an_epoch_can_start_anywhere_and_is_the_same_again(kind):
 
 
 @pytest.mark.parametrize("kind", [SlidingWindows, ContiguousStreams])
-def test_loaders_leave_torch_s_generator_alone(kind):
+def test_loaders_do_not_draw_from_torch_s_generator(kind):
     before = torch.get_rng_state()
     walk(kind(torch.arange(500), 4, 10))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
-def test_backward_is_the_text_turned_round(sampling):
+def test_backward_batches_are_those_of_the_reversed_text(sampling):
     ids, config = torch.arange(500), BatchesConfig(batch_size=3, seq_len=7, stride=4, sampling=sampling)
     backward, turned = make_batches(ids, config, backward=True), make_batches(ids.flip(0), config)
     assert backward.ids.data_ptr() == ids.data_ptr(), "without a copy"
@@ -147,7 +156,7 @@ def test_backward_is_the_text_turned_round(sampling):
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
-def test_memory_is_released_on_the_way(monkeypatch, sampling):
+def test_memory_is_released_during_an_epoch(monkeypatch, sampling):
     monkeypatch.setattr("charlm.text.batches._READ_AT_ONCE", 10)
     monkeypatch.setattr("charlm.text.batches._SHUFFLED_AT_ONCE", 40)
     released = []
@@ -156,15 +165,23 @@ def test_memory_is_released_on_the_way(monkeypatch, sampling):
     assert steps / 10 <= len(released) <= steps
 
 
-def test_carrying_is_said():
-    assert ContiguousStreams.carries_state and not SlidingWindows.carries_state
-    assert isinstance(
-        make_batches(torch.arange(99), BatchesConfig(batch_size=2, seq_len=9, sampling="contiguous")),
-        ContiguousStreams,
-    )
+@pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
+def test_a_batch_that_carries_the_state_continues_the_one_before(sampling):
+    config = BatchesConfig(batch_size=2, seq_len=9, sampling=sampling)
+    batches = make_batches(torch.arange(200), config)
+    steps = walk(batches)
+    continues = all(torch.equal(x[:, 0], y[:, -1]) for (_, y), (x, _) in pairwise(steps))
+    assert len(steps) > 1 and batches.carries_state == continues
 
 
-def test_val_limit_is_in_windows():
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_the_slices_of_all_ranks_are_the_sequences(count, size):
+    parts = [list(range(count))[rank_slice(count, rank, size)] for rank in range(size)]
+    assert list(chain(*parts)) == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_max_val_windows_counts_windows():
     assert val_characters(BatchesConfig(seq_len=32, stride=1, max_val_windows=5120)) == 5120 + 32
     assert val_characters(BatchesConfig()) is None
 

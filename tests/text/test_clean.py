@@ -11,7 +11,7 @@ from conftest import PIECES, cut
 SEEDS = "A-Za-záéíóúÁÉÍÓÚñÑüÜ"
 
 
-def test_cleaning():
+def test_normal_form_case_and_kept_characters():
     assert clean("e\u0301") == "é"
     assert clean("é", normalize="NFD") == "e\u0301"
     assert clean("e\u0301", normalize="none") == "e\u0301"
@@ -30,7 +30,7 @@ def test_cleaning():
 @example(["Σ", "Σ", "a"], "none", True, None, None, None)
 @example(["aΣ", "'", "\u0301", "a aΣ'"], "none", True, None, None, None)
 @example(["a", "\u0301\u0327", "\u0327", "\u1100", "\u1161\u11a8"], "NFC", False, None, None, None)
-def test_where_a_piece_ends_makes_no_difference(pieces, form, lowercase, keep, start, max_chars):
+def test_cleaning_in_pieces_equals_cleaning_at_once(pieces, form, lowercase, keep, start, max_chars):
     cleaner = Cleaner(form, lowercase, keep, start, max_chars)
     found = "".join([*map(cleaner.feed, pieces), cleaner.finish()])
     text = "".join(pieces)
@@ -46,14 +46,14 @@ def test_where_a_piece_ends_makes_no_difference(pieces, form, lowercase, keep, s
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
 @settings(max_examples=50, deadline=None)
 @given(char=st.characters(exclude_categories=["Cs"]), before=st.characters(exclude_categories=["Cs"]))
-def test_no_two_characters_are_parted_that_belong_together(form, char, before):
+def test_characters_that_combine_are_not_separated(form, char, before):
     text = f"{before}{char}\u0301"
     cleaner = Cleaner(form)
     found = "".join([*map(cleaner.feed, cut(text, 1)), cleaner.finish()])
     assert found == unicodedata.normalize(form, text)
 
 
-def test_what_waits_is_little():
+def test_few_characters_are_held_back():
     cleaner = Cleaner("NFC", lowercase=True)
     fed = given_back = 0
     for piece in ("中" * 1000, "Σ" * 1000, "أ" * 1000, "각" * 1000, "a" * 1000):

@@ -45,7 +45,7 @@ def test_pieces_in_latin_1_among_many_characters(count):
 @settings(max_examples=40, deadline=None)
 @given(TEXTS, SPLITS, TEXTS, st.sampled_from([None, 0, 8]))
 @example(["abcñ"], (0.5, 0.25, 0.25), [], 0)
-def test_ids_are_those_of_a_naive_loop(tmp_path_factory, pieces, split, taken_back, limit):
+def test_ids_equal_those_of_a_naive_loop(tmp_path_factory, pieces, split, taken_back, limit):
     content = "".join(pieces)
     encoder = Encoder(limit, tmp_path_factory.getbasetemp)
     half = len(pieces) // 2
@@ -72,7 +72,7 @@ def test_ids_are_those_of_a_naive_loop(tmp_path_factory, pieces, split, taken_ba
     encoder.close()
 
 
-def test_ids_grow_with_the_vocabulary(tmp_path, monkeypatch):
+def test_the_type_of_ids_grows_with_the_vocabulary(tmp_path, monkeypatch):
     monkeypatch.setattr("charlm.text.encode._CHUNK", 1000)
     content = "".join(map(chr, (*range(0x4E00, 0x4E00 + 200), *range(0x10000, 0x10000 + 33_000)))) * 2
     for limit in (None, 5000):
@@ -88,7 +88,7 @@ def test_ids_grow_with_the_vocabulary(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "the file has no name"
 
 
-def test_a_rare_character_of_many_is_left_out():
+def test_characters_unseen_in_train_are_left_out():
     many = "".join(chr(0x4E00 + k) for k in range(300))  # two bytes an id at first, one in the end
     encoder = Encoder()
     encoder.add("ab" * 900 + many)

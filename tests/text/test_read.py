@@ -1,6 +1,7 @@
 import bz2
 import gzip
 import hashlib
+import io
 import lzma
 import re
 
@@ -17,7 +18,7 @@ from charlm.text.corpus import Corpus
 from conftest import PIECES, ROOT, cut
 
 
-def test_line_ends_and_byte_order_mark():
+def test_line_ends_become_lf_and_the_byte_order_mark_is_removed():
     assert read.decode(b"\xef\xbb\xbfa\r\nb\rc\n", "x") == "a\nb\nc\n"
 
 
@@ -26,8 +27,7 @@ def test_line_ends_and_byte_order_mark():
     [([b"ab\n", b"c"], False), ([b"a", b"\xef"], False), ([b"\xef\xbb\xbf", b"a"], False),
      ([b"\xef", b"\xbb", b"\xbfa"], True)],
 )  # fmt: skip
-def test_a_beginning_waits_only_for_a_byte_order_mark(pieces, waits):
-    """What is typed is shown, however short."""
+def test_only_a_byte_order_mark_is_waited_for(pieces, waits):
     given = []
     first = next(read.decode_pieces((given.append(piece) or piece for piece in pieces), "x"))
     assert len(given) == (3 if waits else 1) and first == ("a" if waits else pieces[0].decode("utf-8-sig"))
@@ -40,10 +40,10 @@ def test_a_beginning_waits_only_for_a_byte_order_mark(pieces, waits):
         (b"\xef\xbb\xbfab\xe9 c", ["0xe9", "offset 5"]),
         (b"\xc3", ["0xc3", "offset 0"]),
         ("año".encode("utf-16"), ["UTF-16", "iconv"]),
-        (b"ELF\0\1", ["binary file", "offset 3"]),
+        (b"ELF\0\1", ["NUL", "offset 3"]),
     ],
 )
-def test_what_is_no_utf8_is_refused_with_its_place(data, parts):
+def test_invalid_utf8_is_refused_with_its_offset(data, parts):
     with pytest.raises(CharlmError) as caught:
         read.decode(data, "book.txt")
     assert all(part in str(caught.value) for part in ["book.txt", *parts])
@@ -53,7 +53,7 @@ def test_what_is_no_utf8_is_refused_with_its_place(data, parts):
     ("ending", "compress"),
     [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), ("", bytes)],
 )
-def test_compressed_files(tmp_path, ending, compress):
+def test_compressed_files_are_read(tmp_path, ending, compress):
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(compress("él\r\n".encode() * 50))
     assert read.read_file(path) == "él\n" * 50
@@ -76,7 +76,7 @@ def test_other_encodings_are_named(data, encoding):
 @given(PIECES, st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"]), st.integers(1, 5))
 @example(["a\r", "\n\r\r\n\r"], "utf-8-sig", 1)
 @example(["\ufeff", "a\ufeff"], "utf-8", 1)
-def test_decoding_in_pieces(pieces, encoding, size):
+def test_decoding_in_pieces_equals_decoding_at_once(pieces, encoding, size):
     data = "".join(pieces).encode(encoding, "replace")
     try:
         assert b"\0" not in data
@@ -86,13 +86,13 @@ def test_decoding_in_pieces(pieces, encoding, size):
             "".join(read.decode_pieces(cut(data, size), "x"))
         if isinstance(error, UnicodeDecodeError) and encoding == "latin-1":
             at = int(str(caught.value).split("offset ")[1].split(";")[0])
-            assert f"byte 0x{data[at]:02x} " in str(caught.value), "the byte is where it is said to be"
+            assert f"byte 0x{data[at]:02x} " in str(caught.value), "the offset is the byte's"
             data[:at].decode()
     else:
         assert "".join(read.decode_pieces(cut(data, size), "x")) == whole
 
 
-def test_gutenberg_frame_is_stripped_only_whole():
+def test_gutenberg_licence_is_removed_only_with_both_markers():
     start, end = (
         "*** START OF THE PROJECT GUTENBERG EBOOK X ***",
         "*** END OF THE PROJECT GUTENBERG EBOOK X ***",
@@ -118,7 +118,7 @@ END = "***END of this project Gutenberg ebook"
     st.lists(st.sampled_from([START, END, "\n", "\n\n", "***", "* ", "a", f"\n{START} X ***\n", f"\n{END}"]))
 )
 @example([START, " of a line", "\n", "\n\n", END])
-def test_gutenberg_in_pieces(pieces):
+def test_gutenberg_licence_is_removed_in_pieces(pieces):
     whole = "".join(pieces)
     start = re.search(r"^\*\*\* ?START OF THE PROJECT GUTENBERG EBOOK.*$", whole, re.M)
     end = (
@@ -134,7 +134,7 @@ def test_gutenberg_in_pieces(pieces):
         assert "".join(found) == expected
 
 
-def test_sources(folder):
+def test_sources_are_files_folders_globs_and_lists(folder):
     (folder / "books/deep").mkdir(parents=True)
     for name in ("books/b.txt", "books/deep/a.txt.gz", "books/notes.md"):
         (folder / name).write_bytes(b"x")
@@ -157,20 +157,20 @@ def test_sources(folder):
 
 
 @pytest.mark.parametrize("source", ["no.txt", "no/*.txt", "empty"])
-def test_sources_that_name_nothing(folder, source):
+def test_a_source_without_files_is_refused(folder, source):
     (folder / "empty").mkdir()
     with pytest.raises(CharlmError, match=source.replace("*", r"\*")):
         read.find_files(source)
 
 
-def test_files_are_joined_line_by_line(folder):
+def test_files_are_joined_with_a_line_end_between(folder):
     for name, content in (("1.txt", "uno"), ("2.txt", ""), ("3.txt", "tres\n")):
         (folder / name).write_text(content)
     corpus = Corpus.load(CorpusConfig(source="?.txt", split=(0.9, 0.1, 0)))
     assert corpus.vocab.decode(torch.cat([corpus.train, corpus.val])) == "uno\ntres\n"
 
 
-def test_the_bundled_corpus_is_what_its_readme_says():
+def test_the_bundled_corpus_agrees_with_its_readme():
     data = (ROOT / "data/sancho.txt").read_bytes()
     readme = (ROOT / "data/README.md").read_text()
     content = data.decode()
@@ -181,3 +181,32 @@ def test_the_bundled_corpus_is_what_its_readme_says():
     assert len(content) >= 90_000 and ratio > 0.32, "prose, not repetition"
     paragraphs = content.split("\n\n")
     assert len(set(paragraphs)) == len(paragraphs)
+
+
+MARK = "*** {} OF THE PROJECT GUTENBERG EBOOK X ***\n"
+BOOK = f"licence\n{MARK.format('START')}\n\nÉrase una\nvez\n\n{MARK.format('END')}more\n"
+
+
+@pytest.mark.parametrize("content", [BOOK, "\ufeff" + BOOK, BOOK.replace("END OF", "end"), "plain\n\n", ""])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_file_read_in_pieces_equals_the_clean_text(tmp_path, monkeypatch, content, name):
+    monkeypatch.setattr(read, "_PIECE", 5)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+    whole = clean(read.strip_gutenberg(read.read_file(path)), keep="a-zÉ ")
+    assert "".join(read.read_clean_file(path, {"keep": "a-zÉ "})) == whole
+
+
+@pytest.mark.parametrize("line", ["señor mío\n", "hola ", "ΟΔΟΣ\n"])
+def test_stdin_is_read_without_waiting_for_more(line):
+    class Typed(io.BytesIO):
+        """Returns a line at a time, and records the text yielded before each read."""
+
+        def read1(self, size=-1):
+            shown.append("".join(given))
+            return self.readline() if line.endswith("\n") else self.read(len(line.encode()))
+
+    given, shown = [], []
+    for piece in read.read_clean_stdin(Typed(line.encode() * 3), {"lowercase": True}):
+        given.append(piece)
+    assert shown == [line.lower() * count for count in range(4)]

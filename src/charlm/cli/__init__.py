@@ -1,7 +1,7 @@
-"""The commands: parse, call one function, print.
+"""The command line: each command parses its options, calls one function and prints the result.
 
-Modules that import torch are imported inside the commands, so that ``--help`` answers at once.
-What a user pipes goes to stdout, all else to stderr.
+Modules that import torch or pydantic are imported inside the commands, so that ``--help`` is fast. Results go to
+stdout, all other output to stderr.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     _prepare_streams()
     try:
         cli.main(args=args, prog_name="charlm", standalone_mode=False)
@@ -29,13 +29,13 @@ def main(args: list[str] | None = None) -> int:
     except CharlmError as error:
         return _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        # Every process of torchrun's has the same arguments: the first speaks for them.
+        # All processes of torchrun have the same arguments: only the first prints the error.
         first = os.environ.get("RANK", "0") == "0"
         return _fail(" ".join(error.format_message().split()) if first else "", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except (BrokenPipeError, SystemExit):
-        # Whoever read our output has gone; click exits then. Let the interpreter's last flush not complain.
+        # The reader of the output has closed it; click exits then. The interpreter's last flush must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -49,15 +49,15 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Files and pipes get UTF-8 whatever the locale; a terminal that lacks a character shows ? for it.
+    """Use UTF-8 for files and pipes whatever the locale, and ? for characters that a terminal lacks.
 
-    One that was closed is empty, or takes what nobody reads: no file that is opened later gets its number.
+    A closed stream is opened on the null device, so that no file opened later gets its number.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - for good
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - stays open
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # typed bytes that are no UTF-8 are unknown
+        sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 becomes unknown characters
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             if stream.isatty():
@@ -82,7 +82,7 @@ def cli(context: click.Context) -> None:
     \b
       charlm train --config lstm.yaml
       charlm generate --prefix "quijote "
-    """  # noqa: D301 - click knows the backspace character by itself
+    """  # noqa: D301 - click needs the backspace character itself
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

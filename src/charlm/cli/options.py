@@ -47,7 +47,7 @@ def complete_settings(context: click.Context, parameter: click.Parameter, typed:
         value = (
             row.default if isinstance(row.default, str) else json.dumps(row.default, separators=(",", ":"))
         )
-        # The bare key too where it was begun: the list of all has each key once.
+        # Bare keys only after a first letter, so that the list of all has each key once.
         for key in (row.key, row.key.partition(".")[2])[: 2 if typed else 1]:
             offered += [CompletionItem(f"{key}={text}", help=row.description) for text in ("", value)]
     return [item for item in offered if item.value.startswith(typed)]
@@ -106,20 +106,20 @@ unknown_option = click.option(
     type=click.Choice(["error", "skip", "replace"]),
     default="error",
     show_default=True,
-    help="Characters that the model does not know: refuse, leave out, or put a space for each (the most "
-    "frequent character, if it knows no space).",
+    help="Characters that the model does not know: refuse them, skip them, or replace each by a space (by the "
+    "most frequent character, if the space is unknown too).",
 )
 
 
 def stdin_for_dash(argument: str) -> str:
-    """`argument`, or where it is - what stdin holds, without the line end that echo adds."""
+    """Return `argument`, or for ``-`` the text on stdin, without the line end that echo adds."""
     from charlm.text import read
 
     return read.decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n") if argument == "-" else argument
 
 
 def load(model: str | None, implementation: str | None, device: str) -> "Loaded":
-    """The model that the options name, on the device that they name."""
+    """Return the model that the options name, on the device that they name."""
     from charlm.nn.device import choose_device
     from charlm.storage import run as runs
     from charlm.storage.model_file import load_model

@@ -1,8 +1,8 @@
 """`SlidingWindows` and `ContiguousStreams`: batches `(x, y)` of shape (B, T), y one character ahead of x.
 
 Both are deterministic in (seed, epoch) and can start at any step of an epoch, so that a run can be resumed.
-Neither holds more than the encoded text: windows are a view of it, and shuffling is arithmetic. The loaders
-have generators of their own: a DataLoader draws from torch's global one otherwise, each time it is begun.
+Neither copies the encoded text: windows are a view of it, and the shuffled order is computed, not stored.
+Each loader has its own generator: a DataLoader without one draws from torch's global generator.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,29 +17,29 @@ from charlm.errors import CharlmError
 
 Batch = tuple[Tensor, Tensor]
 
-# Windows: a few hundred small operations a batch take longer than a small model's step.
+# Windows whose order is computed together: done per batch, it takes longer than a small model's step.
 _SHUFFLED_AT_ONCE = 2**14
-_READ_AT_ONCE = 2**12  # windows whose memory is kept: of each the kernel maps 64 KiB
+_READ_AT_ONCE = 2**12  # windows between two releases of memory: the kernel maps 64 KiB for each
 
 
 class Batches(Protocol):
-    """What the training loop walks over."""
+    """The batches that the training loop iterates over."""
 
-    carries_state: bool  # whether a batch goes on where the one before it stopped
+    carries_state: bool  # whether a batch continues where the previous one ended
     steps_per_epoch: int
 
     def sequences(self, step: int) -> int:
-        """How many sequences all processes together read in this step of an epoch."""
+        """Return the number of sequences that all processes together read in this step of an epoch."""
 
     def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """The batches of an epoch, from step `start` on: x and y, int64 of shape (B, T).
+        """Return the batches of an epoch from step `start`: x and y, int64 of shape (B, T).
 
-        B is this process's share, and may be 0 where `sequences` is less than there are processes.
+        B is the number of this process's sequences; it may be 0 if there are fewer sequences than processes.
         """
 
 
 def val_characters(config: BatchesConfig) -> int | None:
-    """How many characters `config.max_val_windows` leaves of the val split; None for all."""
+    """Return the number of val characters that `config.max_val_windows` selects, or None for all."""
     if config.max_val_windows is None:
         return None
     stride = config.stride if config.sampling == "sliding" else config.seq_len
@@ -54,43 +54,43 @@ def make_batches(
     rank: int = 0,
     size: int = 1,
 ) -> "SlidingWindows | ContiguousStreams":
-    """The batches of `ids` (N,) that `config` asks for; of `size` processes, the share of number `rank`.
+    """Return the batches of `ids` (N,) that `config` describes, for process `rank` of `size`.
 
-    Each step's batch is that of one process with `size` times the batch size, cut into runs.
+    Side by side, the processes' batches of a step are the batch of one process with `size` times the size.
 
-    backward: of the text read from its end.
-    release: called every few thousand sequences, to give back the memory of a mapped text.
+    backward: read the text from its end.
+    release: called every few thousand sequences to free the memory of a mapped text.
     """
     batch_size, seq_len = config.batch_size * size, config.seq_len
-    how = _How(backward, release, rank, size)
+    reader = _Reader(backward, release, rank, size)
     if config.sampling == "contiguous":
-        return ContiguousStreams(ids, batch_size, seq_len, config.truncation == "random", how=how)
+        return ContiguousStreams(ids, batch_size, seq_len, config.truncation == "random", reader=reader)
     return SlidingWindows(
-        ids, batch_size, seq_len, config.stride, config.shuffle, config.max_train_windows, how=how
+        ids, batch_size, seq_len, config.stride, config.shuffle, config.max_train_windows, reader=reader
     )
 
 
-def share(count: int, rank: int, size: int) -> slice:
-    """Which of `count` sequences process `rank` of `size` reads: runs of equal length, give or take one."""
+def rank_slice(count: int, rank: int, size: int) -> slice:
+    """Return the slice of `count` sequences that process `rank` reads; lengths differ by at most 1."""
     return slice(rank * count // size, (rank + 1) * count // size)
 
 
-class _How(NamedTuple):
-    """How the text is read: from its end or not, what gives back the memory that it took, and whose share."""
+class _Reader(NamedTuple):
+    """How one process reads sequences from a text; see `make_batches`."""
 
     backward: bool = False
     release: Callable[[], None] = lambda: None
     rank: int = 0
     size: int = 1
 
-    def share(self, sequences: Tensor) -> Tensor:
-        """Of a step's sequences (B,), those that this process reads."""
-        return sequences[share(len(sequences), self.rank, self.size)]
+    def own(self, sequences: Tensor) -> Tensor:
+        """Return this process's part of a step's sequences (B,)."""
+        return sequences[rank_slice(len(sequences), self.rank, self.size)]
 
     def read(self, ids: Tensor, starts: Tensor, length: int) -> Tensor:
-        """Stretches of the text (N,) as it is read, from `starts` (B,) on: int64 of shape (B, length).
+        """Return the stretches of the text (N,) that begin at `starts` (B,): int64 of shape (B, length).
 
-        They are gathered from a view of all stretches; the text is not turned round.
+        They are gathered from a view of all stretches; the text itself is not reversed.
         """
         if self.backward:
             starts = len(ids) - length - starts
@@ -99,11 +99,11 @@ class _How(NamedTuple):
 
 
 class SlidingWindows(Dataset[Batch]):
-    """Windows of T + 1 characters, `stride` apart, in random order; the state starts afresh in each.
+    """Windows of T + 1 characters, `stride` apart, in random order; the state is reset for each.
 
     ids: the encoded text, (N,).
-    batch_size: windows a step, of all processes together.
-    max_windows: use the first so many only.
+    batch_size: windows per step, of all processes together.
+    max_windows: use only this many, from the beginning.
     Raises `CharlmError` for a text shorter than one window.
     """
 
@@ -118,10 +118,11 @@ class SlidingWindows(Dataset[Batch]):
         shuffle: bool = True,
         max_windows: int | None = None,
         *,
-        how: _How = _How(),  # noqa: B008 - it cannot change
+        reader: _Reader = _Reader(),  # noqa: B008 - immutable
     ):
         _check_length(ids, seq_len + 1, f"one window of batches.seq_len + 1 = {seq_len + 1}")
-        self.ids, self.batch_size, self.seq_len, self.stride, self.how = ids, batch_size, seq_len, stride, how
+        self.ids, self.batch_size, self.seq_len, self.stride = ids, batch_size, seq_len, stride
+        self.reader = reader
         count = (len(ids) - seq_len - 1) // stride + 1
         self.count = count if max_windows is None else min(count, max_windows)
         self.shuffle = shuffle
@@ -131,23 +132,23 @@ class SlidingWindows(Dataset[Batch]):
         return self.count
 
     def sequences(self, step: int) -> int:
-        """How many windows all processes together read in this step: fewer in an epoch's last."""
+        """Return the number of windows that all processes together read: fewer in an epoch's last step."""
         return min(self.batch_size, len(self) - step * self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        """Window `index` as x and y, int64 of shape (T,)."""
+        """Return window `index` as x and y, int64 of shape (T,)."""
         x, y = self.__getitems__(torch.tensor([index]))
         return x[0], y[0]
 
     def __getitems__(self, indices: Tensor) -> Batch:
-        """The windows at `indices` (B,), gathered in one operation, as x and y, int64 of shape (B, T)."""
-        windows = self.how.read(self.ids, indices * self.stride, self.seq_len + 1)
+        """Return the windows at `indices` (B,), gathered in one operation: x and y, int64 of shape (B, T)."""
+        windows = self.reader.read(self.ids, indices * self.stride, self.seq_len + 1)
         return windows[:, :-1], windows[:, 1:]
 
     def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """The batches of an epoch, from step `start` on."""
+        """Return the batches of an epoch from step `start`."""
         order = _WindowOrder(self, seed, epoch, start)
-        # The collate function is handed the finished batch.
+        # `__getitems__` returns the finished batch to the collate function.
         return DataLoader(self, batch_sampler=order, collate_fn=_as_is, generator=torch.Generator())  # type: ignore[arg-type]
 
 
@@ -165,26 +166,26 @@ class _WindowOrder(Sampler[Tensor]):
         together = max(_SHUFFLED_AT_ONCE // size, 1) * size
         for first in range(self.start * size, count, together):
             batches = torch.split(torch.arange(first, min(first + together, count)), size)
-            own = [self.windows.how.share(batch) for batch in batches]
+            own = [self.windows.reader.own(batch) for batch in batches]
             indices = torch.cat(own)
             if self.windows.shuffle:
                 indices = shuffled(indices, count, self.seed, self.epoch)
             for number, batch in enumerate(torch.split(indices, [len(batch) for batch in own])):
                 if number * size % _READ_AT_ONCE < size:
-                    self.windows.how.release()
+                    self.windows.reader.release()
                 yield batch
 
 
 class ContiguousStreams(Dataset[Batch]):
-    """The text cut into B parallel streams, walked in order T characters a step; the state is carried.
+    """The text cut into B parallel streams, read in order, T characters per step; the state is carried.
 
-    The last characters, fewer than B·T + T, do not fill a step: the streams begin at a random offset among
-    them, anew each epoch, so that the steps do not cut the text at the same places every time.
+    Up to B·T + T - 1 characters do not fill a step. Each epoch skips a random number of them at its start,
+    so that the steps do not always cut the text at the same places.
 
     ids: the encoded text, (N,).
     batch_size: streams, of all processes together.
-    random_length: draw where each step ends, up to T/2 from its place, anew each epoch: the gradient is cut
-        after T characters on average and not always at the same distance.
+    random_length: move the end of each step by up to T/2 at random: the gradient is cut after T characters on
+        average, at another distance each time.
     Raises `CharlmError` for a text too short for one step of every stream.
     """
 
@@ -197,41 +198,41 @@ class ContiguousStreams(Dataset[Batch]):
         seq_len: int,
         random_length: bool = False,
         *,
-        how: _How = _How(),  # noqa: B008 - it cannot change
+        reader: _Reader = _Reader(),  # noqa: B008 - immutable
     ):
         needed = batch_size * seq_len + 1
-        processes = f"{how.size} processes × " if how.size > 1 else ""
+        processes = f"{reader.size} processes × " if reader.size > 1 else ""
         _check_length(
             ids, needed, f"one step: {processes}batches.batch_size × batches.seq_len + 1 = {needed}"
         )
         self.ids, self.batch_size, self.seq_len, self.random_length = ids, batch_size, seq_len, random_length
-        self.how, self.streams = how, how.share(torch.arange(batch_size))
-        # Leave room for an offset of up to T where the text allows.
+        self.reader, self.streams = reader, reader.own(torch.arange(batch_size))
+        # Leaves room for an offset of up to T if the text is long enough.
         self.steps_per_epoch = max((len(ids) - seq_len) // (batch_size * seq_len), 1)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
     def sequences(self, step: int) -> int:
-        """How many streams all processes together read in this step: all of them in every one."""
+        """Return the number of streams that all processes together read, the same in every step."""
         return self.batch_size
 
     def __getitem__(self, part: tuple[int, int]) -> Batch:
-        """The first stream's characters from part[0] to part[1] and the others' beside them: x, y (B, T)."""
+        """Return characters part[0] to part[1] of the first stream, and of the others: x and y, (B, T)."""
         begin, end = part
         stream_length = self.steps_per_epoch * self.seq_len
         starts = begin + stream_length * self.streams
-        windows = self.how.read(self.ids, starts, end - begin + 1)
+        windows = self.reader.read(self.ids, starts, end - begin + 1)
         return windows[:, :-1], windows[:, 1:]
 
     def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """The batches of an epoch, from step `start` on."""
+        """Return the batches of an epoch from step `start`."""
         parts = _StreamParts(self, seed, epoch, start)
         return DataLoader(self, batch_size=None, sampler=parts, generator=torch.Generator())
 
 
 class _StreamParts(Sampler[tuple[int, int]]):
-    """Where each step of an epoch begins and ends in the first stream."""
+    """The begin and end of each step of an epoch in the first stream."""
 
     def __init__(self, streams: ContiguousStreams, seed: int, epoch: int, start: int):
         self.streams, self.seed, self.epoch, self.start = streams, seed, epoch, start
@@ -249,9 +250,9 @@ class _StreamParts(Sampler[tuple[int, int]]):
         for first in range(0, steps, together):
             ends = offset + T * torch.arange(first + 1, min(first + together, steps) + 1)
             if reach:
-                inner = min(len(ends), steps - 1 - first)  # the last step ends where it does
+                inner = min(len(ends), steps - 1 - first)  # the end of the last step does not move
                 ends[:inner] += torch.randint(-reach, reach + 1, (inner,), generator=generator)
-            streams.how.release()
+            streams.reader.release()
             for step, end in enumerate(ends.tolist(), first):
                 if step >= self.start:
                     yield begin, end
@@ -259,10 +260,10 @@ class _StreamParts(Sampler[tuple[int, int]]):
 
 
 def shuffled(indices: Tensor, count: int, seed: int, epoch: int) -> Tensor:
-    """Where a random permutation of 0…count-1 takes `indices` (B,), without holding the permutation.
+    """Return the images of `indices` (B,) in a random permutation of 0…count-1, which is not stored.
 
-    A Feistel network permutes the smallest even-bit square that holds `count`; what falls outside is
-    permuted again until it is inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    A Feistel network permutes the numbers of an even number of bits that hold `count`; a result that is not
+    below `count` is permuted again (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     """
     half_bits = max((count - 1).bit_length() + 1, 2) // 2
     mask = (1 << half_bits) - 1
@@ -279,7 +280,7 @@ def shuffled(indices: Tensor, count: int, seed: int, epoch: int) -> Tensor:
 
 
 def _hash(values: Tensor, key: int) -> Tensor:
-    """A 31-bit hash of int64 values, by two rounds of multiply and xor-shift."""
+    """Return 31-bit hashes of int64 values, by two rounds of multiply and xor-shift."""
     values = (values ^ key) & 0x7FFFFFFF
     for _ in range(2):
         values = (values * 0x45D9F3B) & 0x7FFFFFFF
@@ -288,7 +289,7 @@ def _hash(values: Tensor, key: int) -> Tensor:
 
 
 def mix(*numbers: int) -> int:
-    """One 31-bit number from several, such as a seed and an epoch."""
+    """Return one 31-bit number made from several, such as a seed and an epoch."""
     result = 0x2545F491
     for number in numbers:
         for part in (number & 0xFFFFFFFF, number >> 32):
@@ -305,5 +306,5 @@ def _check_length(ids: Tensor, needed: int, what: str) -> None:
     if len(ids) < needed:
         raise CharlmError(
             f"the training split has {len(ids):,} characters, too few for {what}; "
-            "take a longer text or smaller batches"
+            "use a longer text, or smaller batches"
         )

@@ -1,13 +1,14 @@
-"""Encoded texts kept on the disk, and mapped into memory from there.
+"""The cache of encoded texts: files that are mapped into memory.
 
-They are in ``corpora`` in the user's cache folder (``$XDG_CACHE_HOME/charlm`` or ``~/.cache/charlm``), which
-only its owner may write to; not in a run's folder, since all runs on a text share them. Any may be deleted.
+They are in ``corpora`` in the user's cache folder (``$XDG_CACHE_HOME/charlm`` or ``~/.cache/charlm``), to
+which only its owner can write, and not in a run's folder, because all runs on a text use them. Each can be
+deleted at any time; `files.shrink_cache` keeps them under a limit.
 
-A text's name there is made of its content and of all that decides what becomes of it. The content is known
-by the SHA-256 of the files' bytes. Files that are still the same to the file system (device, inode, size,
-times of last change, all older than the reading) are taken to be so; all others are hashed again, whatever
-their names. The ids are written whole or not at all, by as many processes at once as may be: each puts the
-same file in the same place. What is damaged, in size or header, or of another format, counts as not there.
+The name of an entry is made from the content of the text and from the settings that decide how it is cleaned,
+split and encoded. The content is identified by the SHA-256 of the files' bytes. A file that is unchanged
+for the file system (device, inode, size, times of last change, all older than the reading) is not hashed
+again. An entry is written whole or not at all; several processes that write it at once write the same file to
+the same place. An entry that is damaged, in size or header, or has another format is ignored and written again.
 """
 
 import contextlib
@@ -30,17 +31,17 @@ from charlm.text.encode import Encoded, memory
 from charlm.text.read import TextFile
 from charlm.text.vocab import Vocab
 
-FORMAT = 1  # of the file, and of what reading and cleaning make of a text: raise it when either changes
+FORMAT = 1  # increase it when the file's layout changes, or the result of reading and cleaning a text
 
 _MAGIC = b"charlm corpus\n"
-_PAGE = 2**16  # where the ids begin: a multiple of any system's page
-_MOST = 2**26  # bytes of a header
+_PAGE = 2**16  # the ids begin at a multiple of it, which is one of every system's page size
+_MAX_HEADER = 2**26  # bytes
 _DAY = 24 * 3600
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A file as it was when it was read: what the file system said, the hash of its bytes."""
+    """A file as it was read: its stat, whether that shows later changes, and the SHA-256 of its bytes."""
 
     stat: list[int]
     settled: bool
@@ -48,24 +49,24 @@ class _Seen:
 
 
 class Mapped:
-    """A text's splits as they are on the disk.
+    """The splits of a text, in a file that is mapped into memory.
 
-    ids: all three, one after the other, (N,): a view of the file.
+    ids: train, val and test, one after the other, (N,): a view of the file.
     """
 
     def __init__(self, path: Path, encoded: Encoded, offset: int):
         self.encoded = encoded
         with path.open("rb") as file:
-            # Not shared: torch wants memory that it could write to.
+            # A private mapping, because torch wants memory that can be written to.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if hasattr(mmap, "MADV_RANDOM"):
             self._map.madvise(mmap.MADV_RANDOM)
         self.ids: Tensor = torch.frombuffer(self._map, dtype=encoded.dtype, offset=offset)
 
     def release(self) -> None:
-        """Give back the memory of what was read of `ids`; what is read again comes from the file again.
+        """Free the memory of the pages read so far; they are read from the file again when needed.
 
-        The kernel does so when it needs it; this is for those who watch or limit the process's size.
+        The kernel frees them when memory is short; this keeps the size of the process small before that.
         """
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
@@ -81,11 +82,11 @@ def folder() -> Path:
 
 
 def find(files: list[TextFile], settings: dict[str, Any]) -> Mapped | None:
-    """The encoded text of `files`, if it was made before under the same `settings`."""
+    """Return the cached text of `files` under the same `settings`, or None."""
     place = cache_folder("corpora")
     if place is None or not all(file.regular for file in files):
         return None
-    hashes: dict[int, str] = {}  # of the files that had to be read
+    hashes: dict[int, str] = {}  # of the files hashed in this call
 
     def same(seen: _Seen, k: int) -> bool:
         if seen.settled and seen.stat == _stat(files[k]):
@@ -99,15 +100,15 @@ def find(files: list[TextFile], settings: dict[str, Any]) -> Mapped | None:
             encoded, seen, offset = _read(path)
             if all(same(each, k) for k, each in enumerate(seen)):
                 mapped = Mapped(path, encoded, offset)
-                os.utime(path)  # of what is not used for long, the cache is freed
+                os.utime(path)  # the time of its last use, by which the cache is shrunk
                 return mapped
     return None
 
 
 def write(encoded: Encoded, files: list[TextFile], used: int, settings: dict[str, Any]) -> Mapped:
-    """Put a text, read from the first `used` of `files` just now, on the disk, and map it.
+    """Write a text, just read from the first `used` of `files`, to the cache, and map it.
 
-    Raises `CharlmError` where that cannot be done; then nothing is left behind.
+    Raises `CharlmError` if it cannot be written; no file is left then.
     """
     place = folder()
     _sweep(place)
@@ -117,7 +118,7 @@ def write(encoded: Encoded, files: list[TextFile], used: int, settings: dict[str
     try:
         write_atomically(path, lambda temporary: _write(temporary, encoded, seen))
     except CharlmError as error:
-        raise CharlmError(f"{error}, by XDG_CACHE_HOME") from None
+        raise CharlmError(f"{error}, with XDG_CACHE_HOME") from None
     written, _, offset = _read(path)
     mapped = Mapped(path, written, offset)
     if not all(file.regular for file in files):
@@ -127,7 +128,7 @@ def write(encoded: Encoded, files: list[TextFile], used: int, settings: dict[str
 
 
 def _stem(files: list[TextFile], settings: dict[str, Any]) -> str:
-    """The part of the name that is known before the files are read."""
+    """The part of an entry's name that is known before the files are read."""
     parts = FORMAT, unicodedata.unidata_version, settings, [file.stat.st_size for file in files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -138,7 +139,7 @@ def _stat(file: TextFile) -> list[int]:
 
 
 def _write(path: Path, encoded: Encoded, seen: list[_Seen]) -> None:
-    """The magic, the header's hash and length, the header as JSON, and from the next page on the ids."""
+    """Write the magic, the header's SHA-256 and length, the header as JSON and, on the next page, the ids."""
     header = {
         "format": FORMAT,
         "files": [asdict(each) for each in seen],
@@ -156,7 +157,7 @@ def _write(path: Path, encoded: Encoded, seen: list[_Seen]) -> None:
 
 
 def _read(path: Path) -> tuple[Encoded, list[_Seen], int]:
-    """An encoded text without its ids, what it was read from, and where in the file the ids begin.
+    """Return an encoded text without its ids, the files it was read from, and the offset of the ids.
 
     Raises `ValueError`, `KeyError` or `TypeError` for a damaged file.
     """
@@ -164,14 +165,14 @@ def _read(path: Path) -> tuple[Encoded, list[_Seen], int]:
     with path.open("rb") as file:
         head = file.read(begin)
         if not head.startswith(_MAGIC):
-            raise ValueError("no encoded text")
+            raise ValueError("not an encoded text")
         digest, length = head[len(_MAGIC) :].split()
-        if not 0 < int(length) <= _MOST:
-            raise ValueError("an absurd header")
+        if not 0 < int(length) <= _MAX_HEADER:
+            raise ValueError("the header is too long")
         data = file.read(int(length))
         size = os.fstat(file.fileno()).st_size
     if hashlib.sha256(data).hexdigest().encode() != digest:
-        raise ValueError("a damaged header")
+        raise ValueError("the header is damaged")
     header = json.loads(data)
     if header["format"] != FORMAT:
         raise ValueError("another format")
@@ -185,7 +186,7 @@ def _read(path: Path) -> tuple[Encoded, list[_Seen], int]:
 
 
 def _sweep(place: Path) -> None:
-    """Delete what processes that were killed while they wrote have left."""
+    """Delete the temporary files of processes that were killed."""
     with contextlib.suppress(OSError):
         for path in place.glob(".*"):
             if path.stat().st_mtime < time.time() - _DAY:

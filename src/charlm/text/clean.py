@@ -1,6 +1,7 @@
-"""Text as the model sees it: begun at given words, normalised, reduced to kept characters, in lower case.
+"""Cleaning of a text: its start, Unicode normal form, characters to keep, lower case, length limit.
 
-A piece at a time: what a piece's last characters become can depend on what follows them, so they wait for it.
+It works piece by piece and gives the same result wherever the pieces end: the last characters of a piece are
+held back as long as the characters after them can change the result.
 """
 
 import functools
@@ -10,27 +11,27 @@ from typing import Literal, cast
 
 NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 
-_SIGMA = "Σ"  # the one character whose lower case depends on its neighbours: ς ends a word
-_LAST_PAIRS = 0x20000  # planes 2 and up have no character that is composed of two
+_SIGMA = "Σ"  # the only character whose lower case depends on its neighbours: ς at the end of a word
+_LAST_PAIRS = 0x20000  # from plane 2 on, no character is composed of two others
 
 
 def clean(text: str, normalize: str = "NFC", lowercase: bool = False, keep: str | None = None) -> str:
-    """`text` as the model sees it.
+    """Return the clean text of `text`.
 
     normalize: the Unicode normal form, or ``none``.
-    keep: the inside of a regular expression's character class; each run of other characters becomes a space.
+    keep: the inside of a regular expression's character class; each run of others becomes one space.
     """
     cleaner = Cleaner(normalize, lowercase, keep)
     return cleaner.feed(text) + cleaner.finish()
 
 
 class Cleaner:
-    """What `clean` does, for a text that comes in pieces; a shallow copy goes on from where it was made.
+    """`clean` for a text in pieces; a shallow copy continues from the position at which it was made.
 
-    start: leave out what is before these words.
-    max_chars: give so many characters at most.
-    missed: whether `start` has not come yet.
-    full: whether there are `max_chars`.
+    start: leave out the text before these words.
+    max_chars: return at most this many characters.
+    missed: whether `start` has not occurred yet.
+    full: whether `max_chars` characters have been returned.
     """
 
     def __init__(
@@ -44,18 +45,20 @@ class Cleaner:
         self.form, self.lowercase, self.start, self.left = normalize, lowercase, start or "", max_chars
         self.others = None if keep is None else re.compile(f"[^{keep}]+")
         self.missed, self.full = bool(start), False
-        self._before_start = ""  # the last characters read, too few for `start`
-        self._unsettled: tuple[str, ...] = ()  # what normalisation may still join to what follows
-        self._in_others = False  # whether the last character was one of a run that became a space
-        self._in_word = False  # whether a Σ that came now would end a word, were there no more
-        self._sigma: tuple[str, ...] = ()  # a Σ that may end a word, and what cannot tell
+        self._before_start = ""  # the last characters read, which may begin `start`
+        self._unsettled: tuple[str, ...] = ()  # characters that normalisation may combine with the next ones
+        self._in_others = False  # whether the last character was in a run that became a space
+        self._in_word = False  # whether a Σ at this position, at the end of the text, would end a word
+        self._sigma: tuple[
+            str, ...
+        ] = ()  # a Σ that may end a word, and the characters after it that do not decide
 
     def feed(self, text: str) -> str:
-        """What is settled when `text` has come."""
+        """Add `text`; return the clean characters that no later text can change."""
         return self._clean(text, last=False)
 
     def finish(self) -> str:
-        """The rest, when all has come."""
+        """Return the rest, after the last piece."""
         return self._clean("", last=True)
 
     def _clean(self, text: str, last: bool) -> str:
@@ -94,21 +97,21 @@ class Cleaner:
         return before if before.isascii() else unicodedata.normalize(cast(NormalForm, self.form), before)
 
     def _keep(self, others: re.Pattern[str], text: str) -> str:
-        goes_on = self._in_others and others.match(text)
+        continues = self._in_others and others.match(text)
         self._in_others = others.match(text, len(text) - 1) is not None
         kept = others.sub(" ", text)
-        return kept[1:] if goes_on else kept
+        return kept[1:] if continues else kept
 
     def _lower(self, text: str, last: bool) -> str:
         if self._sigma:
             self._sigma += (text,)
-            if not last and _cannot_tell(text):
+            if not last and _undecided(text):
                 return ""
             text, self._sigma = "".join(self._sigma), ()
         sigma = -1 if last else text.rfind(_SIGMA)
-        if sigma >= 0 and _cannot_tell(text[sigma + 1 :]):
+        if sigma >= 0 and _undecided(text[sigma + 1 :]):
             text, self._sigma = text[:sigma], (text[sigma:],)
-        # A letter in front stands for the word that was begun before, a Σ behind for the one that waits.
+        # A letter before it represents the word begun earlier, a Σ after it the one held back.
         word, waits = ("a" if self._in_word else ""), (_SIGMA if self._sigma else "")
         lower = (word + text + waits).lower()
         self._in_word = _ends_in_word(text, self._in_word)
@@ -116,15 +119,15 @@ class Cleaner:
 
 
 def _settled(text: str) -> int | None:
-    """The last place in `text` from which on nothing joins what is before it; None where there is none."""
-    if text.endswith((" ", "\n")):  # which nothing joins: what is typed does not wait for the next line
+    """The last index in `text` at which no character combines with those before it, or None."""
+    if text.endswith((" ", "\n")):  # nothing combines with these; a typed line need not wait for the next
         return len(text)
-    return next((place for place in range(len(text) - 1, -1, -1) if _begins_anew(text[place])), None)
+    return next((place for place in range(len(text) - 1, -1, -1) if _is_boundary(text[place])), None)
 
 
 @functools.lru_cache(maxsize=2**12)
-def _begins_anew(char: str) -> bool:
-    """Whether no normal form joins `char` to what is before it, or puts it before that."""
+def _is_boundary(char: str) -> bool:
+    """Whether no normal form combines `char` with characters before it, or moves it before them."""
     if char.isascii():
         return True
     firsts = {char, unicodedata.normalize("NFD", char)[0], unicodedata.normalize("NFKD", char)[0]}
@@ -133,25 +136,25 @@ def _begins_anew(char: str) -> bool:
 
 @functools.cache
 def _joining() -> frozenset[str]:
-    """The characters that are the second of two that compose one."""
+    """The characters that are the second of two in a composition."""
     pairs = (unicodedata.decomposition(chr(point)).split() for point in range(_LAST_PAIRS))
     hangul = (chr(point) for point in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)))
     seconds = (chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2 and pair[0][0] != "<")
     return frozenset((*seconds, *hangul))
 
 
-def _cannot_tell(after: str) -> bool:
-    """Whether what comes after `after` decides if a Σ before it ends its word."""
+def _undecided(after: str) -> bool:
+    """Whether the text after `after` decides if a Σ before `after` ends its word."""
     return ("aΣ" + after).lower()[1] == "ς" != ("aΣ" + after + "a").lower()[1]
 
 
 def _ends_in_word(text: str, before: bool) -> bool:
-    """Whether a Σ behind `text` would end a word; `before`: whether it would have in front of it."""
+    """Whether a Σ after `text` would end a word; `before`: whether one before `text` would have."""
 
     def ends(letter: str, text: str) -> bool:
         return (letter + text + _SIGMA).lower()[-1] == "ς"
 
     tail = text[-99:]
-    if ends("a", tail) == ends("", tail):  # which most often tells
+    if ends("a", tail) == ends("", tail):  # which decides it most often
         return ends("", tail)
     return ends("a" if before else "", text)

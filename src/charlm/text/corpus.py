@@ -1,7 +1,7 @@
 """`Corpus`: a text as encoded train, val and test splits, with the vocabulary of the train split.
 
-A text is read, cleaned, counted and encoded in one pass, a piece at a time. A short one is then in memory. A
-long one is on the disk, in the user's cache folder, and mapped: the next run on it begins at once.
+A text is read, cleaned, counted and encoded in one pass, piece by piece. A short text is kept in memory. A
+long one is written to the user's cache folder and mapped, so that the next run on it starts at once.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from charlm.text.clean import Cleaner
 from charlm.text.encode import Encoded, Encoder, Split
 from charlm.text.vocab import Vocab
 
-IN_MEMORY = 2**26  # bytes of ids, about as many as of text
+IN_MEMORY = 2**26  # bytes of ids; a text of Latin letters has about as many
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Corpus:
     """Encoded splits: contiguous stretches of the clean text, in its order.
 
     train, val, test: ids of shape (N,), in the smallest integer type that holds the vocabulary.
-    unseen: how many characters of val and test the train split lacks; they are left out.
+    unseen: the number of characters in val and test that are not in train; they are left out.
     fingerprint: SHA-256 of the clean text in UTF-8.
-    release: gives back the memory that reading a mapped text takes; at any time, as often as you like.
+    release: frees the memory that reading a mapped text has taken; can be called at any time.
     """
 
     vocab: Vocab
@@ -47,9 +47,9 @@ class Corpus:
     ) -> "Corpus":
         """Read, clean, split and encode the text that `config` names.
 
-        on_read: told, each time, how many bytes were read of how many that the files have.
-        Raises `CharlmError` for files that cannot be read, for an empty text, and for a long text where there
-        is no room on the disk.
+        on_read: called with the number of bytes just read and the number of bytes of all files.
+        Raises `CharlmError` for files that cannot be read, for an empty text, and for a long text that cannot
+        be written to the cache.
         """
         paths = tuple(read.find_files(config.source))
         files = [read.TextFile(path, lambda count: on_read(count, total)) for path in paths]
@@ -72,7 +72,7 @@ class Corpus:
     def from_text(
         cls, content: str, split: Split = (0.9, 0.05, 0.05), files: tuple[Path, ...] = ()
     ) -> "Corpus":
-        """Split and encode a clean text; `split` gives the shares of train, val and test."""
+        """Split and encode a clean text; `split` is the fractions of train, val and test."""
         encoder = Encoder()
         encoder.add(content)
         encoded = encoder.finish(split)
@@ -95,15 +95,15 @@ class Corpus:
 
 
 def _encode(files: list[read.TextFile], config: CorpusConfig, encoder: Encoder) -> int:
-    """Feed the text of `files`, one after the other, each ending its last line, to `encoder`.
+    """Encode the text of `files`, one after the other, each with a line end after its last line.
 
-    Returns how many files it took. Raises `CharlmError` for an empty text.
+    Returns the number of files read. Raises `CharlmError` for an empty text.
     """
     cleaner = Cleaner(**config.cleaning, start=config.start, max_chars=config.max_chars)
     used = 0
     while used < len(files) and not cleaner.full:
         before, place = copy(cleaner), encoder.mark()
-        ended = True  # whether its last line is, or it has none
+        ended = True  # whether the last line has a line end; true for an empty file
         for piece in read.strip_pieces(files[used].pieces):
             if piece is None:
                 cleaner, ended = copy(before), True
@@ -118,8 +118,8 @@ def _encode(files: list[read.TextFile], config: CorpusConfig, encoder: Encoder) 
     names = ", ".join(str(file.path) for file in files[:4])
     if cleaner.missed:
         raise CharlmError(
-            f"corpus.start {config.start!r} does not stand in {names}; give words that do, or leave it out"
+            f"corpus.start is {config.start!r}, which does not occur in {names}; take other words, or null"
         )
     if encoder.blank:
-        raise CharlmError(f"the corpus is empty: no text in {names}")
+        raise CharlmError(f"the corpus is empty: there is no text in {names}")
     return used

@@ -1,8 +1,8 @@
-"""`Encoder`: a clean text, in pieces, to ids; counted and encoded as it passes, in memory that does not grow.
+"""`Encoder`: encodes a clean text piece by piece, in constant memory.
 
-A character's final id depends on the counts of the train split, whose end is known at the end only. So ids
-are given as characters first appear and put aside, in a file where they are many; when all have come, a table
-leads from them to the final ones.
+A character's final id depends on the counts in the train split, whose end is known only after the whole text.
+Characters therefore get preliminary ids in the order in which they first appear, which are stored, in a
+temporary file if there are many; a table maps them to the final ids at the end.
 """
 
 import contextlib
@@ -22,17 +22,16 @@ from torch.nn import functional as F
 from charlm.errors import CharlmError
 from charlm.text.vocab import CODE_POINTS, Vocab, code_points
 
-_CHUNK = 2**18  # characters that are looked at at once: all that is made on the way stays in the cache
-_UNKNOWN = 255  # stands for an id that a byte does not hold, or that there is none
+_CHUNK = 2**18  # characters encoded together: the tensors made for them stay in the processor's cache
+_UNKNOWN = 255  # marks a character whose id is unknown or does not fit into a byte
 
 Split = tuple[float, float, float]
 
 
 def smallest_dtype(vocab_size: int) -> torch.dtype:
-    """The smallest integer type that holds ids below `vocab_size`: uint8, int16 or int32.
+    """Return the smallest integer type that holds ids below `vocab_size`: uint8, int16 or int32.
 
-    Not uint16, which torch can neither flip nor select by; texts of more than 32,768 different characters
-    are few.
+    Not uint16: torch can neither flip it nor index by it, and few texts have over 32,768 distinct characters.
     """
     if vocab_size <= 2**8:
         return torch.uint8
@@ -40,17 +39,17 @@ def smallest_dtype(vocab_size: int) -> torch.dtype:
 
 
 def memory(ids: Tensor) -> memoryview:
-    """The bytes of contiguous CPU ids (N,), not copied; good for as long as `ids` is."""
+    """Return the bytes of contiguous CPU ids (N,), without a copy; `ids` must outlive them."""
     return memoryview((ctypes.c_char * (ids.numel() * ids.element_size())).from_address(ids.data_ptr()))
 
 
 def _tensor(data: bytearray, dtype: torch.dtype) -> Tensor:
-    """The ids whose bytes `data` is, not copied."""
+    """The ids whose bytes are `data`, without a copy."""
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 class _Mark(NamedTuple):
-    """A place to go back to; the characters that are known stay known."""
+    """A position to return to; the characters learned after it stay known."""
 
     length: int
     size: int
@@ -60,11 +59,11 @@ class _Mark(NamedTuple):
 
 
 class Encoder:
-    """Ids for a text that comes in pieces.
+    """Counts and encodes a text that is added in pieces.
 
-    limit: how many bytes of them are held in memory; what is more goes into a file without a name.
-    folder: gives the folder for that file; asked when it is needed.
-    Raises `CharlmError` where the file cannot be written.
+    limit: bytes of ids held in memory; if there are more, all are moved to an unnamed temporary file.
+    folder: returns the folder for that file; called when it is needed.
+    Raises `CharlmError` if the file cannot be written.
     """
 
     def __init__(self, limit: int | None = None, folder: Callable[[], Path] = Path):
@@ -72,7 +71,9 @@ class Encoder:
         self.length, self.size = 0, 0  # in characters, in bytes
         self.on_disk: Path | None = None
         self._file: IO[bytes] = io.BytesIO()
-        self._runs: list[tuple[torch.dtype, int]] = []  # types and how many characters have them, in order
+        self._runs: list[
+            tuple[torch.dtype, int]
+        ] = []  # types of the ids and the number of characters of each, in order
         self._ids = torch.full((CODE_POINTS,), -1, dtype=torch.int32)  # by code point
         self._points = torch.empty(0, dtype=torch.int32)  # by id
         self._counts = torch.empty(0, dtype=torch.int64)  # by id
@@ -89,7 +90,7 @@ class Encoder:
             self._put(ids)
 
     def _latin(self, piece: str) -> tuple[Tensor, Tensor] | None:
-        """As `_any`, where all characters are known and below U+0100: twice as fast."""
+        """`_any` in half the time if all characters are known and below U+0100, else None."""
         try:
             data = bytearray(piece, "latin-1")
         except UnicodeEncodeError:
@@ -99,7 +100,7 @@ class Encoder:
         return None if counts[_UNKNOWN] else (ids, counts[: len(self._points)])
 
     def _any(self, piece: str) -> tuple[Tensor, Tensor]:
-        """The ids of `piece` and how often each occurs in it; new characters are learned."""
+        """The ids of `piece` and the number of occurrences of each; new characters get ids."""
         points = code_points(piece)
         ids = self._ids.index_select(0, points)  # ten times as fast as indexing
         if ids.min() < 0:
@@ -128,17 +129,17 @@ class Encoder:
 
     def _to_disk(self) -> None:
         self.on_disk = self.folder()
-        # Gone when it is closed, however the process ends.
+        # It is deleted when it is closed, however the process ends.
         file = tempfile.TemporaryFile(dir=self.on_disk)  # noqa: SIM115 - `close` does
         file.write(self._file.getbuffer())  # type: ignore[attr-defined]
         self._file = file
 
     def mark(self) -> _Mark:
-        """The place that is reached, for `take_back`."""
+        """Return the current position, for `take_back`."""
         return _Mark(self.length, self.size, tuple(self._runs), self._counts.clone(), self._digest.copy())
 
     def take_back(self, to: _Mark) -> None:
-        """Forget what was added since `to`."""
+        """Remove everything added after the position `to`."""
         with self._writing():
             self._file.seek(to.size)
             self._file.truncate()
@@ -148,13 +149,13 @@ class Encoder:
 
     @property
     def blank(self) -> bool:
-        """Whether there is no character but spaces."""
+        """Whether the text is empty or only white space."""
         return all(chr(point).isspace() for point in self._points[self._counts > 0].tolist())
 
     def finish(self, split: Split) -> "Encoded":
-        """The text split, by the shares of train, val and test, and encoded by train's vocabulary.
+        """Return the text, split by the fractions of train, val and test, encoded by train's vocabulary.
 
-        Raises `CharlmError` where the train split is empty.
+        Raises `CharlmError` if the train split is empty.
         """
         ends = 0, round(self.length * split[0]), round(self.length * (split[0] + split[1])), self.length
         held_out = [self._count(ends[k], ends[k + 1]) for k in (1, 2)]
@@ -171,7 +172,7 @@ class Encoder:
         return counts
 
     def _final(self, vocab: Vocab) -> Iterator[Tensor]:
-        """The ids that `vocab` has for the text, in pieces, without the characters that it lacks."""
+        """The final ids of the text by `vocab`, in pieces, without the characters that it lacks."""
         dtype = smallest_dtype(len(vocab))
         table = vocab.look_up(self._points.clone())
         missing = (table[:256] < 0).nonzero().flatten()
@@ -184,7 +185,7 @@ class Encoder:
                 yield (final[final >= 0] if final.min() < 0 else final).to(dtype)
 
     def _read(self, begin: int, end: int) -> Iterator[Tensor]:
-        """The ids from character `begin` to `end`, as they were put."""
+        """The preliminary ids of the characters from `begin` to `end`, in pieces."""
         place, offset = 0, 0
         for dtype, count in self._runs:
             size = dtype.itemsize
@@ -197,8 +198,10 @@ class Encoder:
             place, offset = place + count, offset + count * size
 
     def close(self) -> None:
-        """Let go of the ids, in memory and on the disk."""
-        with contextlib.suppress(OSError):  # what could not be written is not wanted any more
+        """Free the ids, in memory and on the disk."""
+        with contextlib.suppress(
+            OSError
+        ):  # of buffered ids that cannot be written, which are no longer needed
             self._file.close()
 
     @contextlib.contextmanager
@@ -215,12 +218,12 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A text's splits, encoded.
+    """The encoded splits of a text.
 
-    sizes: the characters of train, val and test.
-    unseen: how many characters of val and test the train split lacks; they are left out.
+    sizes: the numbers of characters of train, val and test.
+    unseen: the number of characters in val and test that are not in train; they are left out.
     fingerprint: SHA-256 of the text in UTF-8.
-    ids: all three splits, in order, in pieces.
+    ids: train, val and test, one after the other, in pieces.
     """
 
     vocab: Vocab
@@ -235,7 +238,7 @@ class Encoded:
         return smallest_dtype(len(self.vocab))
 
     def in_memory(self) -> Tensor:
-        """All ids, (N,); they can be walked once."""
+        """Return all ids, (N,); can be called once."""
         whole, place = torch.empty(sum(self.sizes), dtype=self.dtype), 0
         for ids in self.ids:
             whole[place : place + len(ids)] = ids

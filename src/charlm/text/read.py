@@ -1,8 +1,8 @@
-"""Files to text: finding them, decoding them, taking off what is not the text.
+"""Reading of texts: finding files, decompressing and decoding them, removing Project Gutenberg's licence.
 
-Sources are a bundled corpus's name, a file, a folder, a glob or a list of these; files are plain UTF-8 or
-compressed (.gz, .bz2, .xz). All is done a piece at a time, so that a file may be larger than the memory;
-where a piece ends makes no difference to what comes out.
+A source is the name of a bundled corpus, a file, a folder, a glob or a list of these; a file is UTF-8, plain
+or compressed (.gz, .bz2, .xz). Files are read piece by piece, so that a file can be larger than the memory;
+the result does not depend on where the pieces end. `read_clean_file` and `read_clean_stdin` also clean the text.
 """
 
 import bz2
@@ -28,8 +28,8 @@ from charlm.text.clean import Cleaner
 
 BUNDLED = ("sancho",)
 
-_PIECE = 2**20  # bytes that are read at once
-_TICK = 2 * 10**9  # ns, no less than what a file system's clock counts in: within one a change does not show
+_PIECE = 2**20  # bytes per read
+_TICK = 2 * 10**9  # ns, at least the resolution of a file system's times, within which a change does not show
 _DECOMPRESS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
     ".bz2": bz2.BZ2File,
@@ -37,23 +37,23 @@ _DECOMPRESS: dict[str, Callable[[Any], Any]] = {
 }
 _IN_FOLDERS = tuple(f".txt{ending}" for ending in ("", *_DECOMPRESS))
 _BOM = codecs.BOM_UTF8
-_OTHER_BOMS = {  # UTF-16's little-endian one begins UTF-32's
+_OTHER_BOMS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 
-_STARS = "***"  # how Project Gutenberg's markers begin
-_LONGEST_MARKER = 64  # characters; more than what the expressions below need to see of a line
+_STARS = "***"  # the beginning of Project Gutenberg's markers
+_LONGEST_MARKER = 64  # characters; more than the expressions below need of a line
 _GUTENBERG_START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.M | re.I)
 _GUTENBERG_END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.M | re.I)
 
 
 def find_files(source: str | list[str]) -> list[Path]:
-    """The files that `source` names, in order, each once; folders and globs give theirs sorted.
+    """Return the files that `source` names, in order, each once, those of folders and globs sorted.
 
-    Raises `CharlmError` for what names nothing.
+    Raises `CharlmError` for a name without a file.
     """
     names = [source] if isinstance(source, str) else source
     return list(dict.fromkeys(path for name in names for path in _find(name)))
@@ -67,9 +67,7 @@ def _find(name: str) -> list[Path]:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.endswith(_IN_FOLDERS) and file.is_file())
         if not found:
-            raise CharlmError(
-                f"the folder {name} holds no text: no file in it ends in {', '.join(_IN_FOLDERS)}"
-            )
+            raise CharlmError(f"the folder {name} has no file that ends in {', '.join(_IN_FOLDERS)}")
         return found
     if path.exists():
         return [path]
@@ -86,13 +84,13 @@ def _find(name: str) -> list[Path]:
 
 
 class TextFile:
-    """A file that holds text, plain or compressed.
+    """A text file, plain or compressed.
 
-    on_read: told how many bytes were read each time; of a compressed file, of what it is on the disk.
-    stat: what the file system says of it.
-    settled: whether `stat` will tell if it is changed from now on.
-    sha256: of the bytes that `pieces` has read.
-    Raises `CharlmError` for what cannot be read.
+    on_read: called with the number of bytes just read, of the file as it is on the disk.
+    stat: the file's stat when this object was made.
+    settled: whether any later change of the file will show in its stat.
+    sha256: the SHA-256 of the bytes that `pieces` has read.
+    Raises `CharlmError` if the file cannot be read.
     """
 
     def __init__(self, path: Path, on_read: Callable[[int], object] = lambda count: None):
@@ -101,23 +99,23 @@ class TextFile:
             now, self.stat = time.time_ns(), path.stat()
             self.regular = stat.S_ISREG(self.stat.st_mode)
             self.settled = max(self.stat.st_mtime_ns, self.stat.st_ctime_ns) < now - _TICK
-            # What comes through a pipe comes once, and may have to be read twice.
+            # A pipe can be read only once, and the text may be read twice.
             self._content = None if self.regular else path.read_bytes()
 
     @property
     def compressed(self) -> bool:
-        """Whether its size says little about its text's."""
+        """Whether the file is compressed, so that the size of its text is unknown."""
         return self.path.suffix in _DECOMPRESS
 
     def read(self, count: int = -1) -> bytes:
-        """The next bytes as they are on the disk; for what decompresses them."""
+        """Return the next bytes as they are on the disk, for the decompressor."""
         data = self._file.read(count)
         self.sha256.update(data)
         self.on_read(len(data))
         return data
 
     def chunks(self) -> Iterator[bytes]:
-        """The decompressed bytes, from the beginning."""
+        """Yield the decompressed bytes, from the beginning."""
         with _reading(self.path):
             self.sha256 = hashlib.sha256()
             self._file: IO[bytes] = (
@@ -128,10 +126,10 @@ class TextFile:
                 while chunk := opened.read(_PIECE):
                     yield chunk
                 if self.compressed:
-                    self.read()  # what a decompressor leaves of a file's end
+                    self.read()  # the end of the file, which a decompressor may not read
 
     def digest(self) -> str:
-        """The SHA-256 of all its bytes as they are on the disk."""
+        """Return the SHA-256 of all bytes of the file as they are on the disk."""
         with _reading(self.path), self.path.open("rb") as self._file:
             self.sha256 = hashlib.sha256()
             while self.read(_PIECE):
@@ -139,7 +137,7 @@ class TextFile:
         return self.sha256.hexdigest()
 
     def pieces(self) -> Iterator[str]:
-        """The text, decoded, with LF line ends; raises `CharlmError` for what is no UTF-8 text."""
+        """Yield the decoded text with LF line ends; raises `CharlmError` if it is not UTF-8."""
         return decode_pieces(self.chunks(), str(self.path))
 
 
@@ -152,20 +150,20 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def read_file(path: Path) -> str:
-    """The text in a file, decompressed and decoded, with LF line ends.
+    """Return the text of a file, decompressed and decoded, with LF line ends.
 
-    Raises `CharlmError` for what cannot be read and what is no UTF-8 text.
+    Raises `CharlmError` if the file cannot be read or is not UTF-8.
     """
     return "".join(TextFile(path).pieces())
 
 
 def decode(data: bytes, name: str) -> str:
-    """`data` as text with LF line ends; `name` names it in the `CharlmError` for what is no UTF-8 text."""
+    """Return `data` as text with LF line ends; raises `CharlmError` with `name` if it is not UTF-8."""
     return "".join(decode_pieces([data], name))
 
 
 def decode_pieces(data: Iterable[bytes], name: str) -> Iterator[str]:
-    """The same for data in pieces, as text in pieces."""
+    """Yield `decode`'s result for data in pieces, in pieces."""
     decoder, before, end = codecs.getincrementaldecoder("utf-8")(), 0, ""
     pieces = ((piece, False) for piece in _with_whole_beginning(data))
     for piece, last in itertools.chain(pieces, [(b"", True)]):
@@ -176,9 +174,7 @@ def decode_pieces(data: Iterable[bytes], name: str) -> Iterator[str]:
                         f"{name} is {encoding}, not UTF-8; convert it with: iconv -f {encoding} -t UTF-8"
                     )
         if (nul := piece.find(b"\0")) >= 0:
-            raise CharlmError(
-                f"{name} is a binary file, not text: it has a NUL byte at offset {before + nul}"
-            )
+            raise CharlmError(f"{name} is not a text file: it has a NUL byte at offset {before + nul}")
         begin = len(_BOM) if before == 0 and piece.startswith(_BOM) else 0
         waiting = len(decoder.getstate()[0])
         try:
@@ -191,14 +187,14 @@ def decode_pieces(data: Iterable[bytes], name: str) -> Iterator[str]:
                 "iconv -f ISO-8859-1 -t UTF-8"
             ) from None
         before += len(piece)
-        end = "\r" if text.endswith("\r") and not last else ""  # the LF may come with the next piece
+        end = "\r" if text.endswith("\r") and not last else ""  # the next piece may begin with its LF
         if end:
             text = text[:-1]
         yield text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _with_whole_beginning(data: Iterable[bytes]) -> Iterator[bytes]:
-    """`data` with its first pieces joined as long as they may still become a byte order mark."""
+    """Yield `data`, its first pieces joined while they can be the beginning of a byte order mark."""
     marks, beginning, begun = (_BOM, *_OTHER_BOMS), b"", False
     for piece in data:
         beginning = piece if begun else beginning + piece
@@ -210,7 +206,7 @@ def _with_whole_beginning(data: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def strip_gutenberg(text: str) -> str:
-    """`text` without Project Gutenberg's header and licence, where both of its markers stand in it."""
+    """Return `text` without Project Gutenberg's header and licence, if it has both of their markers."""
     parts: list[str] = []
     for piece in strip_pieces(lambda: iter([text])):
         if piece is None:
@@ -221,9 +217,10 @@ def strip_gutenberg(text: str) -> str:
 
 
 def strip_pieces(pieces: Callable[[], Iterator[str]]) -> Iterator[str | None]:
-    """The same for the text that `pieces` gives from its beginning each time; None takes back all before it.
+    """Yield `strip_gutenberg`'s result for a text in pieces; None takes back all pieces before it.
 
-    Whether there is a header shows only where it ends, and whether it counts only at the licence.
+    pieces: a function that reads the text from its beginning. Whether there is a header is known only at its
+    end, and whether it is to be removed only at the licence.
     """
     stream = _with_whole_markers(pieces())
     for text, at_line_start in stream:
@@ -252,7 +249,7 @@ def strip_pieces(pieces: Callable[[], Iterator[str]]) -> Iterator[str | None]:
             newlines += len(body)
         if end:
             yield "\n"
-            for _ in stream:  # the licence must be text too
+            for _ in stream:  # reads the licence, which must be UTF-8 too
                 pass
             return
     yield None
@@ -260,7 +257,7 @@ def strip_pieces(pieces: Callable[[], Iterator[str]]) -> Iterator[str | None]:
 
 
 def _with_whole_markers(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The text cut so that no marker is cut; of each piece, whether a line begins with it."""
+    """Yield the text in pieces that cut no marker, each with whether it begins a line."""
     held, at_line_start = "", True
     for piece in pieces:
         text, held = held + piece, ""
@@ -276,7 +273,7 @@ def _with_whole_markers(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _find_marker(marker: re.Pattern[str], text: str, at_line_start: bool) -> re.Match[str] | None:
-    """What ``marker.search(text)`` finds, a hundred times as fast: an expression tries every line."""
+    """`marker.search(text)`, a hundred times as fast: the expression tries every line."""
     place = text.find(_STARS, 0 if at_line_start else 1)
     while place >= 0:
         if found := marker.match(text, place):
@@ -285,7 +282,7 @@ def _find_marker(marker: re.Pattern[str], text: str, at_line_start: bool) -> re.
     return None
 
 
-_STDIN_PIECE = 2**18  # bytes of stdin that are asked for at once
+_STDIN_PIECE = 2**18  # bytes of stdin per read
 
 
 def read_clean_file(path: Path, cleaning: dict[str, Any]) -> Iterator[str]:

@@ -11,12 +11,12 @@ from charlm.errors import CharlmError, UnknownCharactersError
 Unknown = Literal["error", "skip", "replace"]
 
 CODE_POINTS = 0x110000
-_CHUNK = 2**18  # characters that are looked at at once: all that is made on the way stays in the cache
-_NAMED = 8  # how many unknown characters an error names
+_CHUNK = 2**18  # characters encoded together: the tensors made for them stay in the processor's cache
+_NAMED = 8  # unknown characters that an error names
 
 
 def code_points(text: str) -> Tensor:
-    """The Unicode code points of `text`: int32 of shape (len(text),)."""
+    """Return the Unicode code points of `text`: int32 of shape (len(text),)."""
     if not text:
         return torch.empty(0, dtype=torch.int32, device="cpu")
     # Command-line arguments can hold lone surrogates.
@@ -24,27 +24,27 @@ def code_points(text: str) -> Tensor:
 
 
 def _chunks(text: str) -> Iterator[Tensor]:
-    """The code points of `text`, a chunk at a time."""
+    """Yield the code points of `text` in chunks."""
     return (code_points(text[start : start + _CHUNK]) for start in range(0, len(text), _CHUNK))
 
 
 class Vocab:
-    """The characters that a model knows; a character's id is its place in `characters`."""
+    """The characters that a model knows; a character's id is its index in `characters`."""
 
     def __init__(self, characters: str):
-        assert len(set(characters)) == len(characters), "a vocabulary has each character once"
+        assert len(set(characters)) == len(characters), "a character occurs twice"
         self.characters = characters
         sizes = [len(char.encode("utf-8", "surrogatepass")) for char in characters]
         self._sizes = torch.tensor(sizes, dtype=torch.uint8, device="cpu")  # in UTF-8
         self._points = code_points(characters)
-        # By code point; the last stands for all that are larger.
+        # By code point; the last entry is that of all larger ones.
         rows = max(map(ord, characters), default=0) + 2
         self._ids = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
         self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32, device="cpu")
 
     @classmethod
     def from_text(cls, text: str) -> "Vocab":
-        """The characters of `text`, the most frequent first, ties by code point.
+        """Return the vocabulary of `text`: the most frequent character first, ties by code point.
 
         Raises `CharlmError` for an empty text.
         """
@@ -56,10 +56,10 @@ class Vocab:
 
     @classmethod
     def from_counts(cls, points: Tensor, counts: Tensor) -> "Vocab":
-        """The same for code points (N,), each once, that stand in a text so many times, `counts` (N,)."""
+        """Return the vocabulary of distinct code points (N,) that occur `counts` (N,) times."""
         present = counts > 0
         if not present.any():
-            raise CharlmError("the corpus is empty: there is no character to learn from")
+            raise CharlmError("the corpus is empty: it has no characters")
         points, by_point = points[present].sort()
         order = torch.argsort(counts[present][by_point], descending=True, stable=True)
         return cls("".join(map(chr, points[order].tolist())))
@@ -69,7 +69,7 @@ class Vocab:
 
     @property
     def replacement(self) -> str:
-        """The character put for an unknown one: a space, or the most frequent where none is known."""
+        """The character that replaces unknown ones: a space, or the most frequent if the space is unknown."""
         return " " if " " in self.characters else self.characters[:1]
 
     def encode(
@@ -80,13 +80,13 @@ class Vocab:
         dtype: torch.dtype = torch.int32,
         begin: int = 0,
     ) -> Tensor:
-        """The ids of `text`: `dtype` of shape (N,), N the number of its characters that are kept.
+        """Return the ids of `text`: `dtype` of shape (N,), N the number of characters that are not skipped.
 
-        unknown: what becomes of characters that are not in the vocabulary. ``error`` raises
+        unknown: how characters outside the vocabulary are treated. ``error`` raises
             `UnknownCharactersError`, which names each with its position; ``skip`` leaves them out;
-            ``replace`` puts `replacement` for each.
-        name: what the error calls the text.
-        begin: where in a longer text it stands, for the error.
+            ``replace`` encodes `replacement` for each.
+        name: the name of the text in the error.
+        begin: the position of `text` in a longer text, for the error.
         """
         ids, kept = torch.empty(len(text), dtype=dtype, device="cpu"), 0
         for points in _chunks(text):
@@ -104,19 +104,19 @@ class Vocab:
         return ids[:kept]
 
     def count_unknown(self, text: str) -> int:
-        """How many characters of `text` are not in the vocabulary."""
+        """Return the number of characters of `text` that are not in the vocabulary."""
         return sum(int((self.look_up(points) < 0).sum()) for points in _chunks(text))
 
     def decode(self, ids: Tensor) -> str:
-        """The text of `ids`, integers of shape (N,)."""
+        """Return the text of `ids`, integers of shape (N,)."""
         return "".join(self.characters[i] for i in ids.tolist())
 
     def num_bytes(self, ids: Tensor) -> int:
-        """How many bytes the text of `ids` (N,) takes in UTF-8."""
+        """Return the number of bytes of the text of `ids` (N,) in UTF-8."""
         return int(self._sizes.index_select(0, ids).sum(dtype=torch.int64))
 
     def look_up(self, points: Tensor) -> Tensor:
-        """The ids of code points (N,), -1 where there is none; `points` are used up."""
+        """Return the ids of code points (N,), -1 for unknown ones; `points` is overwritten."""
         # Ten times as fast as indexing.
         return self._ids.index_select(0, points.clamp_(max=len(self._ids) - 1))
 
@@ -129,11 +129,11 @@ class Vocab:
         rest = f" and {len(first) - _NAMED} more" if len(first) > _NAMED else ""
         return (
             f"{name} has characters that the model does not know: {', '.join(named)}{rest}; "
-            f"--unknown skip leaves them out, --unknown replace puts {self.replacement!r} for each "
+            f"--unknown skip leaves them out, --unknown replace writes {self.replacement!r} for each "
             "(in Python: unknown='skip', unknown='replace')"
         )
 
 
 def ascii_name(char: str) -> str:
-    """`char` as people and terminals can tell it: itself where it prints, and its code point."""
+    """Return `char` as a Python literal, with its code point."""
     return f"{char!r} (U+{ord(char):04X})"

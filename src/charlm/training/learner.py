@@ -19,7 +19,7 @@ from charlm.nn.kernels.native import keep_memory
 from charlm.nn.layers import one_sequence
 from charlm.nn.model import CharLM, make_model
 from charlm.storage.model_file import load_weights
-from charlm.text.batches import make_batches, mix, share
+from charlm.text.batches import make_batches, mix, rank_slice
 from charlm.text.corpus import Corpus
 from charlm.training.distributed import ALONE, Group
 from charlm.training.optim import (
@@ -207,7 +207,7 @@ class Learner:
     def _load_processes(self, state: dict[str, Any]) -> None:
         """Take up what differs between the processes."""
         rank, carried = self.group.rank, state["carried"]
-        own = share(state["sequences"], rank, self.group.size)
+        own = rank_slice(state["sequences"], rank, self.group.size)
         self.carried = carried and tuple(tensor[:, own].contiguous().to(self.device) for tensor in carried)
         if rank < len(state["rng"]):
             torch.set_rng_state(state["rng"][rank].clone())  # torch reads a view of it wrongly

@@ -75,7 +75,7 @@ def _finite(data: Any) -> Any:
 
 
 def sha256(file: io.BufferedIOBase, size: int) -> str:
-    """Return the SHA-256, in hexadecimal, of the next `size` bytes of `file`, or of all if there are fewer."""
+    """Return the SHA-256, in hexadecimal, of at most the next `size` bytes of `file`."""
     digest, chunk = hashlib.sha256(), memoryview(bytearray(min(size, 2**20)))
     while size > 0 and (read := file.readinto(chunk[: min(size, len(chunk))])):
         digest.update(chunk[:read])

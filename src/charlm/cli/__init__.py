@@ -1,7 +1,7 @@
 """The command line: each command parses its options, calls one function and prints the result.
 
-Modules that import torch or pydantic are imported inside the commands, so that ``--help`` is fast. Results go to
-stdout, all other output to stderr.
+Modules that import torch or pydantic are imported inside the commands, so that ``--help`` is fast. Results go
+to stdout, all other output to stderr.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def main(args: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except (BrokenPipeError, SystemExit):
-        # The reader of the output has closed it; click exits then. The interpreter's last flush must not fail.
+        # The reader of the output has closed it; click exits then. The last flush must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

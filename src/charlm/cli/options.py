@@ -106,8 +106,8 @@ unknown_option = click.option(
     type=click.Choice(["error", "skip", "replace"]),
     default="error",
     show_default=True,
-    help="Characters that the model does not know: refuse them, skip them, or replace each by a space (by the "
-    "most frequent character, if the space is unknown too).",
+    help="Characters that the model does not know: refuse them, skip them, or replace each by a space (the "
+    "most frequent character, if the space is unknown).",
 )
 
 

@@ -8,7 +8,7 @@ The name of an entry is made from the content of the text and from the settings 
 split and encoded. The content is identified by the SHA-256 of the files' bytes. A file that is unchanged
 for the file system (device, inode, size, times of last change, all older than the reading) is not hashed
 again. An entry is written whole or not at all; several processes that write it at once write the same file to
-the same place. An entry that is damaged, in size or header, or has another format is ignored and written again.
+the same place. An entry with a damaged header, a wrong size or another format is ignored and written again.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 A source is the name of a bundled corpus, a file, a folder, a glob or a list of these; a file is UTF-8, plain
 or compressed (.gz, .bz2, .xz). Files are read piece by piece, so that a file can be larger than the memory;
-the result does not depend on where the pieces end. `read_clean_file` and `read_clean_stdin` also clean the text.
+the result does not depend on where the pieces end. `read_clean_file` and `read_clean_stdin` also clean it.
 """
 
 import bz2

@@ -202,23 +202,36 @@ _drawn: ContextVar[dict[object, Tensor] | None] = ContextVar("_drawn", default=N
 
 
 def dropped(y: Tensor, p: float) -> Tensor:
-    """y, each number dropped with probability p or else scaled by 1 / (1 - p) (Srivastava et al. 2014).
+    """Return y with dropout: each number is 0 with probability p, else y / (1 - p) (Srivastava et al. 2014).
 
-    On the CPU four numbers share one draw of torch's generator, 16 bits each, for it draws one at a time and
-    would take a tenth of a training step; p is rounded to 1/65536 there.
+    On the CPU p is rounded to 1/65536.
     """
     if not p:
         return y
+    return _scaled(y, _kept(y, p), p) if y.device.type == "cpu" else F.dropout(y, p)
+
+
+def _kept(y: Tensor, p: float) -> Tensor:
+    """Draw a mask of y's shape and type: 0 with probability p, else 1.
+
+    On the CPU four numbers share one draw of torch's generator, 16 bits each: one draw for each number takes
+    a tenth of a training step.
+    """
     if y.device.type != "cpu":
-        return F.dropout(y, p)
-    bits = torch.empty(-(-y.numel() // 4), dtype=torch.int64, device=y.device).random_(-(2**63), None)
+        return torch.empty_like(y).bernoulli_(1 - p)
+    bits = torch.empty(-(-y.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = bits.view(torch.int16)[: y.numel()].view(y.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return y * kept.to(y.dtype).mul_(1 / (1 - p))
+    return kept.to(y.dtype)
+
+
+def _scaled(y: Tensor, kept: Tensor, p: float) -> Tensor:
+    """Return y ⊙ kept / (1 - p); the scale is not rounded to y's type, which would shrink it by 0.2%."""
+    return torch.addcmul(y.new_zeros(()), y, kept, value=1 / (1 - p))
 
 
 @contextmanager
 def one_sequence() -> Iterator[None]:
-    """All forward passes within are of one sequence and share what lasts as long."""
+    """All forward passes inside are of one sequence and share the masks that `once` draws."""
     token = _drawn.set({})
     try:
         yield
@@ -227,7 +240,7 @@ def one_sequence() -> Iterator[None]:
 
 
 def once(key: object, draw: Callable[[], Tensor]) -> Tensor:
-    """What `draw` gives, within `one_sequence` the same for the same `key`."""
+    """Return draw(); inside `one_sequence`, draw once for each `key`."""
     drawn = _drawn.get()
     if drawn is None:
         return draw()
@@ -237,9 +250,11 @@ def once(key: object, draw: Callable[[], Tensor]) -> Tensor:
 
 
 def locked(y: Tensor, p: float, time: int, key: object) -> Tensor:
-    """Variational dropout (Gal & Ghahramani 2016): one mask a stream and unit for all steps.
+    """Return y with variational dropout (Gal & Ghahramani 2016): one mask for all steps of a stream and unit.
 
-    y (T, B, H) or (B, T, H), `time` naming the axis; what is kept is scaled by 1 / (1 - p).
+    y: (T, B, H) or (B, T, H); `time` is the axis T. Numbers that are not dropped are scaled by 1 / (1 - p).
     """
+    if not p:
+        return y
     shape = [1 if axis == time else size for axis, size in enumerate(y.shape)]
-    return y * once(key, lambda: dropped(y.new_ones(shape), p))
+    return _scaled(y, once(key, lambda: _kept(y.new_empty(shape), p)), p)

@@ -133,3 +133,21 @@ def test_a_file_in_memory_whose_name_is_not_utf_8(tmp_path):
         file.flush()
         with mmap.mmap(file.fileno(), 1):
             native._torch_openmp()
+
+
+@needs_compiler
+def test_sigmoid_and_tanh_have_a_small_relative_error_over_the_whole_range():
+    """The sigmoid of a large negative number is the exponential function."""
+    tiny = torch.finfo(torch.float32).tiny  # results below it may be rounded to 0
+    positive = torch.cat([torch.logspace(-44.8, 38.5, 20_000), torch.linspace(0, 100, 20_000)])
+    x = torch.cat([positive, torch.tensor([0.0, torch.inf])])
+    x = torch.cat([-x, x])[None]
+    kernels, H = native.kernels(torch.float32), x.shape[1]
+    h, gates = torch.empty_like(x), torch.zeros(1, 4 * H)
+    kernels.rnn_forward(False, x, None, torch.zeros_like(x), h)
+    torch.testing.assert_close(h.double(), x.double().tanh(), rtol=5e-7, atol=tiny)
+    c = torch.zeros_like(x)
+    kernels.lstm_forward(x.repeat(1, 4), None, gates, c, torch.empty_like(x), h)
+    for gate in (0, 1, 3):
+        found = gates[:, gate * H : (gate + 1) * H].double()
+        torch.testing.assert_close(found, x.double().sigmoid(), rtol=5e-7, atol=tiny)

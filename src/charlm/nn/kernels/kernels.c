@@ -57,9 +57,9 @@ INLINE store keep(real value) { return value; }
 INLINE real sigmoid(real x) { return 1 / (1 + exp(-x)); }
 INLINE real tanh_(real x) { return tanh(x); }
 #else
-/* e^x to float32 rounding: 2^n e^r, |r| <= ln 2 / 2, the polynomial of Cephes' expf (Moshier 1992). It has
- * no branches, so that the compiler turns it into vector instructions. */
-INLINE real exp_(real x) {
+/* Returns e^r - 1 and sets scale = 2^n for x = n ln 2 + r, |r| <= ln 2 / 2, by the polynomial of Cephes' expf
+ * (Moshier 1992). It has no branches, so that the compiler turns it into vector instructions. */
+INLINE real reduced(real x, real *scale) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
     real shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the nearest integer */
@@ -72,16 +72,20 @@ INLINE real exp_(real x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
     uint32_t bits;
     memcpy(&bits, &shifted, 4);
     bits = (bits + 127) << 23; /* n as the exponent; the shift drops the rest of `shifted` */
-    real scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
+    memcpy(scale, &bits, 4);
+    return p * r * r + r;
 }
-INLINE real sigmoid(real x) { return 1 / (1 + exp_(-x)); }
-INLINE real tanh_(real x) { return 2 * sigmoid(2 * x) - 1; }
+INLINE real sigmoid(real x) { /* 1 / (1 + e^-x) */
+    real scale, q = reduced(-x, &scale);
+    return 1 / (1 + (q + 1) * scale);
+}
+INLINE real tanh_(real x) { /* m / (m + 2) with m = e^2x - 1, which keeps the relative precision near 0 */
+    real scale, q = reduced(2 * x, &scale), m = scale * q + (scale - 1);
+    return m / (m + 2);
+}
 #endif
 
 /* h = tanh(x + u) or max(0, x + u); u, the recurrent product, and h are (B, H) and may be the same. */

@@ -1,4 +1,4 @@
-"""A stepper against the model that it was made of, in each of its ways of computing a step."""
+"""A stepper against its model, with compiled steps and with torch's."""
 
 from concurrent.futures import ThreadPoolExecutor
 

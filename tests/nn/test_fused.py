@@ -1,4 +1,4 @@
-"""`fused` against the equations of `cells`, forward and backward, in each of its ways of computing a step."""
+"""`fused` against the equations of `cells`, forward and backward, with compiled steps and with torch's."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ CASES = [("rnn", "tanh"), ("rnn", "relu"), ("lstm", "tanh"), ("gru", "tanh")]
 
 @pytest.fixture(params=["kernels", "compiled arithmetic", "torch"])
 def steps(request, monkeypatch):
-    """Compiled steps where this machine has a compiler, all or without the product; and torch's."""
+    """Compiled steps with and without the product, if there is a compiler; and torch's."""
     if request.param == "torch":
         monkeypatch.setattr(fused, "kernels", lambda dtype: None)
     elif kernels(torch.float64) is None:
@@ -67,7 +67,7 @@ def run_cells(cell, nonlinearity, ids, x, W_hh, h, c=None, b_hn=None):
 
 
 def loss(results):
-    """A sum in which every number of the results has a weight of its own."""
+    """Return a sum in which every number of the results has its own weight."""
     generator = torch.Generator().manual_seed(3)
     return sum(
         (result.double() * torch.randn(result.shape, generator=generator, dtype=torch.float64)).sum()
@@ -134,7 +134,7 @@ def test_states_and_ids_of_other_types_are_converted(cell):
 def test_ids_beyond_the_table_are_refused(wrong):
     ids, tensors = example("rnn", True)
     ids[1, 1] = wrong
-    with pytest.raises(IndexError, match=f"an id is from 0 to {V - 1}"):
+    with pytest.raises(IndexError, match=f"0 to {V - 1}"):
         run_fused("rnn", "tanh", ids, **tensors)
 
 
@@ -188,7 +188,7 @@ def test_product_of_any_shape(shape):
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_large_and_undefined_numbers(steps, cell):
-    """Saturated gates are 0 and 1; what is no number stays none, so that a divergence is seen."""
+    """Saturated gates are 0 and 1; NaN stays NaN, so that a divergence is seen."""
     ids, tensors = example(cell, False, dtype=torch.float32)
     with torch.no_grad():
         tensors["x"][:, 0] = 1e30
@@ -202,7 +202,7 @@ def test_large_and_undefined_numbers(steps, cell):
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_a_second_derivative_is_refused(cell):
-    """It would be wrong: the backward pass is written by hand, and nothing differentiates it."""
+    """The backward pass is written by hand and has no derivative."""
     ids, tensors = example(cell, True)
     results = run_fused(cell, "tanh", ids, **tensors)
     (gradient,) = torch.autograd.grad(loss(results) ** 2, tensors["W_hh"], create_graph=True)

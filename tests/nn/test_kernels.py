@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -67,13 +68,18 @@ def test_only_a_library_of_one_s_own_is_loaded(tmp_path):
 
 
 @needs_compiler
-def test_a_damaged_library_is_made_again(cache):
+def test_damaged_library_is_compiled_again(cache):
     native.load("f32")
-    (kept,) = cache.iterdir()
-    kept.unlink()  # not written over: this process has it loaded
-    kept.write_bytes(b"cut short")
+    (library,) = cache.iterdir()
+    content = library.read_bytes()
+    library.unlink()  # this process has loaded it
+    library.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    library.chmod(0o700)
     native.load.cache_clear()
-    assert native.load("f32")[0] and kept.stat().st_size > 1000
+    code = "from charlm.nn.kernels import native; print(native.load('f32')[1])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "compiled by" in done.stdout
+    assert [file.read_bytes()[len(content) // 2 :].strip(b"\0") != b"" for file in cache.iterdir()] == [True]
 
 
 @needs_compiler
@@ -87,9 +93,9 @@ def test_a_folder_that_cannot_be_made_is_done_without(tmp_path, cache, monkeypat
     ("name", "value", "why"),
     [
         ("CHARLM_KERNELS", "off", "CHARLM_KERNELS is off"),
-        ("CC", "no-such-compiler", "there is no C compiler no-such-compiler"),
+        ("CC", "no-such-compiler", "no-such-compiler"),
         ("CC", "false", "false could not compile them"),
-        ("CC", 'gcc "', "CC names no compiler"),
+        ("CC", 'gcc "', "CC"),
     ],
 )
 def test_without_them_says_why(cache, monkeypatch, name, value, why):
@@ -133,3 +139,68 @@ def test_a_file_in_memory_whose_name_is_not_utf_8(tmp_path):
         file.flush()
         with mmap.mmap(file.fileno(), 1):
             native._torch_openmp()
+
+
+@needs_compiler
+def test_sigmoid_and_tanh_have_a_small_relative_error_over_the_whole_range():
+    """The sigmoid of a large negative number is the exponential function."""
+    tiny = torch.finfo(torch.float32).tiny  # results below it may be rounded to 0
+    positive = torch.cat([torch.logspace(-44.8, 38.5, 20_000), torch.linspace(0, 100, 20_000)])
+    x = torch.cat([positive, torch.tensor([0.0, torch.inf])])
+    x = torch.cat([-x, x])[None]
+    kernels, H = native.kernels(torch.float32), x.shape[1]
+    h, gates = torch.empty_like(x), torch.zeros(1, 4 * H)
+    kernels.rnn_forward(False, x, None, torch.zeros_like(x), h)
+    torch.testing.assert_close(h.double(), x.double().tanh(), rtol=5e-7, atol=tiny)
+    c = torch.zeros_like(x)
+    kernels.lstm_forward(x.repeat(1, 4), None, gates, c, torch.empty_like(x), h)
+    for gate in (0, 1, 3):
+        found = gates[:, gate * H : (gate + 1) * H].double()
+        torch.testing.assert_close(found, x.double().sigmoid(), rtol=5e-7, atol=tiny)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The compiler's commands; clear it to count from there."""
+    commands, run = [], native._run
+    monkeypatch.setattr(
+        native, "_run", lambda c, **options: commands.append(" ".join(c)) or run(c, **options)
+    )
+    return commands
+
+
+@pytest.mark.parametrize("compiler", ["cc", "clang"])
+def test_library_that_cannot_have_threads_is_compiled_once(cache, commands, monkeypatch, compiler):
+    """As with clang, whose threads need another library than torch's; here for every compiler."""
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} here")
+    load = native._open
+
+    def open_(path, openmp):
+        if openmp:
+            raise OSError("undefined symbol: __kmpc_fork_call")
+        return load(path, openmp)
+
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(native, "_torch_openmp", lambda: "libgomp.so.1")
+    if compiler == "cc":
+        monkeypatch.setattr(native, "_open", open_)
+    for expected in (True, False):
+        native.load.cache_clear()
+        commands.clear()
+        assert native.load("f32")[0] and any(" -shared " in line for line in commands) == expected
+
+
+@needs_compiler
+def test_kernels_are_compiled_for_the_instructions_that_torch_uses(cache, commands, monkeypatch):
+    expected = {None: "-march=native", "avx2": "-mavx2 -mfma", "default": ""}
+    for limit, options in expected.items():
+        commands.clear()
+        native.load.cache_clear()
+        monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+        if limit:
+            monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", limit.upper)
+        native.load("f32")
+        first = next(line for line in commands if " -c " in line)
+        assert [part for part in first.split() if part.startswith("-m")] == options.split()

@@ -9,9 +9,9 @@ from charlm.errors import ConfigError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; ``auto`` takes CUDA, else MPS, else the CPU.
+    """Return the device called `name`; ``auto`` is CUDA, else MPS, else the CPU.
 
-    Raises `ConfigError` for a device that this machine lacks.
+    Raises `ConfigError` for a device that this machine does not have.
     """
     available = ["cpu"]
     if torch.cuda.is_available():
@@ -28,22 +28,22 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The type in which `device` multiplies matrices, and why.
+    """Return the type in which `device` multiplies matrices, and the reason.
 
-    ``auto`` is bfloat16 where the device multiplies it natively, else float32: without such instructions
-    bfloat16 products run a hundred times slower than float32's, and oneDNN's LSTM not at all.
+    ``auto`` is bfloat16 where the device has instructions for it, else float32: without them bfloat16
+    products are a hundred times slower than those of float32, and oneDNN's LSTM fails.
 
-    Raises `ConfigError` for a precision that the device lacks.
+    Raises `ConfigError` for a precision that the device does not have.
     """
     if name == "bfloat16" and device.type == "cpu" and not _cpu("_is_avx512_supported"):
-        raise ConfigError("precision bfloat16 needs a CPU with AVX-512, or a GPU; take auto or float32")
+        raise ConfigError("precision bfloat16 needs a CPU with AVX-512 or a GPU; allowed here: auto, float32")
     if name != "auto":
-        return getattr(torch, name), "as asked for"
+        return getattr(torch, name), "as configured"
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         reason = "this GPU multiplies bfloat16" if native else "this GPU does not multiply bfloat16"
     elif device.type == "cpu":
-        native = bool(_cpu("_is_avx512_bf16_supported") or _cpu("_is_amx_tile_supported"))
+        native = _cpu("_is_avx512_bf16_supported") or _cpu("_is_amx_tile_supported")
         reason = "this CPU has bfloat16 instructions" if native else "this CPU has no bfloat16 instructions"
     else:
         native, reason = False, f"the safe choice on {device.type}"
@@ -51,15 +51,14 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A context in which matrix products run in `precision`; weights, state and loss stay float32."""
+    """Return a context in which matrix products run in `precision`; weights, state and loss stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != torch.float32)
 
 
 class Uninitialised(TorchFunctionMode):
-    """Modules made in this context do not initialise their parameters, which are to be read from a file.
+    """A context in which new modules do not initialise their parameters, which are then read from a file.
 
-    torch would take time to draw what is then thrown away; on the device `meta`, where there is nothing to
-    draw, it would import its compiler to do so: three seconds.
+    Drawing them takes time; on the device `meta` torch imports its compiler for it, in three seconds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,7 +68,10 @@ class Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _cpu(question: str) -> Any:
-    """Ask torch about the CPU; these functions are not public and may be missing."""
+def _cpu(question: str) -> bool:
+    """Ask torch about the AVX-512 CPU, as ``ATEN_CPU_CAPABILITY`` limits it.
+
+    The functions are not public and may be missing.
+    """
     function = getattr(torch.cpu, question, None)
-    return function() if function else False
+    return bool(torch.backends.cpu.get_cpu_capability().startswith("AVX512") and function and function())

@@ -1,17 +1,17 @@
 """RNN, LSTM and GRU over a whole sequence, with the backward pass derived by hand.
 
-The equations are those of `cells`, in its letters. What is different is when things are computed:
+The equations and letters are those of `cells`; the order of the computations differs:
 
-- The input's share of all steps, x_t = W_ih input_t + b, is computed before the loop. Where the inputs are
-  characters it is a table of V rows, and `ids` says which row a step takes.
-- A step has one product, h_{t-1} W_hhᵀ, written where the gates are then computed in place.
+- The input's part of all steps, x_t = W_ih input_t + b, is computed before the loop. Where the inputs are
+  characters it is a table of V rows, and `ids` holds the rows of each step.
+- A step has one product, h_{t-1} W_hhᵀ, whose memory then receives the gates.
 - The backward loop computes da_t, the gradient of the gates' sums, from the equations, and one product,
   da_t W_hh, the gradient of h_{t-1}. The weights' gradients are one product over all steps after it:
   dW_hh = Σ_t da_tᵀ h_{t-1}.
 
-A step's arithmetic is done by `kernels.c` on the CPU where it can be compiled, else by torch. In bfloat16 the
-products' operands and results, and the gates, are bfloat16; arithmetic and the state c (of the GRU: h) are
-float32. T time, B batch, V vocabulary, H hidden, G gates.
+On the CPU `kernels.c` does the arithmetic of a step where it can be compiled, else torch does. In bfloat16
+the operands and results of the products, and the gates, are bfloat16; arithmetic and the state c (of the GRU:
+h) are float32. T time, B batch, V vocabulary, H hidden, G gates.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,10 +31,10 @@ _HALF = (torch.bfloat16, torch.float16)
 def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, relu: bool = False) -> tuple[Tensor, Tensor]:
     """The simple recurrent network, h_t = tanh(x_t + W_hh h_{t-1}) or max(0, ·), over all steps.
 
-    x: the inputs' shares with both biases, (T, B, H); or, with ids (T, B), a table (V, H) of them.
-    W_hh: (H, H), of x's type. h: the state before, (B, H).
+    x: the input's part of each step with both biases, (T, B, H); or, with ids (T, B), a table (V, H) of it.
+    W_hh: (H, H), in x's type. h: the state before, (B, H).
 
-    Returns y (T, B, H), all h_t, and the last of them.
+    Returns y (T, B, H), all h_t, and the last h_t.
     """
     y: Tensor = _RNN.apply(x.contiguous(), _checked(ids, len(x)), W_hh, h, relu)  # type: ignore[no-untyped-call]
     return y, y[-1]
@@ -46,7 +46,7 @@ def rnn_relu(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor) -> tuple[Tensor, Tens
 
 
 def lstm(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The long short-term memory over all steps; x, ids and W_hh as `rnn` has them, with G = 4: i, f, g, o.
+    """The long short-term memory over all steps; x, ids and W_hh as in `rnn`, with G = 4: i, f, g, o.
 
     Returns y (T, B, H), all h_t, and the state (h, c) after the last step, c in float32 or float64.
     """
@@ -58,9 +58,9 @@ def lstm(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tenso
 def gru(x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """The gated recurrent unit, reset after the product, over all steps; G = 3: r, z, n.
 
-    b_hn: the bias of W_hn h_{t-1}, (H,), which stands inside r_t ⊙ (·); all other biases are in x.
+    b_hn: the bias of W_hn h_{t-1}, (H,), which r_t multiplies; all other biases are in x.
 
-    Returns y (T, B, H), all h_t, and the last of them, in float32 or float64.
+    Returns y (T, B, H), all h_t, and the last h_t, in float32 or float64.
     """
     h, b_hn = (tensor.to(_wide_type(x.dtype)).contiguous() for tensor in (h, b_hn))
     y, last = _GRU.apply(x.contiguous(), _checked(ids, len(x)), W_hh, b_hn, h)  # type: ignore[no-untyped-call]
@@ -183,25 +183,25 @@ class _GRU(torch.autograd.Function):
 class Steps:
     """The arithmetic of one step on tensors of any type and device; `native.Kernels` has the same, compiled.
 
-    ``x`` and ``ids`` say where the input's share of the step is; results go into the arguments named in the
-    text. dy is the gradient of h_t from above, dh that from the step after through its product.
+    ``x`` and ``ids`` hold the input's part of the step; results are written to the arguments on the left of
+    an equation. dy is the gradient of h_t from the layer above, dh that from the next step's product.
     """
 
     def at(self, tensor: Tensor) -> Any:
-        """How a step is told of `tensor`."""
+        """Return `tensor` as a step takes it."""
         return tensor
 
     def each(self, tensor: Tensor) -> Sequence[Any]:
-        """How a step t is told of tensor[t], for all t."""
+        """Return tensor[t] as a step takes it, for all t."""
         return tensor.unbind(0)
 
     def bind(self, name: str, B: int, H: int) -> Callable[..., None]:
-        """The step of this name, over a batch of B and H units."""
+        """Return the step `name` for a batch of B and H units."""
         step: Callable[..., None] = getattr(self, name)
         return step
 
     def product(self, W: Tensor, M: int) -> Callable[[Any, Any], None]:
-        """A function of a (M, K) and out (M, N) that puts a W into out, for a W (K, N) that stays."""
+        """Return a function of a (M, K) and out (M, N) that writes a W into out; W (K, N) must not change."""
 
         def multiply(a: Tensor, out: Tensor) -> None:
             torch.mm(a, W, out=out)
@@ -289,7 +289,7 @@ class Steps:
     ) -> None:
         """dx (B, 3H) of the input's share, du (B, 3H) of the recurrent product, du_n its last third again.
 
-        direct: the gradient of h that comes through no product, in: of h_t, out: of h_before.
+        direct: the part of the gradient of h that comes through no product, in: of h_t, out: of h_before.
         """
         (r, z, u), n = _wide(gates).chunk(3, -1), _wide(n)
         d = _wide(dy) + _wide(dh) + direct
@@ -302,7 +302,7 @@ class Steps:
 
 
 def steps_for(tensor: Tensor) -> "Steps | Kernels":
-    """The compiled steps where they can be had for `tensor`'s type and device, else torch's."""
+    """Return the compiled steps for `tensor`'s type and device if there are any, else torch's."""
     found = kernels(tensor.dtype) if tensor.device.type == "cpu" else None
     if found is None:
         return Steps()
@@ -315,46 +315,46 @@ def steps_for(tensor: Tensor) -> "Steps | Kernels":
 
 
 def _wide_type(dtype: torch.dtype) -> torch.dtype:
-    """The type in which arithmetic is done and states are kept: float32 for the half types."""
+    """Return the type of arithmetic and states: float32 for the half types."""
     return torch.float32 if dtype in _HALF else dtype
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """`tensor` in the type in which arithmetic is done."""
+    """Return `tensor` in the type of arithmetic."""
     return tensor.to(_wide_type(tensor.dtype))
 
 
 def _share(x: Tensor, ids: Ids) -> Tensor:
-    """The input's share of a step: x (B, N), or the rows ids (B,) of the table x (V, N)."""
+    """Return the input's part of a step: x (B, N), or the rows ids (B,) of the table x (V, N)."""
     return x if ids is None else x[ids]
 
 
 def _checked(ids: Ids, rows: int) -> Ids:
-    """ids as the kernels read them, which trust them to be rows of the table."""
+    """Return ids as int64 in contiguous memory; the kernels do not check that they are rows of the table."""
     if ids is None:
         return None
     if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
-        raise IndexError(f"an id is from 0 to {rows - 1}")
+        raise IndexError(f"ids must be from 0 to {rows - 1}")
     return ids.long().contiguous()
 
 
 def _inputs(steps: "Steps | Kernels", x: Tensor, ids: Ids, T: int) -> tuple[Any, Any]:
-    """For each step where its input's share is found, and the ids of its rows there or None."""
+    """Return the input's part for each step, and the ids of its rows or None."""
     return (steps.each(x), [None] * T) if ids is None else ([steps.at(x)] * T, steps.each(ids))
 
 
 def _backwards(steps: "Steps | Kernels", *tensors: Tensor) -> Any:
-    """The tensors at each step, from the last to the first."""
+    """Return the tensors at each step, from the last to the first."""
     return zip(*(reversed(steps.each(tensor)) for tensor in tensors), strict=True)
 
 
 def _over_steps(da: Tensor, h: Tensor) -> Tensor:
-    """Σ_t da_tᵀ h_t: da (T, B, N) and h (T, B, H) give (N, H)."""
+    """Return Σ_t da_tᵀ h_t, (N, H), for da (T, B, N) and h (T, B, H)."""
     return da.flatten(0, 1).t() @ h.flatten(0, 1)
 
 
 def _gathered(da: Tensor, ids: Ids, rows: int) -> Tensor:
-    """The gradient of x: da itself, or for a table (V, N) the sum over the steps at which a row was used."""
+    """Return the gradient of x: da, or for a table (V, N) the sum over the steps that used a row."""
     if ids is None:
         return da
     if da.dtype in _HALF:  # sums in a half type would lose small parts; products sum in float32

@@ -1,7 +1,7 @@
-"""A stack of recurrent layers over a sequence, behind one interface, in each implementation.
+"""A stack of recurrent layers, in each implementation, and its dropout.
 
-Every stack maps ``(x, state) -> (y, state)``: x (B, T, E), y (B, T, H) the top layer's hidden states, and a
-state the tuple (h,) for RNN and GRU or (h, c) for LSTM, each (L, B, H). All have torch's parameters:
+Every stack maps ``(x, state) -> (y, state)``: x (B, T, E), y (B, T, H) the hidden states of the top layer,
+and a state the tuple (h,) for RNN and GRU or (h, c) for LSTM, each (L, B, H). All have torch's parameters:
 ``weight_ih_l{k}``, ``weight_hh_l{k}``, ``bias_ih_l{k}``, ``bias_hh_l{k}`` for layer k.
 """
 
@@ -23,9 +23,11 @@ Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def choose_implementation(config: ModelConfig, device: torch.device) -> tuple[str, str]:
-    """The implementation in which `config` runs on `device`, and why.
+    """Return the implementation in which `config` runs on `device`, and the reason.
 
-    ``auto`` is the fastest that is right there: measured by ``charlm bench``.
+    ``auto`` is the fastest one that computes the cell there, as measured by ``charlm bench``.
+
+    Raises `ConfigError` for an implementation that does not compute the cell.
     """
     cell = cell_of(config)
     if config.implementation not in ("auto", *cell.implementations):
@@ -38,22 +40,22 @@ def choose_implementation(config: ModelConfig, device: torch.device) -> tuple[st
     if not cell.builtin:
         return "scratch", f"the only one that computes {cell.setting}"
     if device.type != "cpu":
-        return "builtin", f"torch's own is the fastest on {device.type}"
+        return "builtin", f"the fastest on {device.type}"
     if kernels(torch.float32):
-        return "fused", "with compiled kernels the fastest on the CPU"
+        return "fused", "the fastest on the CPU with compiled kernels"
     return "builtin", f"no kernels: {why_no_kernels()}"
 
 
 def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:
-    """The stack that `config` asks for, over inputs of `input_size`; its weights are not initialised here.
+    """Make the stack of `config` for inputs of `input_size`, with weights that are not initialised.
 
-    config: its implementation is chosen already, no longer ``auto``.
+    config: its implementation is not ``auto``.
     """
     if config.implementation == "scratch":
         return Scratch(input_size, config)
     if config.implementation == "fused":
         return Fused(input_size, config)
-    # torch warns of dropout in a single layer: it drops between layers only.
+    # torch drops between layers only, and warns about dropout in a single layer.
     dropout = config.dropout if config.num_layers > 1 else 0.0
     if config.weight_dropout or (config.locked_dropout and dropout):
         return BuiltinLayers(input_size, config)
@@ -64,26 +66,26 @@ def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:
 
 
 class Characters(NamedTuple):
-    """Characters as a stack's input, in place of their vectors, for a stack that looks up products instead.
+    """Characters as the input of a stack that looks up products of their vectors.
 
     ids: (B, T), or with time first (T, B).
-    table: what each character is read as, (V, E); None where that is one-hot.
+    table: the vector of each character, (V, E); None for one-hot vectors.
     """
 
     ids: Tensor
     table: Tensor | None
 
     def flip(self, axis: int) -> "Characters":
-        """The characters in the opposite order along `axis`."""
+        """Return the characters in reverse order along `axis`."""
         return Characters(self.ids.flip(axis), self.table)
 
     def transpose(self, first: int, second: int) -> "Characters":
-        """The characters with two axes exchanged."""
+        """Return the characters with two axes exchanged."""
         return Characters(self.ids.transpose(first, second), self.table)
 
 
 class Stack(nn.Module):
-    """The parameters of a stack, its dropout, and its course: step by step or not is for `layer` to say."""
+    """The parameters of a stack and its dropout; a subclass computes one layer in `layer`."""
 
     def __init__(self, input_size: int, config: ModelConfig):
         super().__init__()
@@ -100,10 +102,10 @@ class Stack(nn.Module):
             self.register_parameter(f"bias_hh_l{k}", nn.Parameter(torch.empty(rows)))
 
     def weights(self, k: int) -> Weights:
-        """W_ih, W_hh, b_ih and b_hh of layer k for a forward pass: to be asked for once in each.
+        """Return W_ih, W_hh, b_ih and b_hh of layer k for one forward pass.
 
-        In training each number of W_hh is dropped with probability ``weight_dropout``, for all steps and
-        streams alike (DropConnect: Wan et al. 2013; on W_hh: Merity, Keskar & Socher 2018).
+        In training each number of W_hh is dropped with probability ``weight_dropout``, the same ones for all
+        steps and streams (DropConnect: Wan et al. 2013; on W_hh: Merity, Keskar & Socher 2018).
         """
         W_ih, W, b_ih, b_hh = (
             getattr(self, f"{name}_l{k}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -114,21 +116,23 @@ class Stack(nn.Module):
         return W_ih, W_hh, b_ih, b_hh
 
     def drop(self, y: Tensor, k: int) -> Tensor:
-        """Dropout on y (T, B, H) on its way into layer k."""
+        """Apply dropout to y (T, B, H), the input of layer k."""
         if self.training and self.locked_dropout:
             return locked(y, self.dropout, 0, (self, "y", k))
         return dropped(y, self.dropout) if self.training else y
 
     def forward(self, x: "Tensor | Characters", state: State) -> tuple[Tensor, State]:
-        """x (B, T, E) and a state of (L, B, H) tensors; y (B, T, H) and the state after the last step.
+        """Map x (B, T, E) and a state of (L, B, H) tensors to y (B, T, H) and the state after the last step.
 
-        Raises `ValueError` for a state of other sizes, which could be broadcast in silence.
+        Raises `ValueError` for a state of other sizes, which torch might broadcast.
         """
         y: Any = x.transpose(0, 1)
         expected = self.num_layers, (y.ids if isinstance(y, Characters) else y).shape[1]
         for tensor in state:
             if tensor.shape[:2] != expected:
-                raise ValueError(f"a state is of tensors {(*expected, 'H')}, not {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"a state's tensor has the shape {tuple(tensor.shape)}; expected: {(*expected, 'H')}"
+                )
         last = []
         for k in range(self.num_layers):
             if k:
@@ -138,15 +142,15 @@ class Stack(nn.Module):
         return y.transpose(0, 1), tuple(torch.stack(tensors) for tensors in zip(*last, strict=True))
 
     def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
-        """One layer: x (T, B, E or H) and a state of (B, H) tensors; y (T, B, H) and the state after."""
+        """Map x (T, B, E or H) and a layer's state, (B, H) each, to y (T, B, H) and the state after."""
         raise NotImplementedError
 
 
 class Scratch(Stack):
-    """The equations of `cells`, step after step, layer after layer; autograd does the rest."""
+    """The equations of `cells`, step by step and layer by layer, differentiated by autograd."""
 
     def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
-        """x (T, B, E or H) and a state of (B, H) tensors; y (T, B, H) and the state after the last step."""
+        """Map x (T, B, E or H) and a state of (B, H) tensors to y (T, B, H) and the state after."""
         W_ih, W_hh, b_ih, b_hh = weights
         outputs = []
         for a in input_product(x, W_ih, b_ih).unbind(0):
@@ -156,10 +160,10 @@ class Scratch(Stack):
 
 
 class Fused(Stack):
-    """The sequences of `fused`, a layer at a time; layer 0 reads `Characters` too."""
+    """The sequences of `fused`, layer by layer; layer 0 reads `Characters` too."""
 
     def layer(self, x: Tensor | Characters, state: State, weights: Weights) -> tuple[Tensor, State]:
-        """x (T, B, E or H) or characters (T, B), a state of (B, H); y (T, B, H) and the state after."""
+        """Map x (T, B, E or H) or characters (T, B) and a state to y (T, B, H) and the state after."""
         W_ih, W_hh, b_ih, b_hh = weights
         # All biases are added to the input's part, except one that a gate multiplies: the GRU's b_hn.
         inner: tuple[Tensor, ...] = ()
@@ -173,7 +177,7 @@ class Fused(Stack):
             share = F.linear(x, W_ih, bias)
         elif x.table is None:
             share, ids = W_ih.t() + bias, x.ids
-        elif x.ids.numel() < len(x.table):  # fewer products than the table of all
+        elif x.ids.numel() < len(x.table):  # fewer products than for all characters
             share = F.linear(F.embedding(x.ids, x.table), W_ih, bias)
         else:
             share, ids = F.linear(x.table, W_ih, bias), x.ids
@@ -186,13 +190,13 @@ class Fused(Stack):
 
 
 class BuiltinLayers(Stack):
-    """What `torch.nn`'s modules call, a layer at a time: they take neither other weights nor locked masks."""
+    """torch's functions, layer by layer; its modules accept neither dropped weights nor locked masks."""
 
     def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
-        """x (T, B, E or H) and a state of (B, H) tensors; y (T, B, H) and the state after the last step."""
+        """Map x (T, B, E or H) and a state of (B, H) tensors to y (T, B, H) and the state after."""
         before = tuple(tensor[None] for tensor in state)  # a state of one layer, (1, B, H)
         hx = before if len(before) == 2 else before[0]
-        # with biases, 1 layer, without dropout, in training or not, in one direction, time first
+        # biases, number of layers, dropout, training, bidirectional, batch first
         assert self.cell.builtin  # `choose_implementation` has checked it
         y, *last = self.cell.builtin.layer(x, hx, weights, True, 1, 0.0, self.training, False, False)
         return y, tuple(tensor[0] for tensor in last)
@@ -202,23 +206,36 @@ _drawn: ContextVar[dict[object, Tensor] | None] = ContextVar("_drawn", default=N
 
 
 def dropped(y: Tensor, p: float) -> Tensor:
-    """y, each number dropped with probability p or else scaled by 1 / (1 - p) (Srivastava et al. 2014).
+    """Return y with dropout: each number is 0 with probability p, else y / (1 - p) (Srivastava et al. 2014).
 
-    On the CPU four numbers share one draw of torch's generator, 16 bits each, for it draws one at a time and
-    would take a tenth of a training step; p is rounded to 1/65536 there.
+    On the CPU p is rounded to 1/65536.
     """
     if not p:
         return y
+    return _scaled(y, _kept(y, p), p) if y.device.type == "cpu" else F.dropout(y, p)
+
+
+def _kept(y: Tensor, p: float) -> Tensor:
+    """Draw a mask of y's shape and type: 0 with probability p, else 1.
+
+    On the CPU four numbers share one draw of torch's generator, 16 bits each: one draw for each number takes
+    a tenth of a training step.
+    """
     if y.device.type != "cpu":
-        return F.dropout(y, p)
-    bits = torch.empty(-(-y.numel() // 4), dtype=torch.int64, device=y.device).random_(-(2**63), None)
+        return torch.empty_like(y).bernoulli_(1 - p)
+    bits = torch.empty(-(-y.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = bits.view(torch.int16)[: y.numel()].view(y.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return y * kept.to(y.dtype).mul_(1 / (1 - p))
+    return kept.to(y.dtype)
+
+
+def _scaled(y: Tensor, kept: Tensor, p: float) -> Tensor:
+    """Return y ⊙ kept / (1 - p); the scale is not rounded to y's type, which would shrink it by 0.2%."""
+    return torch.addcmul(y.new_zeros(()), y, kept, value=1 / (1 - p))
 
 
 @contextmanager
 def one_sequence() -> Iterator[None]:
-    """All forward passes within are of one sequence and share what lasts as long."""
+    """All forward passes inside are of one sequence and share the masks that `once` draws."""
     token = _drawn.set({})
     try:
         yield
@@ -227,7 +244,7 @@ def one_sequence() -> Iterator[None]:
 
 
 def once(key: object, draw: Callable[[], Tensor]) -> Tensor:
-    """What `draw` gives, within `one_sequence` the same for the same `key`."""
+    """Return draw(); inside `one_sequence`, draw once for each `key`."""
     drawn = _drawn.get()
     if drawn is None:
         return draw()
@@ -237,9 +254,11 @@ def once(key: object, draw: Callable[[], Tensor]) -> Tensor:
 
 
 def locked(y: Tensor, p: float, time: int, key: object) -> Tensor:
-    """Variational dropout (Gal & Ghahramani 2016): one mask a stream and unit for all steps.
+    """Return y with variational dropout (Gal & Ghahramani 2016): one mask for all steps of a stream and unit.
 
-    y (T, B, H) or (B, T, H), `time` naming the axis; what is kept is scaled by 1 / (1 - p).
+    y: (T, B, H) or (B, T, H); `time` is the axis T. Numbers that are not dropped are scaled by 1 / (1 - p).
     """
+    if not p:
+        return y
     shape = [1 if axis == time else size for axis, size in enumerate(y.shape)]
-    return y * once(key, lambda: dropped(y.new_ones(shape), p))
+    return _scaled(y, once(key, lambda: _kept(y.new_empty(shape), p)), p)

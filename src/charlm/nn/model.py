@@ -13,15 +13,15 @@ from charlm.nn.layers import Characters, Fused, choose_implementation, dropped, 
 class CharLM(nn.Module):
     """A character-level language model: input, recurrent stack, linear head.
 
-    The logits at step t, over the V characters, are for the character at t + 1. Dropout falls on the output
-    of every recurrent layer, the last included; ``locked_dropout`` keeps its masks over the steps,
-    ``weight_dropout`` falls on W_hh and ``embedding_dropout`` on whole characters (all three as in Merity,
-    Keskar & Socher 2018). Only `initialise` gives the weights their first values.
+    The logits at step t, over the V characters, are for the character at t + 1. Dropout applies
+    to the output of every recurrent layer, the last included; ``locked_dropout`` uses one mask for all steps,
+    ``weight_dropout`` applies to W_hh and ``embedding_dropout`` to whole characters (all three as in Merity,
+    Keskar & Socher 2018). `initialise` gives the weights their first values.
 
-    A model of ``direction: backward`` is the same network: whoever uses it hands it the text last to first.
+    A model of ``direction: backward`` is the same network; its callers reverse the text.
 
-    device: where it is going to run, the CPU by default: ``implementation: auto`` depends on it. The model is
-        made on torch's default device all the same.
+    device: where the model will run, by default the CPU; ``implementation: auto`` depends on it. The model is
+        made on torch's default device.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, device: torch.device | None = None):
@@ -38,7 +38,7 @@ class CharLM(nn.Module):
             self.head.weight = self.embedding.weight
 
     def initial_state(self, batch_size: int) -> State:
-        """Zeros: a tuple of tensors of shape (L, B, H), on the weights' device."""
+        """Return zeros: a tuple of tensors of shape (L, B, H), on the weights' device."""
         shape = (self.config.num_layers, batch_size, self.config.hidden_size)
         weight = self.head.weight
         return tuple(
@@ -46,12 +46,12 @@ class CharLM(nn.Module):
         )
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Ids x (B, T) and the state before them; logits (B, T, V) and the state after them."""
+        """Map ids x (B, T) and the state before them to logits (B, T, V) and the state after them."""
         y, state = self.recurrent(self.embed(x), state)
         return self.head(self.drop(y)), state
 
     def embed(self, x: Tensor) -> Tensor | Characters:
-        """Ids x (B, T) as what the recurrent stack reads, (B, T, E) or, one-hot, (B, T, V)."""
+        """Return the recurrent stack's input for ids x (B, T): (B, T, E) or, one-hot, (B, T, V)."""
         one_hot = self.config.input == "one_hot" and not (self.training and self.config.embedding_dropout)
         if isinstance(self.recurrent, Fused):
             return Characters(x, None if one_hot else self.embedding_table())
@@ -60,10 +60,10 @@ class CharLM(nn.Module):
         return F.embedding(x, self.embedding_table())
 
     def embedding_table(self) -> Tensor:
-        """What each character is read as, (V, E) or, one-hot, the identity (V, V): for one forward pass.
+        """Return the vectors of all characters, (V, E) or, one-hot, the identity, for one forward pass.
 
-        In training whole rows are dropped with probability ``embedding_dropout``: a character is then read
-        as zeros wherever it stands in the batch (Gal & Ghahramani 2016). A tied head keeps its rows.
+        In training whole rows are dropped with probability ``embedding_dropout``: the character's vector is
+        then zero everywhere in the batch (Gal & Ghahramani 2016). A tied head keeps its rows.
         """
         if self.config.input == "one_hot":
             table = torch.eye(self.vocab_size, dtype=self.head.weight.dtype, device=self.head.weight.device)
@@ -75,13 +75,13 @@ class CharLM(nn.Module):
         return once((self, "table"), lambda: table * dropped(table.new_ones(len(table), 1), p))
 
     def drop(self, y: Tensor) -> Tensor:
-        """Dropout on what the head reads, y (B, T, H)."""
+        """Apply dropout to the input of the head, y (B, T, H)."""
         if self.training and self.config.locked_dropout:
             return locked(y, self.config.dropout, 1, (self, "y"))
         return dropped(y, self.config.dropout) if self.training else y
 
     def predict(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """Logits (B, T, V) on a batch x, y (B, T), the ids (B, T) that they predict, and the state after."""
+        """Return logits (B, T, V) for a batch x, y (B, T), the ids that they predict, and the state after."""
         logits, state = self(x, state)
         return logits, y, state
 
@@ -89,11 +89,11 @@ class CharLM(nn.Module):
     def initialise(self, seed: int) -> "CharLM":
         """Give all weights their first values, the same for one seed in every implementation.
 
-        ``model.init`` names how: ``default`` is torch's (uniform in ±1/√H in the recurrent layers and the
-        head, N(0, 1) in the embedding); ``xavier`` and ``orthogonal`` fill each gate's matrix so, with zero
-        biases (Glorot & Bengio 2010; Saxe et al. 2014); ``normal`` draws matrices from N(0, 0.01²), with zero
-        biases. ``model.forget_bias`` then sets the LSTM forget gate's bias, the sum of its two vectors
-        (Jozefowicz et al. 2015); null leaves it as initialised.
+        ``model.init`` chooses the distribution: ``default`` is torch's (uniform in ±1/√H in the recurrent
+        layers and the head, N(0, 1) in the embedding); ``xavier`` (Glorot & Bengio 2010) and ``orthogonal``
+        (Saxe et al. 2014) apply to the matrix of each gate, ``normal`` draws matrices from N(0, 0.01²); with
+        these three, biases are zero. ``model.forget_bias`` then sets the bias of the LSTM's forget gate, the
+        sum of its two vectors (Jozefowicz et al. 2015); null keeps the initial one.
         """
         generator = torch.Generator().manual_seed(seed)
         H, cell = self.config.hidden_size, cell_of(self.config)
@@ -127,12 +127,12 @@ class CharLM(nn.Module):
 
 
 class FillLM(CharLM):
-    """A model of ``direction: both``, which fills in a character from those on both sides of it.
+    """A model of ``direction: both``, which predicts a character from those on both sides of it.
 
     The logits at t come from the state of a left-to-right stack after character t - 1 and the state of a
-    right-to-left stack after character t + 1; no path leads from character t to them. (Were they made from
-    the states at t, as an `nn.LSTM` with ``bidirectional=True`` has it, the model would read the answer.)
-    A state is that of the left-to-right stack, then that of the right-to-left one.
+    right-to-left stack after character t + 1, so that they do not depend on character t. (The outputs of an
+    `nn.LSTM` with ``bidirectional=True`` at t do.) A state is that of the left-to-right stack followed by
+    that of the right-to-left one.
     """
 
     def __init__(self, vocab_size: int, config: ModelConfig, device: torch.device | None = None):
@@ -141,11 +141,11 @@ class FillLM(CharLM):
         self.head = nn.Linear(2 * config.hidden_size, vocab_size)
 
     def initial_state(self, batch_size: int) -> State:
-        """Zeros for both stacks: a tuple of tensors of shape (L, B, H)."""
+        """Return zeros for both stacks: a tuple of tensors of shape (L, B, H)."""
         return super().initial_state(batch_size) * 2
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Ids x (B, T), the states left and right of them; logits (B, T, V) for x, and both states after."""
+        """Map ids x (B, T) and the states on both sides to logits (B, T, V) for x and both states after."""
         left, right = state[: len(state) // 2], state[len(state) // 2 :]
         inputs = self.embed(x)
         read_left, left_after = self.recurrent(inputs, left)
@@ -155,17 +155,17 @@ class FillLM(CharLM):
         return self.head(self.drop(torch.cat([before, after], -1))), left_after + right_after
 
     def predict(self, x: Tensor, y: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """Logits (B, T + 1, V) for all characters of a window x, y (B, T), those ids, and the state after."""
+        """Return logits (B, T + 1, V) for all characters of x, y (B, T), their ids, and the state after."""
         window = torch.cat([x, y[:, -1:]], 1)
         logits, state = self(window, state)
         return logits, window, state
 
 
 def make_model(vocab_size: int, config: ModelConfig, device: torch.device | None = None) -> CharLM:
-    """The model that `config` asks for; its weights are not initialised here."""
+    """Make the model of `config`, with weights that are not initialised."""
     return (FillLM if config.direction == "both" else CharLM)(vocab_size, config, device)
 
 
 def num_parameters(model: nn.Module) -> int:
-    """How many numbers are trained."""
+    """Return the number of trainable numbers."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,9 +1,10 @@
-"""`Stepper`: a model made ready to go on by one character at a time, as fast as its weights can be read.
+"""`Stepper` prepares a model to write text, one character at a time.
 
-What does not change from step to step is done once: layer 0's input share is a table with a row for each
-character, biases are folded in, matrices are packed for `kernels.c`, which then does a whole step in one
-call; without a compiler torch does. The matrices may be held in fewer bits, which costs little of the model's
-quality: ``bf16`` halves them, ``int8`` makes them a quarter, with one scale for each row of a matrix.
+The speed of writing is that of reading the weights. All that does not change between steps is computed once:
+the input's part of layer 0 becomes a table with a row for each character, biases are added to it, and
+matrices are packed for `kernels.c`, which computes a whole step in one call; without a compiler, torch does.
+Quantised matrices take less memory at a small loss in quality: ``bf16`` halves them, ``int8`` makes them a
+quarter, with one scale for each row of a matrix.
 
 V vocabulary, B batch, H hidden, G gates, L layers.
 """
@@ -25,19 +26,19 @@ Quantize = Literal["bf16", "int8"]
 
 
 class Quantised(NamedTuple):
-    """A matrix (N, K) as it is kept: `values`, of which row n counts `scale`[n] times."""
+    """A matrix (N, K) in memory: row n of the matrix is `values`[n] times `scale`[n]."""
 
     values: Tensor
     scale: Tensor | None = None
 
     def wide(self, dtype: torch.dtype) -> Tensor:
-        """The matrix (N, K) that is meant."""
+        """Return the matrix (N, K) in `dtype`."""
         values = self.values.to(dtype)
         return values if self.scale is None else values * self.scale[:, None]
 
 
 def quantised(W: Tensor, how: Quantize | None) -> Quantised:
-    """W (N, K) as it is, in bfloat16, or in int8: whole multiples, up to ±127, of a scale for each row."""
+    """Return W (N, K) unchanged, in bfloat16, or in int8: multiples, up to ±127, of a scale for each row."""
     if how == "bf16":
         return Quantised(W.to(torch.bfloat16))
     if how == "int8":
@@ -58,9 +59,9 @@ class _Layer(NamedTuple):
 
 
 class Stepper:
-    """`model`, ready to go on by one character for each stream of a batch; its weights as they are now.
+    """A model prepared to read one character of each stream of a batch; it has copies of the weights.
 
-    quantize: hold the matrices in fewer bits.
+    quantize: the type of the matrices, by default the model's.
 
     A model whose cell has no kernel, or that is not on the CPU, steps by its own `forward`: it has to be in
     `eval` mode, and its weights are those that it has at each step.
@@ -145,7 +146,7 @@ class Stepper:
         self.address = ctypes.addressof(self.packed)
 
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
-        """Ids (B,) and the state before them; logits (B, V) for what follows, and the state after."""
+        """Map ids (B,) and the state before them to logits (B, V) for the next characters and the state."""
         if self.own:
             with torch.no_grad():
                 logits, state = self.model(ids[:, None], state)
@@ -153,10 +154,10 @@ class Stepper:
         B, L, H, G = len(ids), self.config.num_layers, self.config.hidden_size, self.cell.gates
         h, c = state[0].to(self.dtype).contiguous(), state[-1].to(self.dtype).contiguous()
         if not h.shape == c.shape == (L, B, H):
-            raise ValueError(f"a state is of tensors {(L, B, H)}, not {tuple(h.shape)}")
+            raise ValueError(f"a state's tensor has the shape {tuple(h.shape)}; expected: {(L, B, H)}")
         if self.kernels is None:
             if not 0 <= ids.min() <= ids.max() < len(self.table):
-                raise IndexError(f"an id is from 0 to {len(self.table) - 1}")
+                raise IndexError(f"ids must be from 0 to {len(self.table) - 1}")
             with torch.no_grad():
                 return self._step(ids, (h, c)[: len(state)])
         after = tuple(torch.empty_like(h) for _ in state)
@@ -164,7 +165,7 @@ class Stepper:
         logits, ids = self.table.new_empty(B, len(self.table)), ids.long().contiguous()
         arguments = (ids, h, c, work, after[0], after[-1], logits)
         if self.kernels.library.step(self.address, B, *(tensor.data_ptr() for tensor in arguments)):
-            raise IndexError(f"an id is from 0 to {len(self.table) - 1}")
+            raise IndexError(f"ids must be from 0 to {len(self.table) - 1}")
         return logits, after
 
     def _step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:

@@ -1,14 +1,14 @@
-/* What `fused` does at every time step, in one pass over memory each: the cells' arithmetic, forward and
- * backward, and a matrix product with a matrix that is packed once and used at all steps. What `stepper` does for
- * every character of a text it writes is in kernels_writing.c.
+/* The steps of training, called by `fused` at every time step: the arithmetic of the cells, forward and backward,
+ * each in one pass over memory, and a product with a matrix that is packed once and used at all steps. The steps of
+ * writing text, called by `stepper`, are in kernels_writing.c.
  *
- * `native` compiles this file with the machine's own instructions, once for each type of number:
+ * `native` compiles this file for the machine's instructions, once for each type of number:
  *   -DSTORE=f32   float32 throughout
  *   -DSTORE=f64   float64 throughout
  *   -DSTORE=bf16  products' operands and results in bfloat16, cell state and arithmetic in float32
  *
- * Letters are those of cells.py: B batch, H hidden; row b of a step's input share is x[ids[b]], or x[b] where
- * ids is NULL. All matrices are row-major and contiguous.
+ * Letters are those of cells.py: B batch, H hidden; row b of the input's part of a step is x[ids[b]], or x[b]
+ * where ids is NULL. All matrices are row-major and contiguous.
  */
 #include <math.h>
 #include <stddef.h>
@@ -33,7 +33,7 @@ typedef uint16_t store;
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
-#define ENOUGH 4096 /* numbers below which a second thread costs more than it brings */
+#define ENOUGH 4096 /* numbers below which a second thread takes longer to start than it saves */
 
 #if STORE == bf16
 INLINE real load(store value) {
@@ -42,7 +42,7 @@ INLINE real load(store value) {
     memcpy(&result, &bits, 4);
     return result;
 }
-INLINE store keep(real value) { /* round to nearest, ties to even; what is not a number stays so */
+INLINE store keep(real value) { /* round to nearest, ties to even; NaN stays NaN */
     uint32_t bits;
     memcpy(&bits, &value, 4);
     uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -57,9 +57,9 @@ INLINE store keep(real value) { return value; }
 INLINE real sigmoid(real x) { return 1 / (1 + exp(-x)); }
 INLINE real tanh_(real x) { return tanh(x); }
 #else
-/* e^x to float32 rounding: 2^n e^r, |r| <= ln 2 / 2, the polynomial of Cephes' expf (Moshier 1992). It has
- * no branches, so that the compiler turns it into vector instructions. */
-INLINE real exp_(real x) {
+/* Returns e^r - 1 and sets scale = 2^n for x = n ln 2 + r, |r| <= ln 2 / 2, by the polynomial of Cephes' expf
+ * (Moshier 1992). It has no branches, so that the compiler turns it into vector instructions. */
+INLINE real reduced(real x, real *scale) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
     real shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the nearest integer */
@@ -72,16 +72,20 @@ INLINE real exp_(real x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
     uint32_t bits;
     memcpy(&bits, &shifted, 4);
     bits = (bits + 127) << 23; /* n as the exponent; the shift drops the rest of `shifted` */
-    real scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
+    memcpy(scale, &bits, 4);
+    return p * r * r + r;
 }
-INLINE real sigmoid(real x) { return 1 / (1 + exp_(-x)); }
-INLINE real tanh_(real x) { return 2 * sigmoid(2 * x) - 1; }
+INLINE real sigmoid(real x) { /* 1 / (1 + e^-x) */
+    real scale, q = reduced(-x, &scale);
+    return 1 / (1 + (q + 1) * scale);
+}
+INLINE real tanh_(real x) { /* m / (m + 2) with m = e^2x - 1, which keeps the relative precision near 0 */
+    real scale, q = reduced(2 * x, &scale), m = scale * q + (scale - 1);
+    return m / (m + 2);
+}
 #endif
 
 /* h = tanh(x + u) or max(0, x + u); u, the recurrent product, and h are (B, H) and may be the same. */
@@ -205,8 +209,9 @@ EXPORT void gru_forward(int64_t B, int64_t H, const store *x, const int64_t *ids
     }
 }
 
-/* From dy + dh + direct, the gradient of h: dx (B, 3H) of the input's share, du (B, 3H) of the recurrent
- * product, du_n (B, H) its last third again, to keep, and direct, the part of h_before's that is no product. */
+/* From dy + dh + direct, the gradient of h: dx (B, 3H) of the input's part, du (B, 3H) of the recurrent
+ * product, du_n (B, H) a copy of its last third, and direct, the part of h_before's
+ * gradient that comes through no product. */
 EXPORT void gru_backward(int64_t B, int64_t H, const store *gates, const store *n, const real *h_before,
                          const store *dy, const store *dh, real *direct, store *dx, store *du, store *du_n) {
 #pragma omp parallel for if (B * H > ENOUGH)
@@ -230,8 +235,8 @@ EXPORT void gru_backward(int64_t B, int64_t H, const store *gates, const store *
     }
 }
 
-#if STORE != bf16 && defined(__AVX__) /* elsewhere torch's own product is the one to use */
-/* C = A W for the W (K, N) that `pack` has laid out: in panels of NR columns, each (K, NR), so that the
+#if STORE != bf16 && defined(__AVX__) /* elsewhere torch's product is used */
+/* C = A W for a W (K, N) that `pack` has laid out in panels of NR columns, each (K, NR), so that the
  * innermost loop walks memory forward. A block of MR rows of C and one panel's columns stays in registers
  * over all of K (Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication"). */
 #if defined(__AVX512F__)
@@ -248,7 +253,7 @@ typedef real vector __attribute__((vector_size(BYTES), aligned(sizeof(real)), ma
 
 EXPORT int64_t packed_size(int64_t K, int64_t N) { return (N + NR - 1) / NR * NR * K; }
 
-/* W[k, n] stands at w[k * row + n * column]. */
+/* W[k, n] is w[k * row + n * column]. */
 EXPORT void pack(int64_t K, int64_t N, const real *w, int64_t row, int64_t column, real *packed) {
     int64_t panels = (N + NR - 1) / NR;
 #pragma omp parallel for if (K * N > 16 * ENOUGH)

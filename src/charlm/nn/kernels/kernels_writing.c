@@ -1,10 +1,10 @@
-/* Included by kernels.c, whose types, steps and panels it uses.
+/* Writing text: one step of a whole model, for a few rows at a time. Included by kernels.c, whose types, steps and
+ * panels it uses.
  *
- * Writing text: one step of a whole model, for a few rows at a time. What counts then is how fast the weights
- * come from memory, so that they may stand there in fewer bits: as they are, as bfloat16, or as int8 with a
- * scale for each column. They are widened in registers; sums are always `real`.
+ * The time is that of reading the weights from memory. They are therefore stored as `real`, as bfloat16, or as int8
+ * with a scale for each column, and widened in registers; sums are always `real`.
  *
- * A sum's order depends on neither B nor the threads: a row comes out the same alone and among others. */
+ * The order of a sum depends neither on B nor on the threads: the result of a row does not depend on the others. */
 enum { PLAIN, HALF, BYTE };
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef int32_t integers __attribute__((vector_size(LANES * 4)));
@@ -12,8 +12,8 @@ typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t loaded __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 #define STRIP 4 /* panels at a time for a single row, so that enough sums are under way */
 
-/* A (K, N), in panels as `pack` lays them out. In fewer bits, a panel's 2 LANES columns of a k stand in LANES
- * words, so that a word's parts go to different vectors and a shift or a mask brings each into its place:
+/* A (K, N), in panels as `pack` lays them out. In HALF and BYTE, a panel's 2 LANES columns of a k are in LANES
+ * words, so that a shift or a mask brings the parts of a word into different vectors:
  * HALF: the columns j and LANES + j; BYTE: those of k and those of k + 1, K being made even with a zero.
  * scale (BYTE: times 2^-24, see `widen`) and bias are (N,) or NULL. */
 typedef struct {
@@ -23,13 +23,13 @@ typedef struct {
 } matrix;
 
 typedef struct {
-    matrix input, recurrent; /* layer 0 has no input matrix, but the table */
+    matrix input, recurrent; /* layer 0 uses the table instead of an input matrix */
     const real *b_hn;        /* the GRU's; all other biases are in the table or the input matrix */
 } layer;
 
 typedef struct {
     int64_t cell, layers, H, V; /* cell: 0 rnn with tanh, 1 with relu, 2 lstm, 3 gru */
-    const real *table;          /* (V, G H): layer 0's input share of every character */
+    const real *table;          /* (V, G H): the input's part of layer 0 for every character */
     const layer *layer;
     matrix head;
 } model;
@@ -71,7 +71,7 @@ INLINE void widen(const int kind, const void *weights, int64_t at, vector wide[4
     }
 }
 
-/* c from its sums, which stand panel by panel and row by row: the columns from n on, scaled, and the bias. */
+/* c from its sums, which are ordered by panel and row: the columns from n on, scaled, and the bias. */
 static __attribute__((noinline)) void finish(const matrix *w, int rows, int panels, const real *sum, int64_t n,
                                              real *c) {
     for (int q = 0; q < panels; q++, n += NR)
@@ -145,8 +145,8 @@ static void multiply(const matrix *w, int64_t M, const real *a, real *c) {
     }
 }
 
-/* One character further: ids (B,) and the state h, c (layers, B, H) to logits (B, V) and the state after.
- * work: room for B (2 G + 1) H numbers. Returns 1, having done nothing, for an id that is none. */
+/* One step: ids (B,) and the state h, c (layers, B, H) to logits (B, V) and the state after.
+ * work: room for B (2 G + 1) H numbers. Returns 1, and does nothing, for an id out of range. */
 EXPORT int step(const model *m, int64_t B, const int64_t *ids, const real *h, const real *c, real *work,
                 real *h_after, real *c_after, real *logits) {
     const int64_t H = m->H, BH = B * H, G = m->cell == 2 ? 4 : m->cell == 3 ? 3 : 1;
@@ -169,7 +169,7 @@ EXPORT int step(const model *m, int64_t B, const int64_t *ids, const real *h, co
     return 0;
 }
 
-/* ids (B,), drawn from the first `kept` of each row of logits (B, V) as chances (B,) in [0, 1) say; where
+/* ids (B,), drawn from the first `kept` of each row of logits (B, V) by chances (B,) in [0, 1); where
  * top_p is below 1 the rows are sorted, the largest first. Returns 1 if a number is not finite. */
 EXPORT int draw(int64_t B, int64_t V, int64_t kept, double temperature, double top_p, const real *logits,
                 const double *chances, double *up_to, int64_t *ids) {

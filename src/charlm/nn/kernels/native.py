@@ -1,9 +1,11 @@
-"""The optional compiled part: `kernels.c`, made by the machine's C compiler for the machine's instructions.
+"""The optional compiled part: compiles `kernels.c` with the machine's C compiler and loads it.
 
 It is compiled at first use, once for each type of number, in a second or two, and kept in the user's cache
-folder (``$XDG_CACHE_HOME/charlm`` or ``~/.cache/charlm``), if only its owner can put anything there; else
-it is compiled anew each time, in a folder of its own. Where there is no compiler, or ``CHARLM_KERNELS=off``
-stands in the environment, `kernels` gives None, and `fused` does the same with torch's operations.
+folder (``$XDG_CACHE_HOME/charlm`` or ``~/.cache/charlm``) if only the user can write there; else it is
+compiled in each process. The file's name contains the checksum of its content, which is checked before it is
+loaded. Without a compiler, or with ``CHARLM_KERNELS=off`` in the environment, `kernels` returns None, and
+`fused` does the same with torch's operations. ``ATEN_CPU_CAPABILITY``, which limits torch to some of the
+processor's instructions, limits the kernels to them too.
 """
 
 import contextlib
@@ -27,9 +29,10 @@ from torch import Tensor
 
 from charlm.files import cache_folder, is_ours
 
-_SOURCE = Path(__file__).with_name("kernels.c")  # which includes the other
+_SOURCE = Path(__file__).with_name("kernels.c")  # it includes the other
 _SOURCES = (_SOURCE, Path(__file__).with_name("kernels_writing.c"))
 _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden"]
+_NATIVE = ["-march=native"]
 _STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 _COUNT, _POINTER, _FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -44,7 +47,7 @@ STEPS: dict[str, list[Any]] = {  # the arguments after B and H
 
 
 class Matrix(ctypes.Structure):
-    """A matrix (K, N) as `kernels.c` multiplies by it when it writes text."""
+    """A matrix (K, N), laid out for writing text."""
 
     _fields_ = (
         ("kind", _COUNT),
@@ -57,13 +60,13 @@ class Matrix(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A layer's matrices, and of the GRU the bias that stands inside the reset."""
+    """A layer's matrices, and the GRU's b_hn or NULL."""
 
     _fields_ = (("input", Matrix), ("recurrent", Matrix), ("b_hn", _POINTER))
 
 
 class Model(ctypes.Structure):
-    """All that `kernels.c` needs to know of a model to go a character further."""
+    """A model, laid out for writing text."""
 
     _fields_ = (
         ("cell", _COUNT),
@@ -79,8 +82,8 @@ class Model(ctypes.Structure):
 class Kernels:
     """The functions of `kernels.c` for one type of number, over contiguous CPU tensors.
 
-    The steps take the arguments of their namesakes in `fused`, which say what they compute. Where there is no
-    product for the type (`multiplies` is false: in bfloat16, and without AVX) torch's is the one to use.
+    The steps have the arguments of the methods of `fused.Steps`, which document them. `multiplies` is false
+    where there is no product for the type, in bfloat16 and without AVX: torch's product is used there.
     """
 
     rnn_forward: Callable[..., None]
@@ -111,21 +114,21 @@ class Kernels:
             library.draw.restype = _FLAG
 
     def at(self, tensor: Tensor) -> int:
-        """The address of `tensor`."""
+        """Return the address of `tensor`."""
         return tensor.data_ptr()
 
     def each(self, tensor: Tensor) -> Sequence[Any]:
-        """The address of tensor[t] for all t."""
-        # Not by the stride, which may be anything where there is a single row.
+        """Return the addresses of tensor[t] for all t."""
+        # The stride has no meaning where there is a single row.
         size = max(tensor.numel() // max(len(tensor), 1) * tensor.element_size(), 1)
         return range(tensor.data_ptr(), tensor.data_ptr() + len(tensor) * size, size)
 
     def bind(self, name: str, B: int, H: int) -> Callable[..., None]:
-        """The step of this name over a batch of B and H units, told of tensors by their addresses."""
+        """Return the step `name` over a batch of B and H units; it takes addresses of tensors."""
         return functools.partial(getattr(self.library, name), B, H)
 
     def product(self, W: Tensor, M: int) -> Callable[[Any, Any], None]:
-        """A function of a (M, K) and out (M, N) that puts a W into out, for a W (K, N) that stays."""
+        """Return a function of a (M, K) and out (M, N) that writes a W into out; W (K, N) must not change."""
         (K, N), library = W.shape, self.library
         packed = W.new_empty(library.packed_size(K, N))
         library.pack(K, N, W.data_ptr(), *W.stride(), packed.data_ptr())
@@ -138,9 +141,9 @@ class Kernels:
     def draw(
         self, logits: Tensor, kept: int, temperature: float, top_p: float, chances: Tensor
     ) -> Tensor | None:
-        """Ids (B,) among the first `kept` of each row of logits (B, V), sorted where top_p is below 1.
+        """Draw ids (B,) among the first `kept` of each row of logits (B, V), sorted where top_p is below 1.
 
-        None where a logit is not finite.
+        Return None where a logit is not finite.
         """
         B, V = logits.shape
         up_to, ids = chances.new_empty(kept), logits.new_empty(B, dtype=torch.int64)
@@ -150,7 +153,10 @@ class Kernels:
     def matrix(
         self, weights: Tensor, scale: Tensor | None, bias: Tensor | None
     ) -> tuple[Matrix, list[Tensor]]:
-        """weights (N, K) in self.dtype, bfloat16 or int8, scale and bias (N,); and what it points to."""
+        """Lay out weights (N, K) in self.dtype, bfloat16 or int8, with scale and bias (N,).
+
+        Return the matrix and the tensors that it points to.
+        """
         (N, K), weights = weights.shape, weights.contiguous()
         kind = {torch.bfloat16: 1, torch.int8: 2}.get(weights.dtype, 0)
         laid = weights.new_empty(self.library.laid_size(K, N))
@@ -163,26 +169,26 @@ class Kernels:
 
 
 def _step(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a step: B and H are the last argument's shape, a tensor is its address, None is NULL."""
+    """Call a step: B and H are the shape of the last argument; a tensor is passed as its address."""
     pointers = (item.data_ptr() if isinstance(item, Tensor) else item for item in arguments)
     function(*arguments[-1].shape, *pointers)
 
 
 @functools.cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
-    """The kernels for tensors of `dtype`, compiled if they are not yet; None where they cannot be had."""
+    """Return the kernels for tensors of `dtype`, compiled if necessary; None where that is impossible."""
     library = load(_STORE.get(dtype, ""))[0]
     return Kernels(library, dtype) if library else None
 
 
 def why_no_kernels() -> str:
-    """Why `kernels` gives None for float32."""
+    """Return the reason why `kernels` returns None for float32."""
     return load(_STORE[torch.float32])[1]
 
 
 @functools.cache
 def load(store: str) -> tuple[ctypes.CDLL | None, str]:
-    """The library for one ``-DSTORE``, or None, and why."""
+    """Return the library for one ``-DSTORE`` or None, and the reason."""
     if os.environ.get("CHARLM_KERNELS", "").lower() in ("off", "0", "no"):
         return None, "CHARLM_KERNELS is off"
     if not store:
@@ -192,59 +198,89 @@ def load(store: str) -> tuple[ctypes.CDLL | None, str]:
     try:
         compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     except ValueError as error:
-        return None, f"CC names no compiler: {error}"
+        return None, f"CC is not a command: {error}"
     if not shutil.which(compiler[0]):
-        return None, f"there is no C compiler {compiler[0]}"
-    why = ""
-    # From a folder that is full, or where nothing may be executed, none can be had; another OpenMP than
-    # torch's does not load: then on one thread.
-    for folder, openmp in itertools.product(
-        dict.fromkeys((cache_folder(), None)), dict.fromkeys((_torch_openmp(), None))
-    ):
+        return None, f"C compiler {compiler[0]} not found"
+    folder, why = cache_folder(), ""
+    # Clang on Linux, for example, needs another OpenMP library than the one that torch has loaded: then what
+    # it compiles cannot be loaded, and is compiled without threads.
+    builds = [_Build(compiler, store, openmp) for openmp in dict.fromkeys((_torch_openmp(), None))]
+    # Look for both before compiling one: else the one that cannot be loaded is compiled at each start.
+    for build in builds:
+        if folder and (library := build.cached(folder)):
+            return library, f"compiled by {compiler[0]}"
+    # The cache folder may be full, or on a disk from which nothing can be executed.
+    for place, build in itertools.product(dict.fromkeys((folder, None)), builds):
         try:
-            return _build(compiler, store, openmp, folder), f"compiled by {compiler[0]}"
+            return build.compiled(place), f"compiled by {compiler[0]}"
         except (OSError, subprocess.SubprocessError) as error:
             output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-            why = (output.strip().splitlines() or ["it did not say why"])[-1]
+            why = (output.strip().splitlines() or ["it gave no reason"])[-1]
     return None, f"{compiler[0]} could not compile them: {why}"
 
 
-def _build(compiler: list[str], store: str, openmp: str | None, folder: Path | None) -> ctypes.CDLL:
-    """Compile `kernels.c` into `folder`, or find it there; None keeps it for this process alone."""
-    flags = [*_FLAGS, f"-DSTORE={store}", "-fopenmp" if openmp else "-fopenmp-simd"]
-    # Everything that the result depends on, so that a home shared by several machines is safe.
-    parts = [
-        *(source.read_bytes() for source in _SOURCES),
-        " ".join([*compiler, *flags]).encode(),
-        _machine(compiler),
-    ]
-    name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    if folder and is_ours(folder / name, stat.S_ISREG):
-        with contextlib.suppress(OSError):  # damaged
-            return _open(folder / name, openmp)
-    if folder and not os.access(folder, os.W_OK):
-        folder = None
-    if _macros(compiler):
-        flags.append("-march=native")
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        made = Path(temporary) / name
-        # Linked without OpenMP's library: its functions are those that torch has loaded already, so that
-        # both share one pool of threads.
-        _run([*compiler, *flags, "-c", str(_SOURCE), "-o", f"{made}.o"])
-        darwin = os.uname().sysname == "Darwin"
-        unresolved = ["-undefined", "dynamic_lookup"] if darwin else ["-Wl,-Bsymbolic"]
-        _run([*compiler, "-shared", *unresolved, f"{made}.o", "-o", str(made), "-lm"])
-        made.chmod(0o700)
-        library = _open(made, openmp)
-        if folder:
-            with made.open("rb") as file:
-                os.fsync(file.fileno())  # half of it, after a crash, would end every process that loads it
-            made.replace(folder / name)
-        return library
+class _Build:
+    """One way to compile `kernels.c`; openmp: the library with its threads, or None for one thread."""
+
+    def __init__(self, compiler: list[str], store: str, openmp: str | None):
+        self.compiler, self.openmp = compiler, openmp
+        self.flags = [*_FLAGS, f"-DSTORE={store}", "-fopenmp" if openmp else "-fopenmp-simd"]
+        self.level = _level()
+        # Everything that the result depends on, so that several machines can share a home folder.
+        parts = [
+            *(source.read_bytes() for source in _SOURCES),
+            " ".join([*compiler, *self.flags, *self.level]).encode(),
+            _machine(compiler),
+        ]
+        self.name = f"kernels-{store}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}"
+
+    def cached(self, folder: Path) -> ctypes.CDLL | None:
+        """Load the library from `folder`; a damaged one, which would end the process, is deleted."""
+        for path in folder.glob(f"{self.name}-*.so"):
+            with contextlib.suppress(OSError):
+                if not is_ours(path, stat.S_ISREG):
+                    continue
+                if path.name == f"{self.name}-{_checksum(path)}.so":
+                    return _open(path, self.openmp)
+                path.unlink()
+        return None
+
+    def compiled(self, folder: Path | None) -> ctypes.CDLL:
+        """Compile the library, load it and keep it in `folder`, if that is given and can be written to."""
+        if folder and not os.access(folder, os.W_OK):
+            folder = None
+        level = self.level if self.level != _NATIVE or _macros(self.compiler) else []
+        command = [*self.compiler, *self.flags, *level]
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            made = Path(temporary) / f"{self.name}.so"
+            # Linked without an OpenMP library: its functions are those that torch has loaded already, so that
+            # both use the same threads.
+            _run([*command, "-c", str(_SOURCE), "-o", f"{made}.o"])
+            darwin = os.uname().sysname == "Darwin"
+            unresolved = ["-undefined", "dynamic_lookup"] if darwin else ["-Wl,-Bsymbolic"]
+            _run([*self.compiler, "-shared", *unresolved, f"{made}.o", "-o", str(made), "-lm"])
+            made.chmod(0o700)
+            library = _open(made, self.openmp)
+            if folder:
+                with made.open("rb") as file:
+                    os.fsync(file.fileno())
+                made.replace(folder / f"{self.name}-{_checksum(made)}.so")
+            return library
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _level() -> list[str]:
+    """Return the compiler's options for the instructions that torch uses."""
+    if "ATEN_CPU_CAPABILITY" not in os.environ:
+        return _NATIVE
+    return {"DEFAULT": [], "AVX2": ["-mavx2", "-mfma"]}.get(torch.backends.cpu.get_cpu_capability(), _NATIVE)
 
 
 def _machine(compiler: list[str]) -> bytes:
-    """What tells this compiler and this kind of processor from others, read from files where that can be."""
+    """Identify the compiler and the kind of processor, from files where possible."""
     try:
         program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
         known = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
@@ -254,14 +290,14 @@ def _machine(compiler: list[str]) -> bytes:
     except OSError:
         lines = []
     if not lines:
-        return _macros(compiler)  # which takes longer: the compiler runs
+        return _macros(compiler)  # slower: it runs the compiler
     parts = [str(program), str(found.st_size), str(found.st_mtime_ns), *lines]
     return "\n".join(parts).encode(errors="surrogateescape")
 
 
 def _macros(compiler: list[str]) -> bytes:
-    """What the compiler knows of this machine's processor; nothing if it knows no -march=native."""
-    done = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], check=False)
+    """Return the compiler's macros for this processor; nothing if it does not accept -march=native."""
+    done = _run([*compiler, *_NATIVE, "-dM", "-E", "-x", "c", os.devnull], check=False)
     return done.stdout.encode() if done.returncode == 0 else b""
 
 
@@ -276,9 +312,9 @@ def _run(command: list[str], check: bool = True) -> "subprocess.CompletedProcess
 
 
 def _torch_openmp() -> str | None:
-    """The OpenMP library with GCC's interface that torch has loaded, where that can be told."""
+    """Return the path of the OpenMP library that torch has loaded, or None where it is not found."""
     try:
-        loaded = os.fsdecode(Path("/proc/self/maps").read_bytes())  # with names of any bytes
+        loaded = os.fsdecode(Path("/proc/self/maps").read_bytes())  # names can be any bytes
     except OSError:
         return None
     found = re.search(r" (/.*/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*)$", loaded, re.M)
@@ -286,10 +322,11 @@ def _torch_openmp() -> str | None:
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed for the next allocation, large blocks too.
+    """Make glibc's allocator keep freed memory, large blocks too, for the next allocation.
 
-    A training step allocates and frees the same large blocks each time. Given back to the kernel, all their
-    pages fault anew: a quarter of the step's time. Elsewhere than on glibc this does nothing.
+    This changes the whole process, so only a program's main function should call it. A training step
+    allocates and frees the same large blocks each time; if they are returned to the kernel, all their pages
+    fault again, which takes a quarter of the step. With other C libraries this does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -6,6 +6,7 @@ The examples below are run by the tests, with a run named ``first`` in ``runs/``
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
 from charlm.inference import fill, sample
 from charlm.inference.evaluate import CHUNK, evaluate, text_surprisals
+from charlm.inference.sampling import Sampling
 from charlm.nn.cells import State
 from charlm.nn.device import choose_device
 from charlm.nn.model import CharLM, FillLM
@@ -24,6 +26,8 @@ from charlm.storage import run as runs
 from charlm.storage.model_file import Loaded, load_model
 from charlm.text.clean import clean
 from charlm.text.vocab import Unknown, Vocab
+
+DEFAULTS = Sampling()
 
 
 class LanguageModel:
@@ -74,16 +78,14 @@ class LanguageModel:
         self,
         prefix: str = "",
         length: int = 500,
+        sampling: Sampling = DEFAULTS,
         *,
-        temperature: float = 0.7,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: str = "",
         seed: int | None = None,
         unknown: Unknown = "error",
         quantize: Quantize | None = None,
+        **changes: Any,
     ) -> str:
-        """A text that begins with `prefix` and goes on for up to `length` characters.
+        """Return a text that begins with `prefix` and continues for up to `length` characters.
 
         >>> text = model.generate("abc", length=20, temperature=0.5, seed=1)
         >>> len(text), text[:3]
@@ -91,62 +93,49 @@ class LanguageModel:
         >>> text == model.generate("abc", length=20, temperature=0.5, seed=1)
         True
 
-        A model of ``model.direction: backward`` writes what stands before the prefix, which the text then
-        ends with.
+        A model of ``model.direction: backward`` writes the text before the prefix: the result ends with it.
 
-        temperature: below 1 plainer, above 1 wilder; 0 always takes the most probable character.
-        top_k, top_p: draw among the k most probable characters, among the fewest that hold p together.
-        stop: end once this text has been written.
-        seed: the same seed gives the same text; by default chance decides.
+        sampling: how characters are drawn.
+        seed: the same seed gives the same text; by default each call gives another text.
+        unknown: how characters that the model does not know are treated (see the class).
         quantize: ``bf16`` or ``int8``: hold the weights in fewer bits, on the CPU.
+        changes: fields of `sampling` by name: ``temperature`` (default 0.7), ``top_k``, ``top_p``, ``stop``.
 
-        Raises `CharlmError` for a model that fills in characters: use `fill`.
+        Raises `ConfigError` for a value that is not allowed, `TypeError` for a name that `Sampling` does not
+        have, and `CharlmError` for a model of ``model.direction: both``, for which there is `fill`.
         """
-        parts = self.stream(
-            prefix,
-            length,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop=stop,
-            seed=seed,
-            unknown=unknown,
-            quantize=quantize,
-        )
-        return "".join(parts)
+        options: Any = {"seed": seed, "unknown": unknown, "quantize": quantize, **changes}
+        return "".join(self.stream(prefix, length, sampling, **options))
 
     def stream(
         self,
         prefix: str = "",
         length: int = 500,
+        sampling: Sampling = DEFAULTS,
         *,
-        temperature: float = 0.7,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: str = "",
         seed: int | None = None,
         unknown: Unknown = "error",
         quantize: Quantize | None = None,
+        **changes: Any,
     ) -> Iterator[str]:
-        """The parts of the text that `generate` gives, as they are made: the prefix, then each character.
+        """Yield the text that `generate` returns in parts, as they are made: the prefix, then each character.
 
         >>> "".join(model.stream("abc", 20, seed=1)) == model.generate("abc", 20, seed=1)
         True
 
-        What a backward model writes comes in one part at the end, as its last character stands first; empty
-        parts come meanwhile.
+        A backward model writes the last character first: its text is the last part, and the parts before it,
+        one for each character, are empty.
         """
-        _check(length, temperature, top_k, top_p, seed, quantize)
-        shown, start, stop = self._read(prefix, stop, unknown)
-        options = (start, length, temperature, top_k, top_p, stop, _generator(seed), quantize)
-        written = sample.generate(self.model, self.vocab, *options)
+        _check(length, seed, quantize)
+        shown, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
+        written = sample.generate(self.model, self.vocab, start, length, sampling, _generator(seed), quantize)
 
         def parts() -> Iterator[str]:
             if self._backward:
                 end = ""
                 for part in written:
                     end += part
-                    yield ""  # whoever reads can stop here
+                    yield ""  # the caller can stop here
                 yield end[::-1] + shown
             else:
                 yield shown
@@ -159,48 +148,47 @@ class LanguageModel:
         n: int,
         prefix: str = "",
         length: int = 500,
+        sampling: Sampling = DEFAULTS,
         *,
-        temperature: float = 0.7,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: str = "",
         seed: int | None = None,
         unknown: Unknown = "error",
         quantize: Quantize | None = None,
+        **changes: Any,
     ) -> list[str]:
-        """`n` texts, written side by side, which is faster than one after the other.
+        """Return `n` texts, written side by side, which is faster than one after the other.
 
         >>> texts = model.generate_batch(3, "abc", length=20, seed=1)
         >>> texts[1] == model.generate("abc", length=20, seed=2)
         True
 
-        seed: text k is what `generate` gives with ``seed + k``.
+        seed: text k is the text that `generate` returns with ``seed + k``.
         """
-        _check(length, temperature, top_k, top_p, seed, quantize)
+        _check(length, seed, quantize)
         _require(n >= 1, f"n {n}", "1 or more")
-        shown, start, stop = self._read(prefix, stop, unknown)
+        shown, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
-        options = (start, length, temperature, top_k, top_p, stop, generators, quantize)
-        texts = sample.generate_batch(self.model, self.vocab, *options)
+        texts = sample.generate_batch(self.model, self.vocab, start, length, sampling, generators, quantize)
         return [written[::-1] + shown if self._backward else shown + written for written in texts]
 
     @property
     def _backward(self) -> bool:
         return self.config.model.direction == "backward"
 
-    def _read(self, prefix: str, stop: str, unknown: Unknown) -> tuple[str, Tensor, str]:
-        """`prefix` as the model knows it, its ids (N,) and `stop` in the order in which the model writes."""
+    def _read(self, prefix: str, sampling: Sampling, unknown: Unknown) -> tuple[str, Tensor, Sampling]:
+        """Return the prefix that the model reads, its ids (N,) and `sampling`, both in reading order."""
         if isinstance(self.model, FillLM):
             raise CharlmError(
-                "this model was trained with model.direction: both, to fill in characters between others; it "
-                "has no prediction of what follows a text: use charlm fill (in Python fill), or another model"
+                "a model of model.direction: both fills in characters between others and cannot continue "
+                "a text; use charlm fill (in Python: fill), or a model of another direction"
             )
         ids = self._encode(prefix, unknown, "the prefix")
-        stop = clean(stop, **{**self.config.corpus.cleaning, "keep": None})
+        stop = clean(sampling.stop, **{**self.config.corpus.cleaning, "keep": None})
         if never := sorted(set(stop) - set(self.vocab.characters)):
             raise ConfigError(f"stop {stop!r} can never be written: the model does not know {never}")
         shown = self.vocab.decode(ids)
-        return (shown, ids.flip(0), stop[::-1]) if self._backward else (shown, ids, stop)
+        if self._backward:
+            ids, stop = ids.flip(0), stop[::-1]
+        return shown, ids, replace(sampling, stop=stop)
 
     def fill(
         self, text: str, *, blank: str = "_", best: int = 5, unknown: Unknown = "error"
@@ -288,19 +276,9 @@ class LanguageModel:
         return self.vocab.encode(self._clean(written), unknown, name)
 
 
-def _check(
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    quantize: Quantize | None,
-) -> None:
-    """Raise `ConfigError` for what a text cannot be drawn with."""
+def _check(length: int, seed: int | None, quantize: Quantize | None) -> None:
+    """Raise `ConfigError` for a value that is not allowed."""
     _require(length >= 0, f"length {length}", "0 or more")
-    _require(0 <= temperature < math.inf, f"temperature {temperature}", "0 or more, and finite")
-    _require(top_k is None or top_k >= 1, f"top_k {top_k}", "1 or more, or None")
-    _require(top_p is None or 0 < top_p <= 1, f"top_p {top_p}", "above 0 and up to 1, or None")
     _require(seed is None or 0 <= seed < 2**63, f"seed {seed}", "from 0 to 2**63 - 1, or None")
     _require(quantize in (None, *get_args(Quantize)), f"quantize {quantize!r}", "bf16, int8 or None")
 

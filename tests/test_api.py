@@ -69,7 +69,15 @@ def test_load_accepts_the_arguments_of_the_option_model(folder):
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_generate_returns_the_command_s_text(charlm, folder, way):
     model = package.load(save(folder, way))
-    options = {"temperature": 1.3, "top_k": 8, "top_p": 0.9, "seed": 5, "unknown": "skip", "stop": "ad"}
+    options = {
+        "temperature": 1.3,
+        "top_k": 8,
+        "top_p": 0.9,
+        "min_p": 0.02,
+        "seed": 5,
+        "unknown": "skip",
+        "stop": "ad",
+    }
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     written = model.generate("abΩ", 40, **options)
     assert charlm("generate", "-p", "abΩ", "-n", 40, *arguments).out.rstrip("\n") == written.rstrip("\n")
@@ -187,7 +195,14 @@ def test_torch_s_default_device_and_dtype_do_not_matter(folder, direction, imple
 @pytest.mark.parametrize(
     "wrong",
     [
-        *[{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0}, {"length": -1}],
+        *[
+            {"temperature": -1},
+            {"temperature": math.nan},
+            {"top_k": 0},
+            {"top_p": 0},
+            {"min_p": 0},
+            {"length": -1},
+        ],
         *[{"seed": -1}, {"seed": 2**63}, {"quantize": "int4"}, {"unknown": "ignore"}],
     ],
 )

@@ -99,7 +99,8 @@ class LanguageModel:
         seed: the same seed gives the same text; by default each call gives another text.
         unknown: how characters that the model does not know are treated (see the class).
         quantize: ``bf16`` or ``int8``: hold the weights in fewer bits, on the CPU.
-        changes: fields of `sampling` by name: ``temperature`` (default 0.7), ``top_k``, ``top_p``, ``stop``.
+        changes: fields of `sampling` by name: ``temperature`` (default 0.7), ``top_k``, ``top_p``, ``min_p``,
+            ``stop``.
 
         Raises `ConfigError` for a value that is not allowed, `TypeError` for a name that `Sampling` does not
         have, and `CharlmError` for a model of ``model.direction: both``, for which there is `fill`.

@@ -34,16 +34,26 @@ def test_each_line_is_a_prefix_and_gives_the_command_s_text(typed, charlm):
 
 
 def test_a_line_with_a_colon_changes_a_setting(typed, charlm):
-    lines = [":length 9", ":seed 4", ":temp 1.5", ":top-k 5", ":top-p 0.9", ":unknown skip", "aΩb", ":stop a"]
+    lines = [
+        ":length 9",
+        ":seed 4",
+        ":temp 1.5",
+        ":top-k 5",
+        ":top-p 0.9",
+        ":min-p 0.1",
+        ":unknown skip",
+        "aΩb",
+        ":stop a",
+    ]
     lines += ["b", ":top-k", ":quit", "not reached"]
     done = typed(*lines)
-    same = ["-n", "9", "--seed", "4", "-t", "1.5", "--top-k", "5", "--top-p", "0.9"]
+    same = ["-n", "9", "--seed", "4", "-t", "1.5", "--top-k", "5", "--top-p", "0.9", "--min-p", "0.1"]
     assert done.out == charlm("generate", "-p", "ab", *same).out + (
         charlm("generate", "-p", "b", *same, "--stop", "a").out
     )
     assert done.err.splitlines() == [
-        ":length 9", ":seed 4", ":temperature 1.5", ":top-k 5", ":top-p 0.9", ":unknown skip", ":stop a",
-        ":top-k",
+        ":length 9", ":seed 4", ":temperature 1.5", ":top-k 5", ":top-p 0.9", ":min-p 0.1", ":unknown skip",
+        ":stop a", ":top-k",
     ]  # fmt: skip
 
 

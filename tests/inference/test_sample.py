@@ -53,7 +53,48 @@ def test_top_p_keeps_the_fewest_characters_that_hold_p():
     assert torch.allclose(frequencies(top_p=1.0), p, atol=0.03)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 4, "top_p": 0.9}])
+KNOWN = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"min_p": 0.1}, [0, 1, 2, 3, 4]),
+        ({"min_p": 0.2}, [1, 2, 3, 4]),  # 0.08 and more
+        ({"min_p": 0.45}, [1, 3, 4]),  # 0.18 and more
+        ({"min_p": 0.6}, [1, 3]),
+        ({"min_p": 1}, [1]),
+        ({"min_p": 0.2, "top_k": 3}, [1, 3, 4]),
+        ({"min_p": 0.6, "top_k": 4}, [1, 3]),
+        ({"min_p": 0.2, "top_p": 0.6}, [1, 3]),
+        ({"min_p": 0.45, "top_p": 0.9}, [1, 3, 4]),
+        ({"min_p": 0.1, "top_k": 3, "top_p": 0.7}, [1, 3]),  # top_p of what top_k keeps: 0.65 / 0.85 = 0.76
+        ({"min_p": 0.6, "top_p": 0.6}, [1, 3]),  # top_p comes first: of what min_p keeps, 0.4 / 0.65 > 0.6
+        ({"min_p": 0.3, "temperature": 2.0}, [0, 1, 2, 3, 4]),  # at 2 the least is 0.35 times as probable
+        ({"min_p": 0.3, "temperature": 0.5}, [1, 3]),  # at 0.5 the third is 0.25 times as probable
+    ],
+)
+def test_min_p_keeps_the_characters_at_least_p_times_as_probable_as_the_best(options, kept):
+    sampling = Sampling(**{"temperature": 1.0, **options})
+    expected = (KNOWN.log() / sampling.temperature).softmax(0)
+    expected = expected[kept] / expected[kept].sum()
+    uniforms = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    drawn = choose(KNOWN.log().expand(2000, -1), uniforms, sampling).bincount(minlength=5) / 2000
+    assert drawn.nonzero()[:, 0].tolist() == kept
+    assert torch.allclose(drawn[kept], expected, atol=1e-3)
+
+
+def test_min_p_of_1_keeps_ties_of_the_best():
+    logits = torch.tensor([[1.0, 3.0, 2.9, 3.0]]).expand(100, -1)
+    uniforms = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    drawn = choose(logits, uniforms, Sampling(min_p=1.0))
+    assert drawn.bincount(minlength=4).tolist() == [0, 50, 0, 50]
+
+
+FILTERS = [{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9, "min_p": 0.1}]
+
+
+@pytest.mark.parametrize("options", FILTERS)
 def test_the_uniform_numbers_alone_decide_what_is_drawn(options, monkeypatch):
     """The same with and without kernels, up to the largest number below 1, and for each row alone."""
     sampling = Sampling(temperature=0.8, **options)
@@ -159,6 +200,7 @@ def test_a_quantised_model_writes_the_same_at_temperature_0(model, how, monkeypa
         ("temperature", [-0.1, float("nan"), float("inf"), "warm", None], [0, 0.7, 1e300]),
         ("top_k", [0, -1, 2.5, "3", 2**63], [None, 1, 2**63 - 1]),
         ("top_p", [0, -0.1, 1.1, float("nan"), "half"], [None, 1e-9, 1]),
+        ("min_p", [0, -0.1, 1.1, float("nan"), "half"], [None, 1e-9, 1]),
         ("stop", [None, 3], ["", "ab"]),
     ],
 )

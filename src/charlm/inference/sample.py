@@ -151,6 +151,8 @@ def _drawn_by_torch(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Ten
     top_p = sampling.top_p or 1
     if top_p < 1:
         probabilities = probabilities * (probabilities.cumsum(-1) - probabilities < top_p)
+    if sampling.min_p is not None:
+        probabilities = probabilities * (logits[:, : sampling.top_k].exp() >= sampling.min_p)
     up_to = probabilities.cumsum(-1)
     # A number below 1 is at most 1 - 2⁻⁵³: its product with the last sum is rounded to less than that sum.
     return torch.searchsorted(up_to, (uniforms * up_to[:, -1])[:, None], right=True)[:, 0]

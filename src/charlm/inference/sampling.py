@@ -27,6 +27,8 @@ class Sampling:
     top_k: draw among the k most probable characters.
     top_p: draw among the fewest characters that hold the probability p together, of the probabilities at
         `temperature` after `top_k` (nucleus sampling, Holtzman et al. 2020).
+    min_p: draw among the characters at least p times as probable as the most probable one, at `temperature`
+        (Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling"); 1 keeps it and its ties.
     stop: end the text once it ends with this text.
 
     Raises `ConfigError` for a value that is not allowed.
@@ -51,6 +53,12 @@ class Sampling:
         lambda p: 0 < p <= 1,
         "Draw among the fewest characters that hold this probability together.",
     )
+    min_p: float | None = _option(
+        None,
+        "above 0 and up to 1",
+        lambda p: 0 < p <= 1,
+        "Draw among the characters at least this many times as probable as the most probable one.",
+    )
     stop: str = _option("", "a text", lambda stop: True, "End the text once it ends with this text.")
 
     def __post_init__(self) -> None:
@@ -69,7 +77,7 @@ class Sampling:
     @property
     def has_filters(self) -> bool:
         """Whether a filter may exclude characters."""
-        return (self.top_k, self.top_p) != (None, None)
+        return (self.top_k, self.top_p, self.min_p) != (None, None, None)
 
 
 def value_type(annotation: Any) -> type:

@@ -79,7 +79,12 @@ class Model(ctypes.Structure):
 class DrawOptions(ctypes.Structure):
     """How `kernels.c` draws characters, as in `inference.sampling.Sampling`; 0 turns a filter off."""
 
-    _fields_ = (("temperature", ctypes.c_double), ("top_k", _COUNT), ("top_p", ctypes.c_double))
+    _fields_ = (
+        ("temperature", ctypes.c_double),
+        ("top_k", _COUNT),
+        ("top_p", ctypes.c_double),
+        ("min_p", ctypes.c_double),
+    )
 
 
 class Kernels:

@@ -5,7 +5,6 @@ The examples below are run by the tests, with a run named ``first`` in ``runs/``
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, get_args
@@ -20,7 +19,7 @@ from charlm.inference.evaluate import CHUNK, evaluate, text_surprisals
 from charlm.inference.sampling import Sampling
 from charlm.nn.cells import State
 from charlm.nn.device import choose_device
-from charlm.nn.model import CharLM, FillLM
+from charlm.nn.model import CharLM, FillLM, evaluating
 from charlm.nn.stepper import Quantize
 from charlm.storage import run as runs
 from charlm.storage.model_file import Loaded, load_model
@@ -305,22 +304,10 @@ def _generator(seed: int | None) -> torch.Generator:
     return generator
 
 
-@contextmanager
-def _evaluating(model: CharLM) -> Iterator[None]:
-    """No dropout and no gradients meanwhile."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def _hidden(model: CharLM, stack: nn.Module, ids: Tensor, state: State) -> Tensor:
     """What `stack`, one of the model's, gives for ids (N,) from `state` on: float32 (N, H), on the CPU."""
     found = [torch.empty(0, model.config.hidden_size, dtype=torch.float32, device="cpu")]
-    with _evaluating(model):
+    with evaluating(model):
         for part in _parts(ids.long().to(model.head.weight.device), CHUNK):
             y, state = stack(model.embed(part[None]), state)
             found.append(y[0].float().cpu())

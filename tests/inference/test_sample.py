@@ -170,6 +170,27 @@ def test_characters_are_yielded_as_they_are_drawn_and_the_mode_is_restored(model
     assert model.training
 
 
+@pytest.mark.parametrize("gru_reset", ["before", "after"])
+def test_interleaved_texts_are_written_without_dropout(gru_reset):
+    config = ModelConfig(
+        cell="gru", gru_reset=gru_reset, hidden_size=6, embedding_size=3, num_layers=2, dropout=0.5
+    )
+    model = CharLM(4, config).initialise(0).train()
+    alone = [write(model, seed=seed) for seed in (1, 2)]
+
+    def start(seed, length):
+        generator = torch.Generator().manual_seed(seed)
+        return generate(model, VOCAB, VOCAB.encode("ab"), length, Sampling(temperature=1.0), generator)
+
+    first, second = start(1, 10), start(2, 20)
+    texts = [next(first), next(second)]
+    assert model.training, "dropout is on between two characters"
+    texts[0] += "".join(first)
+    texts[1] += "".join(second)
+    assert texts == [alone[0][:10], alone[1]]
+    assert model.training
+
+
 def test_a_long_prefix_is_read_in_chunks(model, monkeypatch):
     whole = write(model, "ab a\nb" * 9, temperature=0)
     monkeypatch.setattr(module, "PREFIX_CHUNK", 7)

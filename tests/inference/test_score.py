@@ -1,11 +1,10 @@
 import math
 
 import pytest
-import torch
 
 from charlm.config import ModelConfig
 from charlm.inference import score as scoring
-from charlm.inference.evaluate import evaluate, evaluate_each
+from charlm.inference.evaluate import evaluate
 from charlm.inference.score import Tally, most_surprising, score
 from charlm.nn.model import make_model
 from charlm.text.vocab import Vocab
@@ -71,12 +70,3 @@ def test_the_most_surprising_by_bits_or_by_bits_a_character():
     found = most_surprising(lines, 2, each_character=True)
     assert found == sorted(lines, key=lambda row: -row[1].bits / row[1].characters)[:2]
     assert most_surprising(lines, 99, False) == sorted(lines, key=lambda row: -row[1].bits)
-
-
-def test_texts_side_by_side_are_scored_as_each_alone(model):
-    texts = [torch.randint(len(VOCAB), (n,)) for n in (1, 40, 2, 700, 41, 0, 300)]
-    told = []
-    for each, ids in zip(evaluate_each(model, texts, told.append), texts, strict=True):
-        alone = evaluate(model, ids)
-        assert (each.characters, each.nats) == (alone.characters, pytest.approx(alone.nats, rel=1e-6))
-    assert model.config.direction == "both" or sum(told) == sum(max(len(ids) - 1, 0) for ids in texts)

@@ -13,7 +13,7 @@ from torch import Tensor
 from charlm.errors import NOT_FINITE, CharlmError
 from charlm.inference.sampling import Sampling as Sampling
 from charlm.nn.kernels.native import DrawOptions, kernels
-from charlm.nn.model import CharLM
+from charlm.nn.model import CharLM, evaluating
 from charlm.nn.stepper import Quantize, Stepper
 from charlm.text.vocab import Vocab
 
@@ -83,22 +83,19 @@ def _choices(
     device, B = model.head.weight.device, len(generators)
     if not len(prefix):
         prefix = torch.tensor([max(vocab.characters.find("\n"), 0)], device="cpu")
-    was_training = model.training
-    model.eval()
-    try:
-        if length:
-            logits, state = _read(model, prefix.long()[None].to(device))
-            logits, state = logits.repeat(B, 1), tuple(tensor.repeat(1, B, 1) for tensor in state)
-            stepper = Stepper(model, quantize)
-        for n in range(length):
-            if n % _RANDOM_BLOCK == 0 and (sampling.temperature or not n):
-                uniforms = torch.stack([_random(_RANDOM_BLOCK, each) for each in generators], 1).unbind()
-            choices = choose(logits.cpu(), uniforms[n % _RANDOM_BLOCK], sampling)
-            yield choices.tolist()
-            if n < length - 1:
-                logits, state = stepper.step(choices.to(device), state)
-    finally:
-        model.train(was_training)
+    if not length:
+        return
+    with evaluating(model):
+        logits, state = _read(model, prefix.long()[None].to(device))
+        logits, state = logits.repeat(B, 1), tuple(tensor.repeat(1, B, 1) for tensor in state)
+    stepper = Stepper(model, quantize)
+    for n in range(length):
+        if n % _RANDOM_BLOCK == 0 and (sampling.temperature or not n):
+            uniforms = torch.stack([_random(_RANDOM_BLOCK, each) for each in generators], 1).unbind()
+        choices = choose(logits.cpu(), uniforms[n % _RANDOM_BLOCK], sampling)
+        yield choices.tolist()
+        if n < length - 1:
+            logits, state = stepper.step(choices.to(device), state)
 
 
 def _read(model: CharLM, prefix: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

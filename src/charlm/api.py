@@ -1,6 +1,6 @@
-"""`LanguageModel`: a trained model as Python uses it; `charlm.load` gives one.
+"""`LanguageModel`: a trained model in Python, as `charlm.load` returns it.
 
-The examples below are run by the tests, with a run named ``first`` in ``runs/``.
+The tests run the examples below, with a run named ``first`` in ``runs/``.
 """
 
 import math
@@ -30,22 +30,22 @@ DEFAULTS = Sampling()
 
 
 class LanguageModel:
-    """A trained model, ready to write, to score and to embed texts.
+    """A trained model that writes, scores, fills in and embeds texts.
 
     >>> import charlm
     >>> model = charlm.load("runs/first")
     >>> model
     <charlm LanguageModel: lstm 1 × 12, forward, 10 characters, 1,092 parameters>
 
-    Texts are cleaned as the training text was (Unicode normal form, lower case, kept characters). `unknown`
-    says what becomes of characters that the model does not know: ``error`` raises `CharlmError` that names
-    them, ``skip`` leaves them out, ``replace`` puts a space for each, or where the model knows none its most
-    frequent character.
+    Texts are cleaned like the training text (Unicode normal form, lower case, kept characters). The argument
+    `unknown` of the methods selects how characters that the model does not know are treated: ``error`` raises
+    `UnknownCharactersError`, which names them; ``skip`` leaves them out; ``replace`` replaces each by a
+    space, or by the most frequent character if the model does not know the space.
 
-    model: the network itself, a `torch.nn.Module`: ids and a state in, logits and a state out.
-    vocab: the characters that it knows.
-    config: what it was made from.
-    figures: what training knew when it was saved: step, epoch, val_loss and so on.
+    model: the network, a `torch.nn.Module` that maps ids and a state to logits and a state.
+    vocab: the characters that the model knows.
+    config: the configuration that the model was trained with.
+    figures: metrics at the time the model was saved: step, epoch, val_loss and so on.
     """
 
     def __init__(self, loaded: Loaded):
@@ -62,7 +62,7 @@ class LanguageModel:
         device: str = "auto",
         implementation: str | None = None,
     ) -> "LanguageModel":
-        """What `charlm.load` gives."""
+        """Return the model that `charlm.load` returns."""
         path = runs.find_model(None if model is None else fspath(model))
         return cls(load_model(path, implementation, choose_device(device)))
 
@@ -127,7 +127,7 @@ class LanguageModel:
         one for each character, are empty.
         """
         _check(length, seed, quantize)
-        shown, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
+        known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         written = sample.generate(self.model, self.vocab, start, length, sampling, _generator(seed), quantize)
 
         def parts() -> Iterator[str]:
@@ -136,9 +136,9 @@ class LanguageModel:
                 for part in written:
                     end += part
                     yield ""  # the caller can stop here
-                yield end[::-1] + shown
+                yield end[::-1] + known_prefix
             else:
-                yield shown
+                yield known_prefix
                 yield from written
 
         return parts()
@@ -165,10 +165,12 @@ class LanguageModel:
         """
         _check(length, seed, quantize)
         _require(n >= 1, f"n {n}", "1 or more")
-        shown, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
+        known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
         texts = sample.generate_batch(self.model, self.vocab, start, length, sampling, generators, quantize)
-        return [written[::-1] + shown if self._backward else shown + written for written in texts]
+        return [
+            written[::-1] + known_prefix if self._backward else known_prefix + written for written in texts
+        ]
 
     @property
     def _backward(self) -> bool:
@@ -185,20 +187,23 @@ class LanguageModel:
         stop = clean(sampling.stop, **{**self.config.corpus.cleaning, "keep": None})
         if never := sorted(set(stop) - set(self.vocab.characters)):
             raise ConfigError(f"stop {stop!r} can never be written: the model does not know {never}")
-        shown = self.vocab.decode(ids)
+        known_prefix = self.vocab.decode(ids)
         if self._backward:
             ids, stop = ids.flip(0), stop[::-1]
-        return shown, ids, replace(sampling, stop=stop)
+        return known_prefix, ids, replace(sampling, stop=stop)
 
     def fill(
         self, text: str, *, blank: str = "_", best: int = 5, unknown: Unknown = "error"
     ) -> list[tuple[str, float]]:
-        """The likeliest texts without the blanks in `text`, best first, with their probabilities.
+        """Return the most probable fillings of the blanks in `text`, best first, with their probabilities.
 
         >>> filling = charlm.load("runs/filling")
         >>> [(text, probability), *_] = filling.fill("ab_de")
         >>> len(text), 0 < probability < 1
         (5, True)
+
+        blank: the character that marks a blank; each blank is one character.
+        best: the number of fillings.
 
         Raises `CharlmError` for a model that was not trained with ``model.direction: both``.
         """
@@ -210,7 +215,7 @@ class LanguageModel:
         return [(fill.joined(parts, chars), probability) for chars, probability in answers]
 
     def score(self, text: str, *, unknown: Unknown = "error") -> list[tuple[str, float]]:
-        """Each character of `text` with its surprisal in bits: -log2 of its probability given all before it.
+        """Return the characters of `text` with their surprisals, -log2 p given all before them, in bits.
 
         >>> scored = model.score("abcab")
         >>> [character for character, bits in scored]
@@ -219,9 +224,9 @@ class LanguageModel:
         >>> abs(2**bits_per_character - model.perplexity("abcab")) < 1e-3
         True
 
-        The first character has nothing before it and is left out; so is the last of a backward model, which
-        reads from the end. A model that fills in characters scores every one, given all the others: their
-        sum is a pseudo-likelihood, not to be compared with a likelihood.
+        The first character has no prediction and is left out; for a model of ``model.direction: backward``,
+        which reads from the end, the last is. A model of ``both`` scores every character given all the
+        others: their sum is a pseudo-likelihood, which must not be compared with a likelihood.
         """
         ids = self._encode(text, unknown, "the text")
         bits = text_surprisals(self.model, ids) / math.log(2)
@@ -230,33 +235,33 @@ class LanguageModel:
         return list(zip(self.vocab.decode(ids[scored]), bits[scored].tolist(), strict=True))
 
     def perplexity(self, text: str, *, unknown: Unknown = "error") -> float:
-        """The perplexity of `text`: e to the power of the mean surprisal, in nats, of its characters.
+        """Return the perplexity of `text`: e to the mean surprisal, in nats, of its characters.
 
         >>> model.perplexity("abcab") < len(model.vocab) * 2
         True
 
-        Raises `CharlmError` for a text of fewer than two characters and a model that fills in characters,
-        whose score is no perplexity.
+        Raises `CharlmError` for a text of fewer than two characters, and for a model of
+        ``model.direction: both``, whose score is not a perplexity.
         """
         if isinstance(self.model, FillLM):
             raise CharlmError(
-                "a model that fills in characters has no perplexity; the mean of score's bits is its "
-                "pseudo-score, which does not compare with one"
+                "a model of model.direction: both has no perplexity; the mean of the bits of score() is its "
+                "pseudo-score, which must not be compared with one"
             )
         ids = self._encode(text, unknown, "the text")
         if len(ids) < 2:
-            raise CharlmError(f"the text has {len(ids)} characters to score; it takes two or more")
+            raise CharlmError(f"the text has {len(ids)} characters to score; two or more are needed")
         return evaluate(self.model, ids).perplexity
 
     def embed(self, text: str, *, unknown: Unknown = "error") -> Tensor:
-        """The hidden state h of the last recurrent layer after each character: float32 (N, H), on the CPU.
+        """Return the hidden state h of the last layer after each character: float32 (N, H), on the CPU.
 
         >>> model.embed("abcab").shape
         torch.Size([5, 12])
 
-        Row t has read `text` up to and with character t; of a backward model, from the end down to it. A
-        model that fills in characters gives (N, 2 H): what the left-to-right stack has read up to and with
-        character t, then what the right-to-left stack has.
+        Row t is the state after character t, read from the beginning, or for a model of ``model.direction:
+        backward`` from the end. For a model of ``both`` the shape is (N, 2 H): the state of the left-to-right
+        stack after character t, then that of the right-to-left stack.
         """
         ids = self._encode(text, unknown, "the text")
         model, state = self.model, self.model.initial_state(1)
@@ -292,23 +297,18 @@ def _require(fine: bool, what: str, allowed: str) -> None:
         raise ConfigError(f"{what} must be {allowed}")
 
 
-def _parts(ids: Tensor, size: int) -> tuple[Tensor, ...]:
-    """`ids` (N,) in parts of up to `size`; no part where there are none."""
-    return torch.split(ids, size) if len(ids) else ()
-
-
 def _generator(seed: int | None) -> torch.Generator:
-    """A source of chance on the CPU."""
+    """Return a random number generator on the CPU."""
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     return generator
 
 
 def _hidden(model: CharLM, stack: nn.Module, ids: Tensor, state: State) -> Tensor:
-    """What `stack`, one of the model's, gives for ids (N,) from `state` on: float32 (N, H), on the CPU."""
-    found = [torch.empty(0, model.config.hidden_size, dtype=torch.float32, device="cpu")]
+    """Return the output of `stack` of `model` for ids (N,) from `state`: float32 (N, H), on the CPU."""
+    outputs = [torch.empty(0, model.config.hidden_size, dtype=torch.float32, device="cpu")]
     with evaluating(model):
-        for part in _parts(ids.long().to(model.head.weight.device), CHUNK):
+        for part in torch.split(ids.long().to(model.head.weight.device), CHUNK) if len(ids) else ():
             y, state = stack(model.embed(part[None]), state)
-            found.append(y[0].float().cpu())
-    return torch.cat(found)
+            outputs.append(y[0].float().cpu())
+    return torch.cat(outputs)

@@ -21,7 +21,7 @@ def model(request):
 
 @pytest.mark.parametrize("kind", ["char", "word", "line"])
 @pytest.mark.parametrize("size", [1, 5, 100])
-def test_units_are_the_text_and_their_bits_sum_to_eval_s(model, kind, size):
+def test_units_join_to_the_text_and_their_bits_sum_to_those_of_evaluate(model, kind, size):
     tally = Tally()
     pieces = (TEXT[k : k + size] for k in range(0, len(TEXT), size))
     units = list(score(model, VOCAB, pieces, kind, tally=tally))
@@ -41,7 +41,7 @@ def test_units_are_the_text_and_their_bits_sum_to_eval_s(model, kind, size):
 
 
 @pytest.mark.parametrize("kind", ["word", "line"])
-def test_a_unit_of_any_length_is_looked_through_once(monkeypatch, kind):
+def test_a_unit_of_any_length_is_searched_once(monkeypatch, kind):
     seen, pattern = [], scoring._ENDS[kind]
 
     class Noting:
@@ -55,7 +55,7 @@ def test_a_unit_of_any_length_is_looked_through_once(monkeypatch, kind):
     assert (unit.text, unit.characters) == ("abc" * 50, 150) and sum(seen) <= 50 * 4 + 1
 
 
-def test_characters_that_are_unknown():
+def test_unknown_characters_are_counted_or_raise_an_error():
     model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
     tally = Tally()
     units = list(score(model, VOCAB, ["aXb", "Y", "a"], unknown="skip", tally=tally))
@@ -64,7 +64,7 @@ def test_characters_that_are_unknown():
         list(score(model, VOCAB, ["abb", "Y"]))
 
 
-def test_the_most_surprising_by_bits_or_by_bits_a_character():
+def test_most_surprising_ranks_by_bits_or_by_bits_per_character():
     model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
     lines = [("x", unit) for unit in score(model, VOCAB, [TEXT], "line")]
     found = most_surprising(lines, 2, each_character=True)

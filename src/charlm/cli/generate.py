@@ -266,9 +266,9 @@ def _change_setting(
     word, _, value = line.partition(" ")
     if word in ("", "h", "help"):
         return _help(settings, options)
-    matching = [name for name in SETTINGS if _shown(name).startswith(f":{word}")]
+    matching = [name for name in SETTINGS if _setting_line(name).startswith(f":{word}")]
     if len(matching) != 1 and word not in SETTINGS:
-        candidates = ", ".join(map(_shown, matching or SETTINGS))
+        candidates = ", ".join(map(_setting_line, matching or SETTINGS))
         raise ConfigError(f"unknown setting :{word}; allowed: {candidates}; :help, :quit")
     name = word if word in SETTINGS else matching[0]
     option = options[name]
@@ -282,17 +282,17 @@ def _change_setting(
         **{field.name: changed[field.name] for field in fields(Sampling)}
     )  # raises for a value not allowed
     settings[name] = new
-    return _shown(name, new)
+    return _setting_line(name, new)
 
 
-def _shown(name: str, value: Any = None) -> str:
+def _setting_line(name: str, value: Any = None) -> str:
     return f":{name.replace('_', '-')}" + ("" if value in (None, "") else f" {value}".rstrip(" "))
 
 
 def _help(settings: dict[str, Any], options: dict[str, click.Parameter]) -> str:
     """Return the settings with their values and meanings."""
     rows = [
-        f"  {_shown(name, settings[name]):<20} {str(getattr(options[name], 'help', '')).split('  [')[0]}"
+        f"  {_setting_line(name, settings[name]):<20} {getattr(options[name], 'help', '').split('  [')[0]}"
         for name in SETTINGS
     ]
     return "\n".join(

@@ -37,8 +37,8 @@ def generate(
     quantize: write with the weights in fewer bits (see `Stepper`); the prefix is read with all bits.
     """
     tail, stop = "", sampling.stop
-    for (choice,) in _choices(model, vocab, prefix, length, sampling, [generator], quantize):
-        character = vocab.characters[choice]
+    for (id_,) in _next_ids(model, vocab, prefix, length, sampling, [generator], quantize):
+        character = vocab.characters[id_]
         yield character
         tail = (tail + character)[-len(stop) :] if stop else ""
         if stop and tail == stop:
@@ -59,10 +59,10 @@ def generate_batch(
     With compiled kernels the predictions are the same to the bit; without, to rounding.
     """
     texts, ended, stop = [""] * len(generators), [False] * len(generators), sampling.stop
-    for choices in _choices(model, vocab, prefix, length, sampling, generators, quantize):
-        for k, choice in enumerate(choices):
+    for ids in _next_ids(model, vocab, prefix, length, sampling, generators, quantize):
+        for k, id_ in enumerate(ids):
             if not ended[k]:
-                texts[k] += vocab.characters[choice]
+                texts[k] += vocab.characters[id_]
                 ended[k] = bool(stop) and texts[k].endswith(stop)
         if all(ended):
             break
@@ -70,7 +70,7 @@ def generate_batch(
 
 
 @torch.inference_mode()
-def _choices(
+def _next_ids(
     model: CharLM,
     vocab: Vocab,
     prefix: Tensor,
@@ -92,10 +92,10 @@ def _choices(
     for n in range(length):
         if n % _RANDOM_BLOCK == 0 and (sampling.temperature or not n):
             uniforms = torch.stack([_random(_RANDOM_BLOCK, each) for each in generators], 1).unbind()
-        choices = choose(logits.cpu(), uniforms[n % _RANDOM_BLOCK], sampling)
-        yield choices.tolist()
+        ids = choose(logits.cpu(), uniforms[n % _RANDOM_BLOCK], sampling)
+        yield ids.tolist()
         if n < length - 1:
-            logits, state = stepper.step(choices.to(device), state)
+            logits, state = stepper.step(ids.to(device), state)
 
 
 def _read(model: CharLM, prefix: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

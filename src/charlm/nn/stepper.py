@@ -62,8 +62,8 @@ class Stepper:
 
     quantize: hold the matrices in fewer bits.
 
-    A model whose cell has no kernel, or that is not on the CPU, steps by its own `forward`, with the weights that
-    it has at each step.
+    A model whose cell has no kernel, or that is not on the CPU, steps by its own `forward`, with the weights
+    that it has at each step.
     """
 
     def __init__(self, model: CharLM, quantize: Quantize | None = None):

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -220,7 +222,7 @@ def test_a_quantised_model_writes_the_same_at_temperature_0(model, how, monkeypa
     [
         ("temperature", [-0.1, float("nan"), float("inf"), "warm", None], [0, 0.7, 1e300]),
         ("top_k", [0, -1, 2.5, "3", 2**63], [None, 1, 2**63 - 1]),
-        ("top_p", [0, -0.1, 1.1, float("nan"), "half"], [None, 1e-9, 1]),
+        ("top_p", [0, -0.1, 1.1, float("nan"), "half"], [None, 1e-9, 1, Fraction(1, 2)]),
         ("min_p", [0, -0.1, 1.1, float("nan"), "half"], [None, 1e-9, 1]),
         ("stop", [None, 3], ["", "ab"]),
     ],

@@ -63,16 +63,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
+            value, kind = getattr(self, option.name), value_type(option.type)
             if value is None and option.default is None:
                 continue
-            if not isinstance(value, _TYPES[value_type(option.type)]) or not option.metadata["is_allowed"](
-                value
-            ):
+            if not (isinstance(value, _TYPES[kind]) and option.metadata["is_allowed"](value)):
                 none = ", or None" if option.default is None else ""
                 raise ConfigError(
                     f"{option.name} {value!r} is not allowed; it must be {option.metadata['allowed']}{none}"
                 )
+            object.__setattr__(self, option.name, kind(value))  # as the kernels need it
 
     @property
     def has_filters(self) -> bool:

@@ -225,7 +225,7 @@ def converse(model: "LanguageModel", context: click.Context) -> None:
                 raise
             click.echo()
     if failed and not at_terminal:
-        raise CharlmError(f"{failed} lines failed")
+        raise CharlmError(f"{failed} {'line' if failed == 1 else 'lines'} failed")
 
 
 def _ask() -> str | None:

@@ -328,12 +328,7 @@ class _Lines:
 
 
 def _units(
-    files: Iterable[str],
-    loaded: "Loaded",
-    kind: "Kind",
-    unknown: "Unknown",
-    tally: "Tally",
-    lines: _Lines,
+    files: Iterable[str], loaded: "Loaded", kind: "Kind", unknown: "Unknown", tally: "Tally", lines: _Lines
 ) -> "Iterator[tuple[str, Unit]]":
     """Yield the units of all `files` with their paths; prints `lines` before it waits for more text."""
     from charlm.inference.score import score

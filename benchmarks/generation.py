@@ -20,7 +20,7 @@ from common import heading, record
 from torch import nn
 
 from charlm.config import Config, from_data
-from charlm.inference.sample import generate, generate_batch
+from charlm.inference.sample import Sampling, generate, generate_batch
 from charlm.nn.model import CharLM
 from charlm.nn.stepper import Stepper
 from charlm.storage.model_file import load_model, save_model
@@ -60,11 +60,11 @@ def ways(layers, hidden, length):
     prefix = VOCAB.encode("a")
 
     def ours(quantize=None):
-        return "".join(generate(model, VOCAB, prefix, length, 0.7, quantize=quantize))
+        return "".join(generate(model, VOCAB, prefix, length, Sampling(), quantize=quantize))
 
     def batch(quantize=None):
         generators = [torch.Generator().manual_seed(k) for k in range(BATCH)]
-        return generate_batch(model, VOCAB, prefix, length, 0.7, generators=generators, quantize=quantize)
+        return generate_batch(model, VOCAB, prefix, length, Sampling(), generators, quantize)
 
     yield "torch.nn, a call a character", lambda: write_plainly(plain, length), length
     for how in (None, "bf16", "int8"):

@@ -1,11 +1,11 @@
-"""`LanguageModel`: a trained model as Python uses it; `charlm.load` gives one.
+"""`LanguageModel`: a trained model in Python, as `charlm.load` returns it.
 
-The examples below are run by the tests, with a run named ``first`` in ``runs/``.
+The tests run the examples below, with a run named ``first`` in ``runs/``.
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, get_args
 
@@ -16,33 +16,36 @@ from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
 from charlm.inference import fill, sample
 from charlm.inference.evaluate import CHUNK, evaluate, text_surprisals
+from charlm.inference.sampling import Sampling
 from charlm.nn.cells import State
 from charlm.nn.device import choose_device
-from charlm.nn.model import CharLM, FillLM
+from charlm.nn.model import CharLM, FillLM, evaluating
 from charlm.nn.stepper import Quantize
 from charlm.storage import run as runs
 from charlm.storage.model_file import Loaded, load_model
 from charlm.text.clean import clean
 from charlm.text.vocab import Unknown, Vocab
 
+DEFAULTS = Sampling()
+
 
 class LanguageModel:
-    """A trained model, ready to write, to score and to embed texts.
+    """A trained model that writes, scores, fills in and embeds texts.
 
     >>> import charlm
     >>> model = charlm.load("runs/first")
     >>> model
     <charlm LanguageModel: lstm 1 × 12, forward, 10 characters, 1,092 parameters>
 
-    Texts are cleaned as the training text was (Unicode normal form, lower case, kept characters). `unknown`
-    says what becomes of characters that the model does not know: ``error`` raises `CharlmError` that names
-    them, ``skip`` leaves them out, ``replace`` puts a space for each, or where the model knows none its most
-    frequent character.
+    Texts are cleaned like the training text (Unicode normal form, lower case, kept characters). The argument
+    `unknown` of the methods selects how characters that the model does not know are treated: ``error`` raises
+    `UnknownCharactersError`, which names them; ``skip`` leaves them out; ``replace`` replaces each by a
+    space, or by the most frequent character if the model does not know the space.
 
-    model: the network itself, a `torch.nn.Module`: ids and a state in, logits and a state out.
-    vocab: the characters that it knows.
-    config: what it was made from.
-    figures: what training knew when it was saved: step, epoch, val_loss and so on.
+    model: the network, a `torch.nn.Module` that maps ids and a state to logits and a state.
+    vocab: the characters that the model knows.
+    config: the configuration that the model was trained with.
+    figures: metrics at the time the model was saved: step, epoch, val_loss and so on.
     """
 
     def __init__(self, loaded: Loaded):
@@ -59,7 +62,7 @@ class LanguageModel:
         device: str = "auto",
         implementation: str | None = None,
     ) -> "LanguageModel":
-        """What `charlm.load` gives."""
+        """Return the model that `charlm.load` returns."""
         path = runs.find_model(None if model is None else fspath(model))
         return cls(load_model(path, implementation, choose_device(device)))
 
@@ -74,16 +77,14 @@ class LanguageModel:
         self,
         prefix: str = "",
         length: int = 500,
+        sampling: Sampling = DEFAULTS,
         *,
-        temperature: float = 0.7,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: str = "",
         seed: int | None = None,
         unknown: Unknown = "error",
         quantize: Quantize | None = None,
+        **changes: Any,
     ) -> str:
-        """A text that begins with `prefix` and goes on for up to `length` characters.
+        """Return a text that begins with `prefix` and continues for up to `length` characters.
 
         >>> text = model.generate("abc", length=20, temperature=0.5, seed=1)
         >>> len(text), text[:3]
@@ -91,65 +92,53 @@ class LanguageModel:
         >>> text == model.generate("abc", length=20, temperature=0.5, seed=1)
         True
 
-        A model of ``model.direction: backward`` writes what stands before the prefix, which the text then
-        ends with.
+        A model of ``model.direction: backward`` writes the text before the prefix: the result ends with it.
 
-        temperature: below 1 plainer, above 1 wilder; 0 always takes the most probable character.
-        top_k, top_p: draw among the k most probable characters, among the fewest that hold p together.
-        stop: end once this text has been written.
-        seed: the same seed gives the same text; by default chance decides.
+        sampling: how characters are drawn.
+        seed: the same seed gives the same text; by default each call gives another text.
+        unknown: how characters that the model does not know are treated (see the class).
         quantize: ``bf16`` or ``int8``: hold the weights in fewer bits, on the CPU.
+        changes: fields of `sampling` by name: ``temperature`` (default 0.7), ``top_k``, ``top_p``, ``min_p``,
+            ``stop``.
 
-        Raises `CharlmError` for a model that fills in characters: use `fill`.
+        Raises `ConfigError` for a value that is not allowed, `TypeError` for a name that `Sampling` does not
+        have, and `CharlmError` for a model of ``model.direction: both``, for which there is `fill`.
         """
-        parts = self.stream(
-            prefix,
-            length,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop=stop,
-            seed=seed,
-            unknown=unknown,
-            quantize=quantize,
-        )
-        return "".join(parts)
+        options: Any = {"seed": seed, "unknown": unknown, "quantize": quantize, **changes}
+        return "".join(self.stream(prefix, length, sampling, **options))
 
     def stream(
         self,
         prefix: str = "",
         length: int = 500,
+        sampling: Sampling = DEFAULTS,
         *,
-        temperature: float = 0.7,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: str = "",
         seed: int | None = None,
         unknown: Unknown = "error",
         quantize: Quantize | None = None,
+        **changes: Any,
     ) -> Iterator[str]:
-        """The parts of the text that `generate` gives, as they are made: the prefix, then each character.
+        """Yield the text that `generate` returns in parts, as they are made: the prefix, then each character.
 
         >>> "".join(model.stream("abc", 20, seed=1)) == model.generate("abc", 20, seed=1)
         True
 
-        What a backward model writes comes in one part at the end, as its last character stands first; empty
-        parts come meanwhile.
+        A backward model writes the last character first: its text is the last part, and the parts before it,
+        one for each character, are empty.
         """
-        _check(length, temperature, top_k, top_p, seed, quantize)
-        shown, start, stop = self._read(prefix, stop, unknown)
-        options = (start, length, temperature, top_k, top_p, stop, _generator(seed), quantize)
-        written = sample.generate(self.model, self.vocab, *options)
+        _check(length, seed, quantize)
+        known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
+        written = sample.generate(self.model, self.vocab, start, length, sampling, _generator(seed), quantize)
 
         def parts() -> Iterator[str]:
             if self._backward:
                 end = ""
                 for part in written:
                     end += part
-                    yield ""  # whoever reads can stop here
-                yield end[::-1] + shown
+                    yield ""  # the caller can stop here
+                yield end[::-1] + known_prefix
             else:
-                yield shown
+                yield known_prefix
                 yield from written
 
         return parts()
@@ -159,58 +148,62 @@ class LanguageModel:
         n: int,
         prefix: str = "",
         length: int = 500,
+        sampling: Sampling = DEFAULTS,
         *,
-        temperature: float = 0.7,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: str = "",
         seed: int | None = None,
         unknown: Unknown = "error",
         quantize: Quantize | None = None,
+        **changes: Any,
     ) -> list[str]:
-        """`n` texts, written side by side, which is faster than one after the other.
+        """Return `n` texts, written side by side, which is faster than one after the other.
 
         >>> texts = model.generate_batch(3, "abc", length=20, seed=1)
         >>> texts[1] == model.generate("abc", length=20, seed=2)
         True
 
-        seed: text k is what `generate` gives with ``seed + k``.
+        seed: text k is the text that `generate` returns with ``seed + k``.
         """
-        _check(length, temperature, top_k, top_p, seed, quantize)
+        _check(length, seed, quantize)
         _require(n >= 1, f"n {n}", "1 or more")
-        shown, start, stop = self._read(prefix, stop, unknown)
+        known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
-        options = (start, length, temperature, top_k, top_p, stop, generators, quantize)
-        texts = sample.generate_batch(self.model, self.vocab, *options)
-        return [written[::-1] + shown if self._backward else shown + written for written in texts]
+        texts = sample.generate_batch(self.model, self.vocab, start, length, sampling, generators, quantize)
+        return [
+            written[::-1] + known_prefix if self._backward else known_prefix + written for written in texts
+        ]
 
     @property
     def _backward(self) -> bool:
         return self.config.model.direction == "backward"
 
-    def _read(self, prefix: str, stop: str, unknown: Unknown) -> tuple[str, Tensor, str]:
-        """`prefix` as the model knows it, its ids (N,) and `stop` in the order in which the model writes."""
+    def _read(self, prefix: str, sampling: Sampling, unknown: Unknown) -> tuple[str, Tensor, Sampling]:
+        """Return the prefix that the model reads, its ids (N,) and `sampling`, both in reading order."""
         if isinstance(self.model, FillLM):
             raise CharlmError(
-                "this model was trained with model.direction: both, to fill in characters between others; it "
-                "has no prediction of what follows a text: use charlm fill (in Python fill), or another model"
+                "a model of model.direction: both fills in characters between others and cannot continue "
+                "a text; use charlm fill (in Python: fill), or a model of another direction"
             )
         ids = self._encode(prefix, unknown, "the prefix")
-        stop = clean(stop, **{**self.config.corpus.cleaning, "keep": None})
+        stop = clean(sampling.stop, **{**self.config.corpus.cleaning, "keep": None})
         if never := sorted(set(stop) - set(self.vocab.characters)):
             raise ConfigError(f"stop {stop!r} can never be written: the model does not know {never}")
-        shown = self.vocab.decode(ids)
-        return (shown, ids.flip(0), stop[::-1]) if self._backward else (shown, ids, stop)
+        known_prefix = self.vocab.decode(ids)
+        if self._backward:
+            ids, stop = ids.flip(0), stop[::-1]
+        return known_prefix, ids, replace(sampling, stop=stop)
 
     def fill(
         self, text: str, *, blank: str = "_", best: int = 5, unknown: Unknown = "error"
     ) -> list[tuple[str, float]]:
-        """The likeliest texts without the blanks in `text`, best first, with their probabilities.
+        """Return the most probable fillings of the blanks in `text`, best first, with their probabilities.
 
         >>> filling = charlm.load("runs/filling")
         >>> [(text, probability), *_] = filling.fill("ab_de")
         >>> len(text), 0 < probability < 1
         (5, True)
+
+        blank: the character that marks a blank; each blank is one character.
+        best: the number of fillings.
 
         Raises `CharlmError` for a model that was not trained with ``model.direction: both``.
         """
@@ -222,7 +215,7 @@ class LanguageModel:
         return [(fill.joined(parts, chars), probability) for chars, probability in answers]
 
     def score(self, text: str, *, unknown: Unknown = "error") -> list[tuple[str, float]]:
-        """Each character of `text` with its surprisal in bits: -log2 of its probability given all before it.
+        """Return the characters of `text` with their surprisals, -log2 p given all before them, in bits.
 
         >>> scored = model.score("abcab")
         >>> [character for character, bits in scored]
@@ -231,9 +224,9 @@ class LanguageModel:
         >>> abs(2**bits_per_character - model.perplexity("abcab")) < 1e-3
         True
 
-        The first character has nothing before it and is left out; so is the last of a backward model, which
-        reads from the end. A model that fills in characters scores every one, given all the others: their
-        sum is a pseudo-likelihood, not to be compared with a likelihood.
+        The first character has no prediction and is left out; for a model of ``model.direction: backward``,
+        which reads from the end, the last is. A model of ``both`` scores every character given all the
+        others: their sum is a pseudo-likelihood, which must not be compared with a likelihood.
         """
         ids = self._encode(text, unknown, "the text")
         bits = text_surprisals(self.model, ids) / math.log(2)
@@ -242,33 +235,33 @@ class LanguageModel:
         return list(zip(self.vocab.decode(ids[scored]), bits[scored].tolist(), strict=True))
 
     def perplexity(self, text: str, *, unknown: Unknown = "error") -> float:
-        """The perplexity of `text`: e to the power of the mean surprisal, in nats, of its characters.
+        """Return the perplexity of `text`: e to the mean surprisal, in nats, of its characters.
 
         >>> model.perplexity("abcab") < len(model.vocab) * 2
         True
 
-        Raises `CharlmError` for a text of fewer than two characters and a model that fills in characters,
-        whose score is no perplexity.
+        Raises `CharlmError` for a text of fewer than two characters, and for a model of
+        ``model.direction: both``, whose score is not a perplexity.
         """
         if isinstance(self.model, FillLM):
             raise CharlmError(
-                "a model that fills in characters has no perplexity; the mean of score's bits is its "
-                "pseudo-score, which does not compare with one"
+                "a model of model.direction: both has no perplexity; the mean of the bits of score() is its "
+                "pseudo-score, which must not be compared with one"
             )
         ids = self._encode(text, unknown, "the text")
         if len(ids) < 2:
-            raise CharlmError(f"the text has {len(ids)} characters to score; it takes two or more")
+            raise CharlmError(f"the text has {len(ids)} characters to score; two or more are needed")
         return evaluate(self.model, ids).perplexity
 
     def embed(self, text: str, *, unknown: Unknown = "error") -> Tensor:
-        """The hidden state h of the last recurrent layer after each character: float32 (N, H), on the CPU.
+        """Return the hidden state h of the last layer after each character: float32 (N, H), on the CPU.
 
         >>> model.embed("abcab").shape
         torch.Size([5, 12])
 
-        Row t has read `text` up to and with character t; of a backward model, from the end down to it. A
-        model that fills in characters gives (N, 2 H): what the left-to-right stack has read up to and with
-        character t, then what the right-to-left stack has.
+        Row t is the state after character t, read from the beginning, or for a model of ``model.direction:
+        backward`` from the end. For a model of ``both`` the shape is (N, 2 H): the state of the left-to-right
+        stack after character t, then that of the right-to-left stack.
         """
         ids = self._encode(text, unknown, "the text")
         model, state = self.model, self.model.initial_state(1)
@@ -288,19 +281,9 @@ class LanguageModel:
         return self.vocab.encode(self._clean(written), unknown, name)
 
 
-def _check(
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    quantize: Quantize | None,
-) -> None:
-    """Raise `ConfigError` for what a text cannot be drawn with."""
+def _check(length: int, seed: int | None, quantize: Quantize | None) -> None:
+    """Raise `ConfigError` for a value that is not allowed."""
     _require(length >= 0, f"length {length}", "0 or more")
-    _require(0 <= temperature < math.inf, f"temperature {temperature}", "0 or more, and finite")
-    _require(top_k is None or top_k >= 1, f"top_k {top_k}", "1 or more, or None")
-    _require(top_p is None or 0 < top_p <= 1, f"top_p {top_p}", "above 0 and up to 1, or None")
     _require(seed is None or 0 <= seed < 2**63, f"seed {seed}", "from 0 to 2**63 - 1, or None")
     _require(quantize in (None, *get_args(Quantize)), f"quantize {quantize!r}", "bf16, int8 or None")
 
@@ -314,35 +297,18 @@ def _require(fine: bool, what: str, allowed: str) -> None:
         raise ConfigError(f"{what} must be {allowed}")
 
 
-def _parts(ids: Tensor, size: int) -> tuple[Tensor, ...]:
-    """`ids` (N,) in parts of up to `size`; no part where there are none."""
-    return torch.split(ids, size) if len(ids) else ()
-
-
 def _generator(seed: int | None) -> torch.Generator:
-    """A source of chance on the CPU."""
+    """Return a random number generator on the CPU."""
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     return generator
 
 
-@contextmanager
-def _evaluating(model: CharLM) -> Iterator[None]:
-    """No dropout and no gradients meanwhile."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def _hidden(model: CharLM, stack: nn.Module, ids: Tensor, state: State) -> Tensor:
-    """What `stack`, one of the model's, gives for ids (N,) from `state` on: float32 (N, H), on the CPU."""
-    found = [torch.empty(0, model.config.hidden_size, dtype=torch.float32, device="cpu")]
-    with _evaluating(model):
-        for part in _parts(ids.long().to(model.head.weight.device), CHUNK):
+    """Return the output of `stack` of `model` for ids (N,) from `state`: float32 (N, H), on the CPU."""
+    outputs = [torch.empty(0, model.config.hidden_size, dtype=torch.float32, device="cpu")]
+    with evaluating(model):
+        for part in torch.split(ids.long().to(model.head.weight.device), CHUNK) if len(ids) else ():
             y, state = stack(model.embed(part[None]), state)
-            found.append(y[0].float().cpu())
-    return torch.cat(found)
+            outputs.append(y[0].float().cpu())
+    return torch.cat(outputs)

@@ -26,71 +26,81 @@ def typed(charlm, trained, monkeypatch):
     return run
 
 
-def test_each_line_is_a_prefix_for_the_same_text_as_the_command_s(typed, charlm):
+def test_each_line_is_a_prefix_and_gives_the_command_s_text(typed, charlm):
     options = ("--seed", "3", "-n", "20")
     done = typed("abc", "ñe ", options=options)
     assert (done.code, done.err) == (0, "")
     assert done.out == "".join(charlm("generate", "-p", prefix, *options).out for prefix in ("abc", "ñe "))
 
 
-def test_settings_change_on_the_fly(typed, charlm):
-    lines = [":length 9", ":seed 4", ":temp 1.5", ":top-k 5", ":top-p 0.9", ":unknown skip", "aΩb", ":stop a"]
+def test_a_line_with_a_colon_changes_a_setting(typed, charlm):
+    lines = [
+        ":length 9",
+        ":seed 4",
+        ":temp 1.5",
+        ":top-k 5",
+        ":top-p 0.9",
+        ":min-p 0.1",
+        ":unknown skip",
+        "aΩb",
+        ":stop a",
+    ]
     lines += ["b", ":top-k", ":quit", "not reached"]
     done = typed(*lines)
-    same = ["-n", "9", "--seed", "4", "-t", "1.5", "--top-k", "5", "--top-p", "0.9"]
+    same = ["-n", "9", "--seed", "4", "-t", "1.5", "--top-k", "5", "--top-p", "0.9", "--min-p", "0.1"]
     assert done.out == charlm("generate", "-p", "ab", *same).out + (
         charlm("generate", "-p", "b", *same, "--stop", "a").out
     )
     assert done.err.splitlines() == [
-        ":length 9", ":seed 4", ":temperature 1.5", ":top-k 5", ":top-p 0.9", ":unknown skip", ":stop a",
-        ":top-k",
+        ":length 9", ":seed 4", ":temperature 1.5", ":top-k 5", ":top-p 0.9", ":min-p 0.1", ":unknown skip",
+        ":stop a", ":top-k",
     ]  # fmt: skip
 
 
-def test_what_is_wrong_with_a_line_ends_that_line_only(typed):
+def test_an_error_in_a_line_ends_that_line_only(typed):
     wrong = [":temperature -1", ":temperature warm", ":t 1", ":warmth 1", "aΩ", ":stop Ω", "a"]
     done = typed(*wrong, ":length 5", ":stop", "abc", ":help")
     assert done.code == 1 and done.out.startswith("abc") and len(done.out) in (8, 9)
-    told = done.err.splitlines()
+    messages = done.err.splitlines()
     for line, part in zip(
-        told,
+        messages,
         ("-1", "'warm'", ":temperature, :top-k, :top-p", ":length, :temp", "U+03A9", ":stop Ω", "never"),
         strict=False,
     ):
         assert part in line
-    assert told[-1] == "charlm: 6 of the lines could not be done"
-    assert "  :temperature 0.7     Below 1 plainer" in done.err and "  :length 5 " in done.err
+    assert messages[-1] == "charlm: 6 lines failed"
+    assert "  :temperature 0.7     Divide" in done.err and "  :length 5 " in done.err
 
 
-def test_a_text_that_begins_with_a_colon(typed):
+def test_two_colons_begin_a_text_with_a_colon(typed):
     assert typed(":unknown skip", "::ab", ":length 3").out.startswith("ab")
 
 
 @pytest.mark.parametrize("options", [["--prefix", "a"], ["--num-samples", "2"], ["--novelty"]])
-def test_what_does_not_go_with_a_prompt(typed, options):
+def test_options_that_conflict_with_interactive_are_refused(typed, options):
     done = typed("a", options=options)
-    assert done.code == 2 and "leave out --prefix, --num-samples and --novelty" in done.err
+    assert done.code == 2 and all(each in done.err for each in ("--prefix", "--num-samples", "--novelty"))
 
 
 @pytest.mark.parametrize(
     ("model", "options", "part"),
     [
-        (["model.direction=both"], (), "to fill in characters"),
-        ([], ("--stop", "Ω"), "can never be written"),
+        (["model.direction=both"], (), "model.direction: both"),
+        ([], ("--stop", "Ω"), "stop 'Ω'"),
         (["model.cell=gru", "model.gru_reset=before"], ("--quantize", "int8"), "gru_reset"),
     ],
 )
-def test_what_no_line_could_do_is_refused_at_once(charlm, typed, model, options, part):
+def test_options_that_fail_for_every_line_are_refused_at_once(charlm, typed, model, options, part):
     changes = settings("corpus.source=corpus.txt", "train.max_steps=1", *model)
     assert charlm("train", *changes).code == 0
     done = typed("a", "b", options=options)
     assert part in done.err and done.err.count("charlm: ") == 1 and done.out == ""
 
 
-def test_on_a_terminal(folder, trained, request):
-    """A prompt, a history, Ctrl-C for a text, Ctrl-D to leave."""
+def test_prompt_history_and_signals_on_a_terminal(folder, trained, request):
+    """A prompt and a history; Ctrl-C stops a text, Ctrl-D leaves."""
     outer, inner = pty.openpty()
-    # The first of a new session to open a terminal has it as its own: Ctrl-C then is a signal.
+    # The first process of a new session to open a terminal controls it: Ctrl-C then sends a signal.
     begin = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); "
     begin += "from charlm.cli import main; sys.exit(main())"
     running = subprocess.Popen(
@@ -122,7 +132,7 @@ def test_on_a_terminal(folder, trained, request):
     assert ":help" in until(interactive.PROMPT)
     enter("abcΩ\r")
     assert "U+03A9" in until(interactive.PROMPT)
-    os.write(outer, b"a\xff\r")  # no UTF-8
+    os.write(outer, b"a\xff\r")  # not UTF-8
     assert "U+DCFF" in until(interactive.PROMPT)
     enter("abc\r")
     text = until(interactive.PROMPT).replace("\r", "").split("\n", 1)[1]

@@ -23,7 +23,7 @@ def log_p(model, text):
     return model(VOCAB.encode(text).long()[None], model.initial_state(1))[0][0].log_softmax(-1)
 
 
-def test_a_single_blank_has_the_model_s_distribution(model):
+def test_a_single_blank_gets_the_model_s_distribution(model):
     answers = fill(model, VOCAB, ["ab", "ca"], best=4)
     expected = log_p(model, "ab ca")[2].exp()
     assert [chars for chars, _ in answers] == [
@@ -35,7 +35,7 @@ def test_a_single_blank_has_the_model_s_distribution(model):
 
 
 @pytest.mark.parametrize("parts", [["a", "b", "c a"], ["", "", ""], ["ab", "", ""], ["", "b", "", "a"]])
-def test_several_blanks_are_ranked_by_all_of_them_given_the_rest(model, parts):
+def test_several_blanks_are_ranked_by_their_probability_given_the_rest(model, parts):
     blanks = len(parts) - 1
     answers = fill(model, VOCAB, parts, best=4**blanks, beam=4**blanks)
     scores = {}
@@ -51,8 +51,15 @@ def test_several_blanks_are_ranked_by_all_of_them_given_the_rest(model, parts):
     assert answers[0][1] == pytest.approx((torch.tensor(max(scores.values())) - total).exp().item(), rel=1e-4)
 
 
-def test_what_cannot_be_filled_in(model):
-    with pytest.raises(CharlmError, match="no blank"):
+def test_texts_and_models_that_cannot_be_filled_in_raise_an_error(model):
+    with pytest.raises(CharlmError, match="blank"):
         fill(model, VOCAB, ["abc"])
     with pytest.raises(CharlmError, match="model.direction: both"):
         fill(CharLM(4, ModelConfig(hidden_size=3)), VOCAB, ["a", "b"])
+
+
+def test_a_model_in_training_mode_fills_in_without_dropout():
+    model = FillLM(4, ModelConfig(direction="both", hidden_size=6, dropout=0.5)).initialise(3).eval()
+    expected = fill(model, VOCAB, ["a", "b", "c"])
+    assert fill(model.train(), VOCAB, ["a", "b", "c"]) == expected
+    assert model.training

@@ -26,8 +26,8 @@ def naive(text, known):
 
 @pytest.mark.parametrize("piece", [7, 50, 2**20])
 @pytest.mark.parametrize("copied", [0, 5, 9, 31, 32, 33, 100])
-def test_what_a_search_finds(monkeypatch, piece, copied):
-    """Over the ends of pieces too, and where a text repeats itself."""
+def test_novelty_finds_what_a_naive_search_finds(monkeypatch, piece, copied):
+    """Also across the ends of pieces, and in a text that repeats itself."""
     monkeypatch.setattr(module, "_PIECE", piece)
     draw = random.Random(copied)
     known = "".join(draw.choices("abcd", k=400)) + "la de la de " * 5
@@ -39,14 +39,14 @@ def test_what_a_search_finds(monkeypatch, piece, copied):
     assert longest >= copied
 
 
-def test_texts_too_short_and_nothing_in_common():
+def test_short_texts_and_texts_with_nothing_in_common():
     assert novelty(ids(""), ids("abc")).longest == 0
     assert novelty(ids("abc"), ids("")) == module.Novelty(3, 0, 0, {})
     assert novelty(ids("xyz"), ids("abc")).longest == 0
     assert novelty(ids("xbz"), ids("abc")) == module.Novelty(3, 1, 1, {})
 
 
-def test_a_hash_alone_is_not_believed(monkeypatch):
+def test_a_collision_of_hashes_is_not_a_match(monkeypatch):
     monkeypatch.setattr(
         module, "_hashes", lambda ids, size: torch.zeros(len(ids) - size + 1, dtype=torch.long)
     )

@@ -1,11 +1,10 @@
 import math
 
 import pytest
-import torch
 
 from charlm.config import ModelConfig
 from charlm.inference import score as scoring
-from charlm.inference.evaluate import evaluate, evaluate_each
+from charlm.inference.evaluate import evaluate
 from charlm.inference.score import Tally, most_surprising, score
 from charlm.nn.model import make_model
 from charlm.text.vocab import Vocab
@@ -22,7 +21,7 @@ def model(request):
 
 @pytest.mark.parametrize("kind", ["char", "word", "line"])
 @pytest.mark.parametrize("size", [1, 5, 100])
-def test_units_are_the_text_and_their_bits_sum_to_eval_s(model, kind, size):
+def test_units_join_to_the_text_and_their_bits_sum_to_those_of_evaluate(model, kind, size):
     tally = Tally()
     pieces = (TEXT[k : k + size] for k in range(0, len(TEXT), size))
     units = list(score(model, VOCAB, pieces, kind, tally=tally))
@@ -42,7 +41,7 @@ def test_units_are_the_text_and_their_bits_sum_to_eval_s(model, kind, size):
 
 
 @pytest.mark.parametrize("kind", ["word", "line"])
-def test_a_unit_of_any_length_is_looked_through_once(monkeypatch, kind):
+def test_a_unit_of_any_length_is_searched_once(monkeypatch, kind):
     seen, pattern = [], scoring._ENDS[kind]
 
     class Noting:
@@ -56,7 +55,7 @@ def test_a_unit_of_any_length_is_looked_through_once(monkeypatch, kind):
     assert (unit.text, unit.characters) == ("abc" * 50, 150) and sum(seen) <= 50 * 4 + 1
 
 
-def test_characters_that_are_unknown():
+def test_unknown_characters_are_counted_or_raise_an_error():
     model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
     tally = Tally()
     units = list(score(model, VOCAB, ["aXb", "Y", "a"], unknown="skip", tally=tally))
@@ -65,18 +64,9 @@ def test_characters_that_are_unknown():
         list(score(model, VOCAB, ["abb", "Y"]))
 
 
-def test_the_most_surprising_by_bits_or_by_bits_a_character():
+def test_most_surprising_ranks_by_bits_or_by_bits_per_character():
     model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
     lines = [("x", unit) for unit in score(model, VOCAB, [TEXT], "line")]
     found = most_surprising(lines, 2, each_character=True)
     assert found == sorted(lines, key=lambda row: -row[1].bits / row[1].characters)[:2]
     assert most_surprising(lines, 99, False) == sorted(lines, key=lambda row: -row[1].bits)
-
-
-def test_texts_side_by_side_are_scored_as_each_alone(model):
-    texts = [torch.randint(len(VOCAB), (n,)) for n in (1, 40, 2, 700, 41, 0, 300)]
-    told = []
-    for each, ids in zip(evaluate_each(model, texts, told.append), texts, strict=True):
-        alone = evaluate(model, ids)
-        assert (each.characters, each.nats) == (alone.characters, pytest.approx(alone.nats, rel=1e-6))
-    assert model.config.direction == "both" or sum(told) == sum(max(len(ids) - 1, 0) for ids in texts)

@@ -256,18 +256,18 @@ def test_a_closed_stream_is_an_empty_one(charlm, trained, monkeypatch, closed, c
     assert command[0] != "train" or (done.out == "" and Path("runs/n/model.safetensors").exists())
 
 
-def test_eval_leaves_out_what_a_folder_has_too_little_of(charlm, trained):
+def test_eval_skips_files_of_a_folder_that_are_too_short(charlm, trained):
     Path("texts").mkdir()
     Path("texts/a.txt").write_text("abcd")
     Path("texts/b.txt").write_text("")
     done = charlm("eval", "texts", "--json")
     assert [row["path"] for row in json.loads(done.out)["files"]] == ["texts/a.txt"]
-    assert "left out: texts/b.txt" in done.err
+    assert "texts/b.txt has 0" in done.err
     Path("texts/a.txt").write_text("a")
     for options in ((), ("--json",)):
         done = charlm("eval", "corpus.txt", "texts", *options)
         assert done.code == 1 and done.out == ""
-        assert done.err.splitlines()[-1] == "charlm: no file of texts has two characters or more to score"
+        assert done.err.splitlines()[-1] == "charlm: no file of texts has two or more characters to score"
 
 
 def test_no_command_shows_the_help(charlm):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from charlm.cli import score as score_command
 from charlm.inference import evaluate as scoring
 from charlm.storage.model_file import load_model, save_model
 from charlm.text import read
@@ -60,14 +61,16 @@ def test_eval_of_a_long_file_gives_what_it_gave_whole(charlm, words, monkeypatch
     assert charlm("train", *options).code == 0
     Path("long.txt").write_text(words.replace("b", "Ω"), encoding="utf-8")
     whole = json.loads(charlm("eval", "long.txt", "--json", "--unknown", "skip").out)["files"][0]
-    turns, from_file, scored = [], read.read_clean_file, scoring.read_long
+    reader = "read_clean" if direction == "forward" else "clean_pieces"
+    turns, from_file, scored = [], getattr(read, reader), scoring.read_long
 
-    def read_file(path, cleaning):
-        for piece in itertools.chain.from_iterable(from_file(path, cleaning)):
+    def read_file(*args):
+        for piece in itertools.chain.from_iterable(from_file(*args)):
             turns.append("read")
             yield piece
 
-    monkeypatch.setattr(read, "read_clean_file", read_file)
+    monkeypatch.setattr(read, reader, read_file)
+    monkeypatch.setattr(score_command, "_HELD", 500)
     monkeypatch.setattr(scoring, "read_long", lambda *args: turns.append("scored") or scored(*args))
     monkeypatch.setattr(scoring, "BLOCK", 300)
     cut = json.loads(charlm("eval", "long.txt", "--json", "--unknown", "skip").out)["files"][0]
@@ -78,6 +81,7 @@ def test_eval_of_a_long_file_gives_what_it_gave_whole(charlm, words, monkeypatch
 
 def test_eval_tells_what_is_unknown_before_it_scores(charlm, trained, words, monkeypatch):
     Path("last.txt").write_text(words + "Ω", encoding="utf-8")
+    monkeypatch.setattr(score_command, "_HELD", 500)
     monkeypatch.setattr(scoring, "BLOCK", 300)
     monkeypatch.setattr(scoring, "read_long", lambda *args: pytest.fail("scored"))
     done = charlm("eval", "corpus.txt", "last.txt")
@@ -104,7 +108,7 @@ def test_top_has_the_most_surprising_first(charlm, trained):
     done = charlm("score", "b.txt", "--top", "2", "--unknown", "skip")
     found = rows_of(done.out)[1]
     assert found == sorted(every, key=lambda row: -float(row[3]) / int(row[2]))[:2]
-    assert "2 characters that the model does not know were left out" in done.err
+    assert "2 characters that the model does not know were skipped" in done.err
     done = charlm("score", "b.txt", "--unknown", "replace")
     assert "2 characters that the model does not know were read as ' '" in done.err
 

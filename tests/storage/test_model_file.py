@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from charlm.config import Config, ModelConfig
 from charlm.errors import CharlmError
 from charlm.inference.evaluate import evaluate
-from charlm.inference.sample import generate
+from charlm.inference.sample import Sampling, generate
 from charlm.nn.model import CharLM
 from charlm.storage import model_file as checkpoint
 from charlm.storage.header import FORMAT, read_header
@@ -63,7 +63,8 @@ def test_a_file_loads_in_every_implementation(path, cell, num_layers, saved, rea
     assert other.config.model.implementation == read
     ids = torch.randint(len(VOCAB), (200,))
     assert evaluate(own.model, ids).loss == pytest.approx(evaluate(other.model, ids).loss, abs=1e-6)
-    texts = ["".join(generate(each.model, VOCAB, ids[:3], 50, temperature=0)) for each in (own, other)]
+    greedy = Sampling(temperature=0)
+    texts = ["".join(generate(each.model, VOCAB, ids[:3], 50, greedy)) for each in (own, other)]
     assert texts[0] == texts[1]
 
 

@@ -1,11 +1,10 @@
-"""The commands that say how well a model knows a text: eval, score."""
+"""The commands that measure how well a model predicts a text: eval, score."""
 
-import collections
 import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from charlm.cli.options import (
     model_option,
     unknown_option,
 )
-from charlm.errors import CharlmError, ConfigError
+from charlm.errors import CharlmError, ConfigError, UnknownCharactersError
 from charlm.files import json_text
 
 if TYPE_CHECKING:
@@ -30,9 +29,11 @@ if TYPE_CHECKING:
     from charlm.storage.model_file import Loaded
     from charlm.text.vocab import Unknown
 
-_TEXTS = 256  # that eval has in memory at once,
-_TOGETHER = 2**24  # and their characters
-_LINES = 1000  # that score prints at once
+_BATCH_TEXTS = 256  # texts that eval holds in memory at once, at most
+_BATCH_CHARACTERS = 2**24  # characters of these texts, at most
+_HELD = 2**23  # characters of a text read forward from which on it is read twice, not held in memory
+_LINES = 1000  # lines that score prints at once
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 @click.command("eval")
@@ -52,52 +53,76 @@ def evaluate(
 ) -> None:
     """Score texts: perplexity, bits per character and per byte.
 
-    Each file is cleaned as the model's training text was and scored by itself, whole, the state carried:
-    every character after the first once. The total is over all of these. FILE may be compressed, a
-    folder, a glob, or - for stdin. charlm score shows what each character costs.
+    Each file is cleaned like the training text and scored separately, with the state carried through the
+    whole
+    file: every character after the first is scored once. The total is over all files. FILE can be compressed,
+    a folder, a glob, or - for stdin. charlm score shows the surprisal of each character.
 
-    A file is read piece by piece and may be of any length. Held in memory is all of stdin, and of a file for
-    a model that reads from the end, or fills in.
+    A file can have any length; it is read in pieces. Only stdin, and files for a model of direction backward
+    or both, are held in memory whole.
     """
     from charlm.inference.evaluate import evaluate_each
     from charlm.metrics import Score
 
     loaded = load(model, implementation, device)
-    kind = "pseudo_" if loaded.config.model.direction == "both" else ""  # not to be taken for the others'
+    prefix = _metric_prefix(loaded)
     rows, total, total_bytes = [], Score(), 0
     texts = _texts(files, loaded, unknown)
-    with _bar() as bar:
-        # So many at a time that there is a batch, and no more than that in memory.
-        while group := list(itertools.islice(_filling_up(texts), _TEXTS)):
-            results = evaluate_each(loaded.model, [each.ids for each in group], bar)
-            for each, result in zip(group, results, strict=True):
-                row = _score_row(each.path, result, each.num_bytes, kind)
-                rows.append({**row, "unknown": each.tally.unknown})
-                total, total_bytes = total + result, total_bytes + each.num_bytes
-    total_row = _score_row("total", total, total_bytes, kind)
-    total_row["unknown"] = sum(row["unknown"] for row in rows)
+    with _progress_bar() as update:
+        while batch := list(_next_batch(texts)):
+            scores = evaluate_each(loaded.model, [text.ids for text in batch], update)
+            for text, score in zip(batch, scores, strict=True):
+                rows.append(_metrics(text.path, score, text.num_bytes, text.tally.unknown, prefix))
+                total, total_bytes = total + score, total_bytes + text.num_bytes
+    total_row = _metrics("total", total, total_bytes, sum(row["unknown"] for row in rows), prefix)
     if as_json:
         click.echo(json_text({"files": rows, "total": total_row}, indent=2))
-        return
-    heads = ["characters", "nats/char", f"{kind}perplexity", f"{kind}bits/char", f"{kind}bits/byte"]
-    heads += ["unknown"] * (unknown != "error")
-    click.echo("".join(f"{head:>{max(len(head), 11) + 1}}" for head in heads) + "  file")
-    for row in [*rows, total_row] if len(rows) > 1 else rows:
-        figures = [f"{row['characters']:,}", f"{row['loss']:.4f}", f"{row[f'{kind}perplexity']:.4g}"]
-        figures += [f"{row[f'{kind}bits_per_{unit}']:.4f}" for unit in ("character", "byte")]
-        figures += [f"{row['unknown']:,}"] * (unknown != "error")
-        pairs = zip(heads, figures, strict=True)
-        click.echo("".join(f"{cell:>{max(len(head), 11) + 1}}" for head, cell in pairs) + f"  {row['path']}")
+    else:
+        _print_table([*rows, total_row] if len(rows) > 1 else rows, prefix, with_unknown=unknown != "error")
+
+
+def _metric_prefix(loaded: "Loaded") -> str:
+    """Return the prefix of the metrics' names: a pseudo-likelihood must not be compared with a likelihood."""
+    return "pseudo_" if loaded.config.model.direction == "both" else ""
+
+
+def _metrics(path: str, score: "Score", num_bytes: int, unknown: int, prefix: str) -> dict[str, Any]:
+    return {
+        "path": path,
+        "characters": score.characters,
+        "nats": score.nats,
+        "loss": score.loss,
+        f"{prefix}perplexity": score.perplexity,
+        f"{prefix}bits_per_character": score.bits_per_character,
+        f"{prefix}bits_per_byte": score.bits_per_byte(num_bytes),
+        "unknown": unknown,
+    }
+
+
+def _print_table(rows: list[dict[str, Any]], prefix: str, with_unknown: bool) -> None:
+    columns = {
+        "characters": ("characters", ","),
+        "nats/char": ("loss", ".4f"),
+        f"{prefix}perplexity": (f"{prefix}perplexity", ".4g"),
+        f"{prefix}bits/char": (f"{prefix}bits_per_character", ".4f"),
+        f"{prefix}bits/byte": (f"{prefix}bits_per_byte", ".4f"),
+    }
+    if with_unknown:
+        columns["unknown"] = ("unknown", ",")
+    click.echo("".join(f"{head:>{max(len(head), 11) + 1}}" for head in columns) + "  file")
+    for row in rows:
+        cells = (f"{row[key]:>{max(len(head), 11) + 1}{how}}" for head, (key, how) in columns.items())
+        click.echo("".join(cells) + f"  {row['path']}")
 
 
 @dataclass
 class _Text:
-    """A text to score. What came of it is whole once it has been read.
+    """A text to score.
 
-    ids: (N,), or of a long one that is read forward, blocks of them.
-    held: how many characters of it are in memory.
-    tally: counts those that the model does not know.
-    num_bytes: that the scored characters take in UTF-8.
+    ids: (N,), or blocks of ids for a long text that is read forward.
+    held: the number of characters in memory.
+    tally: counts the unknown characters; complete once the ids have been read.
+    num_bytes: the size of the scored characters in UTF-8; complete once the ids have been read.
     """
 
     path: str
@@ -108,97 +133,106 @@ class _Text:
 
 
 def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterator[_Text]:
-    from charlm.inference.score import Tally, encoded
+    """Yield the texts of `files`; raises for unknown characters before a text is yielded."""
     from charlm.text import read
-    from charlm.text.clean import clean
 
-    cleaning = loaded.config.corpus.cleaning
     for name in files:
-        paths, some = [Path("-")] if name == "-" else read.find_files(name), False
+        paths, count = [Path("-")] if name == "-" else read.find_files(name), 0
         for path in paths:
-            if name == "-":
-                content = read.strip_gutenberg(read.decode(sys.stdin.buffer.read(), "stdin"))
-                pieces = iter([clean(content, **cleaning)])
-            else:
-                if unknown == "error" and path.is_file():  # what is unknown is told before anything is scored
-                    pieces = read.read_clean_file(path, cleaning)
-                    collections.deque(encoded(loaded.vocab, pieces, unknown, str(path), Tally()), maxlen=0)
-                pieces = read.read_clean_file(path, cleaning)
-            found = _text(path, pieces, loaded, unknown)
-            if found.held < 2 and len(paths) > 1:
-                click.echo(f"left out: {path} has {found.held} characters, too few to score", err=True)
+            pieces = _stdin() if name == "-" else read.TextFile(path).pieces
+            text = _first_reading(path, pieces, loaded, unknown)
+            if text.held < 2 and len(paths) > 1:
+                click.echo(f"skipped: {path} has {text.held} characters, too few to score", err=True)
                 continue
-            if found.held < 2:
-                raise CharlmError(f"{path} has {found.held} characters to score; it takes two or more")
-            yield found
-            some = True
-        if not some:
-            raise CharlmError(f"no file of {name} has two characters or more to score")
+            if text.held < 2:
+                raise CharlmError(f"{path} has {text.held} characters to score; two or more are needed")
+            yield text
+            count += 1
+        if not count:
+            raise CharlmError(f"no file of {name} has two or more characters to score")
 
 
-def _text(path: Path, pieces: Iterator[str], loaded: "Loaded", unknown: "Unknown") -> _Text:
-    """The clean text that comes in `pieces`."""
+def _stdin() -> Callable[[], Iterator[str]]:
+    from charlm.text import read
+
+    content = read.decode(sys.stdin.buffer.read(), "stdin")
+    return lambda: iter([content])
+
+
+def _first_reading(
+    path: Path, pieces: Callable[[], Iterator[str]], loaded: "Loaded", unknown: "Unknown"
+) -> _Text:
+    """Read a text, check its characters, and hold its ids if they are few or needed all at once."""
     import torch
 
-    from charlm.inference.evaluate import in_blocks
+    from charlm.inference.score import Tally, encode_piece
+    from charlm.text import read
+
+    vocab, cleaning = loaded.vocab, loaded.config.corpus.cleaning
+    forward, taken_back = loaded.config.model.direction == "forward", 0
+    held, begin, size, tally, error = list[torch.Tensor](), 0, 0, Tally(), None
+    for piece in read.clean_pieces(pieces, cleaning):
+        if piece is None:
+            held, begin, size, tally, error, taken_back = [], 0, 0, Tally(), None, taken_back + 1
+        elif error is None:
+            try:
+                ids = encode_piece(vocab, piece, begin, unknown, str(path), tally)
+            except UnknownCharactersError as caught:  # raised at the end: the piece can still be taken back
+                error = caught
+                continue
+            begin, size = begin + len(piece), size + len(ids)
+            if size <= _HELD or not forward:
+                held.append(ids)
+            else:
+                held.clear()
+    if error:
+        raise error
+    if size > _HELD and forward:
+        return _second_reading(path, read.read_clean(pieces, cleaning, taken_back), loaded, unknown)
+    whole = torch.cat(held) if held else torch.empty(0, dtype=torch.int32, device="cpu")
+    scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}
+    num_bytes = vocab.num_bytes(whole[scored[loaded.config.model.direction]])
+    return _Text(str(path), whole, len(whole), tally, num_bytes)
+
+
+def _second_reading(path: Path, pieces: Iterator[str], loaded: "Loaded", unknown: "Unknown") -> _Text:
+    """Return a long text whose ids are read from the clean `pieces` while they are scored."""
+    from charlm.inference.evaluate import BLOCK, in_blocks
     from charlm.inference.score import Tally, encoded
 
-    vocab, direction, tally = loaded.vocab, loaded.config.model.direction, Tally()
-    blocks = in_blocks(encoded(vocab, pieces, unknown, str(path), tally))
-    begun = list(itertools.islice(blocks, 2 if direction == "forward" else None))
-    ids = torch.cat(begun) if begun else torch.empty(0, dtype=torch.int32, device="cpu")
-    found = _Text(str(path), ids, len(ids), tally)
+    text = _Text(str(path), (), 2 * BLOCK, Tally())
 
-    def counted(blocks: "Iterable[Tensor]") -> "Iterator[Tensor]":
-        for k, block in enumerate(blocks):
-            found.num_bytes += vocab.num_bytes(block[1:] if k == 0 else block)
+    def blocks() -> "Iterator[Tensor]":
+        first = True
+        for block in in_blocks(encoded(loaded.vocab, pieces, unknown, str(path), text.tally)):
+            text.num_bytes += loaded.vocab.num_bytes(block[1:] if first else block)
+            first = False
             yield block
 
-    if direction == "forward" and len(begun) > 1:
-        found.ids = counted(itertools.chain(begun, blocks))
-    else:
-        scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
-        found.num_bytes = vocab.num_bytes(ids[scored])
-    return found
+    text.ids = blocks()
+    return text
 
 
-def _filling_up(texts: Iterator[_Text]) -> Iterator[_Text]:
-    """From `texts` until they are as long together as is good to have in memory."""
+def _next_batch(texts: Iterator[_Text]) -> Iterator[_Text]:
+    """Yield the next of `texts`, up to `_BATCH_TEXTS` and `_BATCH_CHARACTERS`."""
     size = 0
-    while size < _TOGETHER and (one := next(texts, None)):
-        size += one.held
-        yield one
+    for text in itertools.islice(texts, _BATCH_TEXTS):
+        yield text
+        size += text.held
+        if size >= _BATCH_CHARACTERS:
+            return
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[int], object]]:
-    """A count of the characters scored, on stderr where that is a terminal: what it gives is told of them."""
+def _progress_bar() -> Iterator[Callable[[int], object]]:
+    """Show a count of characters on stderr if it is a terminal; yields the function to increase it."""
     from tqdm import tqdm
 
+    hidden = not sys.stderr.isatty()
     with tqdm(
-        unit=" characters",
-        unit_scale=True,
-        delay=1,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-        file=sys.stderr,
+        unit=" characters", unit_scale=True, delay=1, leave=False, disable=hidden, file=sys.stderr
     ) as bar:
         yield bar.update
-
-
-def _score_row(path: str, score: "Score", num_bytes: int, kind: str) -> dict[str, Any]:
-    return {
-        "path": path,
-        "characters": score.characters,
-        "nats": score.nats,
-        "loss": score.loss,
-        f"{kind}perplexity": score.perplexity,
-        f"{kind}bits_per_character": score.bits_per_character,
-        f"{kind}bits_per_byte": score.bits_per_byte(num_bytes),
-    }
-
-
-_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 @click.command("score")
@@ -207,14 +241,13 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     "--unit",
     "-u",
     type=click.Choice(["char", "word", "line"]),
-    help="What has a row: each character, word or line.  [default: char; with --top: line, or word where the "
-    "model knows no line ends]",
+    help="The unit of a row.  [default: char; with --top: line, or word if the model knows no line ends]",
 )
 @click.option(
     "--top",
     type=click.IntRange(1),
     metavar="N",
-    help="Only the N most surprising, the most surprising first.",
+    help="Print only the N most surprising units, the most surprising first.",
 )
 @json_option(help="Print JSON lines.")
 @unknown_option
@@ -233,74 +266,94 @@ def score_texts(
 ) -> None:
     """Show how surprising each character, word or line is, in bits.
 
-    Prints tab-separated columns under a line of their names: path; start, where in the clean text the unit
-    begins, from 0; characters, how many of it were scored; bits, the sum of -log2 of their probabilities;
-    text. In text a tab, a line end and a backslash are written \\t, \\n and \\\\: a row is a line. All texts
-    together are the clean text: a word has the space that follows it, a line its line end. The first
-    character has no prediction, and no bits. The bits sum to what charlm eval has.
+    Prints tab-separated columns with a header: path; start, the position of the unit in the clean text, from
+    0; characters, how many of its characters are scored; bits, the sum of -log2 of their probabilities; text.
+    In text a tab, a line end and a backslash are written \\t, \\n and \\\\: each row is one line. All texts
+    together
+    are the clean text: a word includes the space that follows it, a line its line end. The first character
+    has no prediction and no bits. The sum of the bits is that of charlm eval.
 
     --top ranks lines by bits per character, words and characters by bits.
 
-    FILE may be compressed, a folder, a glob, or - for stdin. A text is read piece by piece and may be of any
-    length; rows come as it is read. A model that reads from the end, or fills in, has to read all of it
-    first. The licence of Project Gutenberg is left out of files, not of stdin.
+    FILE can be compressed, a folder, a glob, or - for stdin. A text can have any length; rows are printed
+    while it is read. A model of direction backward or both reads the whole text first. The licence of Project
+    Gutenberg is stripped from files, not from stdin.
 
     \b
       charlm score book.txt --unit word > words.tsv
       tail -f notes.txt | charlm score - --unit line
       charlm score letters/ --top 20
-    """  # noqa: D301 - click knows the backspace character by itself
-    from charlm.inference.score import Tally, most_surprising, score
-    from charlm.text import read
+    """  # noqa: D301 - \b is for click
+    from charlm.inference.score import Tally, most_surprising
 
     loaded = load(model, implementation, device)
-    lines_end = "\n" in loaded.vocab.characters
-    if unit == "line" and not lines_end:
+    kind, tally, lines = _choose_kind(unit, top, loaded), Tally(), _Lines()
+    bits = f"{_metric_prefix(loaded)}bits"
+    if not as_json:
+        lines.add(f"path\tstart\tcharacters\t{bits}\ttext")
+    units = _units(files, loaded, kind, unknown, tally, lines)
+    for path, each in most_surprising(units, top, kind == "line") if top else units:
+        lines.add(_unit_row(path, each, bits, as_json))
+    lines.flush()
+    if tally.unknown:
+        how = "skipped" if unknown == "skip" else f"read as {loaded.vocab.replacement!r}"
+        click.echo(f"{tally.unknown:,} characters that the model does not know were {how}", err=True)
+
+
+def _choose_kind(unit: "Kind | None", top: int | None, loaded: "Loaded") -> "Kind":
+    has_lines = "\n" in loaded.vocab.characters
+    if unit == "line" and not has_lines:
         raise ConfigError(
-            "--unit line: this model knows no line ends, a text is one line (corpus.keep may have made "
-            "spaces of them); take --unit word"
+            "--unit line is not possible: the model knows no line ends, so that a text is one line "
+            "(corpus.keep can have replaced them by spaces); use --unit word"
         )
-    kind: Kind = unit or (("line" if lines_end else "word") if top else "char")
-    bits = "pseudo_bits" if loaded.config.model.direction == "both" else "bits"
-    cleaning, tally = loaded.config.corpus.cleaning, Tally()
+    return unit or (("line" if has_lines else "word") if top else "char")
 
-    lines: list[str] = []
 
-    def flush() -> None:
-        if lines:
-            click.echo("\n".join(lines))
-            lines.clear()
+@dataclass
+class _Lines:
+    """Lines to print, many at once."""
 
-    def before_more(pieces: Iterator[str]) -> Iterator[str]:
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        if len(self.lines) >= _LINES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.lines:
+            click.echo("\n".join(self.lines))
+            self.lines.clear()
+
+
+def _units(
+    files: Iterable[str], loaded: "Loaded", kind: "Kind", unknown: "Unknown", tally: "Tally", lines: _Lines
+) -> "Iterator[tuple[str, Unit]]":
+    """Yield the units of all `files` with their paths; prints `lines` before it waits for more text."""
+    from charlm.inference.score import score
+    from charlm.text import read
+
+    cleaning = loaded.config.corpus.cleaning
+
+    def flushing(pieces: Iterator[str]) -> Iterator[str]:
         for piece in pieces:
             yield piece
-            flush()  # what is known does not wait for what is still to come
+            lines.flush()
 
-    def units() -> "Iterator[tuple[str, Unit]]":
-        for name in files:
-            for path in [Path("-")] if name == "-" else read.find_files(name):
-                stdin = read.read_clean_stdin(sys.stdin.buffer, cleaning) if name == "-" else None
-                pieces = before_more(stdin or read.read_clean_file(path, cleaning))
-                for each in score(loaded.model, loaded.vocab, pieces, kind, unknown, str(path), tally):
-                    yield str(path), each
-
-    if not as_json:
-        lines.append(f"path\tstart\tcharacters\t{bits}\ttext")
-    for path, each in most_surprising(units(), top, kind == "line") if top else units():
-        lines.append(_unit_row(path, each, bits, as_json))
-        if len(lines) >= _LINES:
-            flush()
-    flush()
-    if tally.unknown:
-        what = "left out" if unknown == "skip" else f"read as {loaded.vocab.replacement!r}"
-        click.echo(f"{tally.unknown:,} characters that the model does not know were {what}", err=True)
+    for name in files:
+        for path in [Path("-")] if name == "-" else read.find_files(name):
+            stdin = read.read_clean_stdin(sys.stdin.buffer, cleaning) if name == "-" else None
+            pieces = flushing(stdin or read.read_clean_file(path, cleaning))
+            for each in score(loaded.model, loaded.vocab, pieces, kind, unknown, str(path), tally):
+                yield str(path), each
 
 
 def _unit_row(path: str, unit: "Unit", bits: str, as_json: bool) -> str:
-    """A unit as a line of JSON or of tab-separated columns."""
+    """Return a unit as a line of JSON or of tab-separated columns."""
     if as_json:
         row = {"path": path, "start": unit.start, "characters": unit.characters, bits: unit.bits}
         return json_text({**row, "text": unit.text}, ensure_ascii=False)
-    shown = "" if unit.bits is None else f"{unit.bits:.6f}"
-    columns = (path.translate(_ESCAPES), str(unit.start), str(unit.characters), shown)
+    shown_bits = "" if unit.bits is None else f"{unit.bits:.6f}"
+    columns = (path.translate(_ESCAPES), str(unit.start), str(unit.characters), shown_bits)
     return "\t".join((*columns, unit.text.translate(_ESCAPES)))

@@ -1,1 +1,1 @@
-"""What a trained model is asked: to write, to score, to fill in."""
+"""The uses of a trained model: writing text, scoring text, filling in blanks."""

@@ -1,9 +1,9 @@
-"""What of a text stands word for word in another, as what a model wrote in what it learned from.
+"""How much of a text occurs word for word in another: of a written text in the training text.
 
-The stretches of a size are hashed, all at once, and looked up among the other text's; what is found is
-compared character for character, so that what is said to stand there does.
+The passages of one size are hashed, all at once, and looked up in the other text. Each match of hashes is
+compared character by character, so that a collision is never reported.
 
-n characters of the text, N of the known one.
+n characters of the text, N of the known text.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from charlm.errors import CharlmError
 from charlm.storage.run import Run
 from charlm.text.corpus import Corpus
 
-SIZES = (8, 16, 32)  # characters of a stretch
-_PIECE = 2**20  # characters of the known text that are looked at at once
-_BITS = 20  # the size of the table that says of most stretches at once that they are not in the text
-_ODD = 0x5851F42D4C957F2D  # a multiplier without a pattern; int64 wraps around
+SIZES = (8, 16, 32)  # characters of a passage
+_PIECE = 2**20  # characters of the known text searched at once
+_BITS = 20  # log2 of the size of the table that excludes most passages of the known text at once
+_ODD = 0x5851F42D4C957F2D  # a multiplier with irregular bits; int64 wraps around
 
 
 @dataclass(frozen=True)
 class Novelty:
-    """What of a text of so many `characters` stands in another.
+    """How much of a text of `characters` characters occurs in another.
 
-    longest, start: the longest stretch that does, and where in the text it begins.
-    shares: for each of `SIZES`, the share of the stretches of so many characters; absent where it has none.
+    longest, start: the length of the longest passage that does, and its position in the text.
+    shares: for each of `SIZES`, the share of the passages of this size; absent if the text is shorter.
     """
 
     characters: int
@@ -39,31 +39,31 @@ class Novelty:
 
 
 def novelty(text: Tensor, known: Tensor) -> Novelty:
-    """What of `text` (n,) stands in `known` (N,): ids of one vocabulary.
+    """Return how much of `text` (n,) occurs in `known` (N,), ids of the same vocabulary.
 
-    Memory is bounded by a piece of `known` and what of it stands in `text`.
+    Memory is bounded by a piece of `known` and its passages that occur in `text`.
     """
     text = text.long().cpu()
     shares, size, found, regions = {}, 0, torch.empty(0), known
     for size_ in (*SIZES, *range(SIZES[0] - 1, 0, -1)):
         if size_ < SIZES[0] and size:
-            break  # shorter ones are of interest only where nothing longer stands there
+            break  # shorter passages matter only if no longer one occurs
         if len(text) < size_:
             continue
-        # A longer stretch can only stand where a shorter one does.
-        there, parts = _standing(text, regions, size_)
+        # A longer passage occurs only where a shorter one does.
+        matched, covered = _matches(text, regions, size_)
         if size_ in SIZES:
-            shares[size_] = float(there.double().mean())
-        if there.any():
-            size, found, regions = size_, there, parts
+            shares[size_] = float(matched.double().mean())
+        if matched.any():
+            size, found, regions = size_, matched, covered
     if not size:
         return Novelty(len(text), 0, 0, shares)
-    low, high = size, len(text)  # between them the longest is: by halves
+    low, high = size, len(text)  # bisect for the longest
     while low < high:
         middle = min((low + high + 1) // 2, low * 2)
-        there, parts = _standing(text, regions, middle)
-        if there.any():
-            low, found, regions = middle, there, parts
+        matched, covered = _matches(text, regions, middle)
+        if matched.any():
+            low, found, regions = middle, matched, covered
         else:
             high = middle - 1
     return Novelty(len(text), low, int(found.long().argmax()), shares)
@@ -94,16 +94,16 @@ def training_text(path: Path, config: Config, vocab: str, source: str | None = N
     return corpus
 
 
-def _standing(text: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Which stretches of `size` of `text` stand in `known`, (n - size + 1,), and the parts that do.
+def _matches(text: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return which passages of `size` of `text` occur in `known`, (n - size + 1,), and what they cover of it.
 
-    The parts are one after the other, with -1 between them: no stretch crosses from one to the next.
+    The regions covered are one after the other with a -1 after each: no passage crosses from one to the next.
     """
     hashes = _hashes(text, size)
     distinct, which = torch.unique(hashes, return_inverse=True)
     first = torch.full_like(distinct, len(text)).scatter_reduce_(0, which, torch.arange(len(which)), "amin")
     table = torch.zeros(2**_BITS, dtype=torch.bool)
-    table[distinct >> (64 - _BITS)] = True  # a negative index counts from the end: each its own place
+    table[distinct >> (64 - _BITS)] = True  # a negative index counts from the end: all indices differ
     seen, places = torch.zeros(len(distinct), dtype=torch.bool), [torch.empty(0, dtype=torch.int64)]
     for begin in range(0, len(known) - size + 1, _PIECE):
         piece = known[begin : begin + _PIECE + size - 1].long()
@@ -115,11 +115,11 @@ def _standing(text: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
         at, place = at[same], place[same]
         seen[place] = True
         places.append(begin + at)
-    return seen[which], _parts(known, torch.cat(places), size)
+    return seen[which], _regions(known, torch.cat(places), size)
 
 
 def _hashes(ids: Tensor, size: int) -> Tensor:
-    """A hash of each stretch of `size` of `ids` (M,), int64 (M - size + 1,): from those of half its size."""
+    """Hash each passage of `size` of `ids` (M,), int64 (M - size + 1,), from the hashes of its halves."""
     if size == 1:
         mixed = (ids + 2) * _ODD
         return (mixed ^ (mixed >> 29)) * _ODD
@@ -133,19 +133,19 @@ def _hashes(ids: Tensor, size: int) -> Tensor:
 
 
 def _equal(known: Tensor, at: Tensor, text: Tensor, begin: Tensor, size: int) -> Tensor:
-    """Whether known[at : at + size] is text[begin : begin + size], for each `at` (K,) and `begin` (K,)."""
+    """Compare known[at : at + size] with text[begin : begin + size] for each `at` (K,) and `begin` (K,)."""
     same = torch.ones(len(at), dtype=torch.bool)
     for step in range(size):
         same &= known[at + step] == text[begin + step]
     return same
 
 
-def _parts(known: Tensor, at: Tensor, size: int) -> Tensor:
-    """What of `known` the stretches of `size` that begin at `at` cover, each part with a -1 behind it."""
+def _regions(known: Tensor, at: Tensor, size: int) -> Tensor:
+    """Return the regions of `known` covered by passages of `size` that begin at `at`, a -1 after each."""
     if not len(at):
         return torch.empty(0, dtype=torch.int32)
     begins = torch.ones(len(at), dtype=torch.bool)
-    begins[1:] = at.diff() > 1  # stretches that begin side by side may be one longer one
+    begins[1:] = at.diff() > 1  # adjacent passages form one longer region
     runs = begins.nonzero()[:, 0]
     lengths = torch.cat([runs[1:], torch.tensor([len(at)])]) - runs + size - 1
     ends = (lengths + 1).cumsum(0)

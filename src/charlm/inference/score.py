@@ -1,4 +1,4 @@
-"""The surprisal of each character, word or line of a text, in bits, in memory that does not grow with it."""
+"""The surprisal of each character, word or line of a text, in bits, read in pieces of bounded size."""
 
 import heapq
 import math
@@ -16,22 +16,24 @@ from charlm.text.vocab import Unknown, Vocab
 
 Kind = Literal["char", "word", "line"]
 
-# Where one unit ends: a word with the space that follows it, as it is the next that tells that it is over.
+# The end of each unit. A word includes the space that follows it: it ends where the next word begins.
 _ENDS = {
     "char": re.compile(r".", re.S),
     "word": re.compile(r"(?<=\s)(?=\S)"),
     "line": re.compile(r"\n"),
 }
-_Nats = list[float | None]  # of each character; None for the one that has no prediction
+_Nats = list[float | None]  # of each character; None for the character without a prediction
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A stretch of the text, the same with all others joined together.
+    """A part of the text; the units of a text joined together are the text.
 
-    start: where in the clean text it begins, from 0.
-    characters: how many of it have a prediction: all but the text's first, or its last read backward.
-    bits: the sum of their -log2 p; None where there is none.
+    start: its position in the clean text, from 0.
+    characters: the number of its characters with a prediction: all but the first of the text, or the last for
+    a
+        model of ``direction: backward``.
+    bits: the sum of their -log2 p; None if there are none.
     """
 
     start: int
@@ -42,7 +44,7 @@ class Unit:
 
 @dataclass
 class Tally:
-    """What came of a text on the way: characters that were scored, bits, characters that are unknown."""
+    """Sums over the text read so far: characters scored, their bits, and unknown characters."""
 
     characters: int = 0
     bits: float = 0.0
@@ -58,11 +60,11 @@ def score(
     name: str = "the text",
     tally: Tally | None = None,
 ) -> Iterator[Unit]:
-    """Yield the units of a clean text that comes in `pieces`, as they end.
+    """Yield the units of a clean text, read in `pieces`, as soon as they are complete.
 
-    A model that reads from the end, or from both sides, needs all of the text first.
-    tally: is kept up to date.
-    Raises `UnknownCharactersError` as `Vocab.encode` does, on the way.
+    A model of ``direction: backward`` or ``both`` reads the whole text before the first unit.
+    tally: updated while the text is read.
+    Raises `UnknownCharactersError` at the first unknown character, as `Vocab.encode` does.
     """
     tally = Tally() if tally is None else tally
     blocks = encoded(vocab, pieces, unknown, name, tally)
@@ -74,7 +76,7 @@ def score(
 def most_surprising(
     units: Iterable[tuple[str, Unit]], count: int, each_character: bool
 ) -> list[tuple[str, Unit]]:
-    """The `count` named units of most bits, or of most bits a character, the most surprising first."""
+    """Return the `count` named units with the most bits (or bits per character), sorted."""
     return heapq.nlargest(count, units, key=lambda named: _surprise(named[1], each_character))
 
 
@@ -87,33 +89,37 @@ def _surprise(unit: Unit, each_character: bool) -> float:
 def encoded(
     vocab: Vocab, pieces: Iterable[str], unknown: Unknown, name: str, tally: Tally
 ) -> Iterator[Tensor]:
-    """The ids (n,) of each of `pieces` of a clean text; raises as `score` does. tally: counts the unknown."""
+    """Yield the ids (n,) of each of `pieces` of a clean text; raises as `score` does."""
     begin = 0
     for piece in pieces:
-        ids = vocab.encode(piece, unknown, name, begin=begin)
-        tally.unknown += 0 if unknown == "error" else vocab.count_unknown(piece)
+        yield encode_piece(vocab, piece, begin, unknown, name, tally)
         begin += len(piece)
-        yield ids
+
+
+def encode_piece(vocab: Vocab, piece: str, begin: int, unknown: Unknown, name: str, tally: Tally) -> Tensor:
+    """Return the ids (n,) of the piece at `begin` of a text; count its unknown characters in `tally`."""
+    ids = vocab.encode(piece, unknown, name, begin=begin)
+    tally.unknown += 0 if unknown == "error" else vocab.count_unknown(piece)
+    return ids
 
 
 def _streamed(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tuple[str, _Nats]]:
-    """Each block's text and its nats."""
-    texts: list[str] = []
+    """Yield the text and the nats of each block that is not empty."""
+    ids: list[Tensor] = []
 
-    def noted() -> Iterator[Tensor]:
+    def remember() -> Iterator[Tensor]:
         for block in blocks:
             if len(block):
-                texts.append(vocab.decode(block))
+                ids.append(block)
                 yield block
 
-    for k, nats in enumerate(surprisals(model, noted())):
-        yield texts.pop(), [None, *nats[1:].tolist()] if k == 0 else nats.tolist()
+    for k, nats in enumerate(surprisals(model, remember())):
+        yield vocab.decode(ids.pop()), [None, *nats[1:].tolist()] if k == 0 else nats.tolist()
 
 
 def _whole(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tuple[str, _Nats]]:
-    """The whole text and its nats."""
-    kept = list(blocks)
-    ids = torch.cat(kept) if kept else torch.empty(0, dtype=torch.int32)
+    """Yield the whole text and its nats."""
+    ids = torch.cat([torch.empty(0, dtype=torch.int32, device="cpu"), *blocks])
     nats: _Nats = text_surprisals(model, ids).tolist()
     if model.config.direction == "backward" and nats:
         nats[-1] = None
@@ -121,7 +127,7 @@ def _whole(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tu
 
 
 def _units(scored: Iterable[tuple[str, _Nats]], kind: Kind, tally: Tally) -> Iterator[Unit]:
-    """Cut text and its nats into units, each given once it is known to be over."""
+    """Split the text and its nats into units; a unit is yielded once its end is known."""
     held, held_nats, start, last = list[str](), list[float | None](), 0, ""
     for more, nats in scored:
         begin = 0
@@ -130,7 +136,7 @@ def _units(scored: Iterable[tuple[str, _Nats]], kind: Kind, tally: Tally) -> Ite
             held.append(more[begin:end])
             held_nats += nats[begin:end]
             begin = end
-            # The space before the first word belongs to it.
+            # Space before the first word is part of it.
             if kind != "word" or start or any(part.strip() for part in held):
                 unit = _unit("".join(held), held_nats, start, tally)
                 yield unit

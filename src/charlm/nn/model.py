@@ -1,5 +1,8 @@
 """`CharLM` and `FillLM`: characters in, logits out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -169,3 +172,21 @@ def make_model(vocab_size: int, config: ModelConfig, device: torch.device | None
 def num_parameters(model: nn.Module) -> int:
     """Return the number of trainable numbers."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Turn dropout and gradients off, and restore the mode of `model` at the end.
+
+    A generator must not yield inside: its caller would get a model in the wrong mode, and the first of two
+    generators to end would turn dropout on in the other.
+    """
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if was_training:
+            model.train()

@@ -20,7 +20,7 @@ from charlm.errors import ConfigError
 from charlm.nn import fused
 from charlm.nn.cells import State, cell_of
 from charlm.nn.kernels import native
-from charlm.nn.model import CharLM
+from charlm.nn.model import CharLM, evaluating
 
 Quantize = Literal["bf16", "int8"]
 
@@ -63,8 +63,8 @@ class Stepper:
 
     quantize: the type of the matrices, by default the model's.
 
-    A model whose cell has no kernel, or that is not on the CPU, steps by its own `forward`: it has to be in
-    `eval` mode, and its weights are those that it has at each step.
+    A model whose cell has no kernel, or that is not on the CPU, steps by its own `forward`, with the weights
+    that it has at each step.
     """
 
     def __init__(self, model: CharLM, quantize: Quantize | None = None):
@@ -148,7 +148,7 @@ class Stepper:
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """Map ids (B,) and the state before them to logits (B, V) for the next characters and the state."""
         if self.own:
-            with torch.no_grad():
+            with evaluating(self.model):
                 logits, state = self.model(ids[:, None], state)
             return logits[:, -1], state
         B, L, H, G = len(ids), self.config.num_layers, self.config.hidden_size, self.cell.gates

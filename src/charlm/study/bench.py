@@ -16,7 +16,7 @@ import torch
 
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
 from charlm.errors import ConfigError
-from charlm.inference.sample import generate
+from charlm.inference.sample import Sampling, generate
 from charlm.nn.cells import CELLS
 from charlm.nn.device import choose_device, choose_precision
 from charlm.nn.model import CharLM
@@ -130,7 +130,7 @@ def writing_rate(learner: Learner, seconds: float) -> float:
     """Characters a second in writing one text."""
     vocab = learner.corpus.vocab
     prefix = vocab.encode(" ")
-    return rate(lambda: len(list(generate(learner.model, vocab, prefix, _WRITTEN))), seconds)
+    return rate(lambda: len(list(generate(learner.model, vocab, prefix, _WRITTEN, Sampling()))), seconds)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:

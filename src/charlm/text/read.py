@@ -285,20 +285,47 @@ def _find_marker(marker: re.Pattern[str], text: str, at_line_start: bool) -> re.
 _STDIN_PIECE = 2**18  # bytes of stdin per read
 
 
-def read_clean_file(path: Path, cleaning: dict[str, Any]) -> Iterator[str]:
-    """Yield the clean text of a file, without Project Gutenberg's licence.
+def clean_pieces(pieces: Callable[[], Iterator[str]], cleaning: dict[str, Any]) -> Iterator[str | None]:
+    """Yield the clean text without Project Gutenberg's licence; None takes back all pieces before it.
 
-    cleaning: the arguments of `Cleaner`. The file is read twice: what is Gutenberg's shows at its end.
-    Raises `CharlmError` for what cannot be read and what is no UTF-8 text.
+    pieces: a function that reads the text from its beginning. cleaning: the arguments of `Cleaner`.
     """
-    file, cleaner = TextFile(path), Cleaner(**cleaning)
-    taken_back = sum(piece is None for piece in strip_pieces(file.pieces))
-    for piece in strip_pieces(file.pieces):
+    cleaner = Cleaner(**cleaning)
+    for piece in strip_pieces(pieces):
         if piece is None:
-            taken_back -= 1
-        elif not taken_back:
+            cleaner = Cleaner(**cleaning)
+            yield None
+        else:
             yield cleaner.feed(piece)
     yield cleaner.finish()
+
+
+def read_clean(
+    pieces: Callable[[], Iterator[str]], cleaning: dict[str, Any], taken_back: int | None = None
+) -> Iterator[str]:
+    """Yield the pieces of `clean_pieces` that are not taken back.
+
+    taken_back: the number of None among them, if known; otherwise the text is read twice.
+    """
+    if taken_back is None:  # after a second None comes the whole text: there is no licence
+        nones = (piece for piece in strip_pieces(pieces) if piece is None)
+        taken_back = len(list(itertools.islice(nones, 2)))
+    stripped: Iterator[str | None] = pieces()
+    if taken_back == 1:
+        stripped = strip_pieces(pieces)
+        next(piece for piece in stripped if piece is None)
+    cleaner = Cleaner(**cleaning)
+    for piece in stripped:
+        yield cleaner.feed(piece or "")
+    yield cleaner.finish()
+
+
+def read_clean_file(path: Path, cleaning: dict[str, Any]) -> Iterator[str]:
+    """Yield the clean text of a file without Project Gutenberg's licence; the file is read twice.
+
+    Raises `CharlmError` for a file that cannot be read or is not UTF-8 text.
+    """
+    return read_clean(TextFile(path).pieces, cleaning)
 
 
 def read_clean_stdin(file: IO[bytes], cleaning: dict[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from charlm import config as configuration
 from charlm.config import Config
 from charlm.errors import CharlmError, Interrupted
 from charlm.inference.evaluate import evaluate
-from charlm.inference.sample import generate
+from charlm.inference.sample import Sampling, generate
 from charlm.metrics import Score, perplexity
 from charlm.nn.layers import choose_implementation
 from charlm.nn.model import num_parameters
@@ -187,7 +187,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.train.seed + self.learner.progress.step)
         vocab = self.corpus.vocab
         start = vocab.encode("", "skip")
-        return "".join(generate(self.learner.scored, vocab, start, length, 0.7, generator=generator))
+        return "".join(generate(self.learner.scored, vocab, start, length, Sampling(), generator))
 
     def _pass_over(self, run: Run, reporter: Reporter) -> bool:
         """Log that the last step was not taken; whether there were too many and the run has gone back."""

@@ -169,22 +169,33 @@ EXPORT int step(const model *m, int64_t B, const int64_t *ids, const real *h, co
     return 0;
 }
 
-/* ids (B,), drawn from the first `kept` of each row of logits (B, V) by chances (B,) in [0, 1); where
- * top_p is below 1 the rows are sorted, the largest first. Returns 1 if a number is not finite. */
-EXPORT int draw(int64_t B, int64_t V, int64_t kept, double temperature, double top_p, const real *logits,
-                const double *chances, double *up_to, int64_t *ids) {
+/* How characters are drawn; 0 turns a filter off. */
+typedef struct {
+    double temperature; /* above 0 */
+    int64_t top_k;
+    double top_p, min_p;
+} draw_options;
+
+/* Draw ids (B,) from logits (B, V) by uniforms (B,), numbers in [0, 1). With a filter the rows must be sorted in
+ * descending order, so that each filter keeps the first characters of a row. work: room for V numbers.
+ * Returns 1 if a logit is not finite. */
+EXPORT int draw(int64_t B, int64_t V, const draw_options *options, const real *logits, const double *uniforms,
+                double *work, int64_t *ids) {
+    const double top_p = options->top_p, min_p = options->min_p, temperature = options->temperature;
+    const int64_t top_k = options->top_k > 0 && options->top_k < V ? options->top_k : V;
     for (int64_t b = 0; b < B; b++, logits += V) {
-        double best = logits[0], check = 0, total = 0;
+        double best = logits[0], check = 0, total = 0, *up_to = work;
         for (int64_t j = 0; j < V; j++) {
-            check += logits[j] * 0.0; /* 0, or not a number */
+            check += logits[j] * 0.0; /* 0, or NaN */
             best = logits[j] > best ? logits[j] : best;
         }
         if (check != 0) return 1;
-        for (int64_t j = 0; j < kept; j++) up_to[j] = total += exp((logits[j] - best) / temperature);
-        int64_t last = kept - 1, j = 0;
-        if (top_p < 1)
-            for (last = 0; last < kept - 1 && up_to[last] / total < top_p;) last++;
-        while (j < last && up_to[j] <= chances[b] * up_to[last]) j++;
+        for (int64_t j = 0; j < top_k; j++) up_to[j] = total += exp((logits[j] - best) / temperature);
+        int64_t last = top_k - 1, j = 0; /* the last character kept */
+        if (top_p > 0 && top_p < 1)
+            for (last = 0; last < top_k - 1 && up_to[last] / total < top_p;) last++;
+        while (last > 0 && exp((logits[last] - best) / temperature) < min_p) last--;
+        while (j < last && up_to[j] <= uniforms[b] * up_to[last]) j++;
         ids[b] = j;
     }
     return 0;

@@ -79,6 +79,17 @@ class Model(ctypes.Structure):
     )
 
 
+class DrawOptions(ctypes.Structure):
+    """How `kernels.c` draws characters, as in `inference.sampling.Sampling`; 0 turns a filter off."""
+
+    _fields_ = (
+        ("temperature", ctypes.c_double),
+        ("top_k", _COUNT),
+        ("top_p", ctypes.c_double),
+        ("min_p", ctypes.c_double),
+    )
+
+
 class Kernels:
     """The functions of `kernels.c` for one type of number, over contiguous CPU tensors.
 
@@ -110,7 +121,7 @@ class Kernels:
             library.laid_size.argtypes, library.laid_size.restype = [_COUNT] * 2, _COUNT
             library.lay.argtypes, library.lay.restype = [*[_COUNT] * 3, *[_POINTER] * 2], None
             library.step.argtypes, library.step.restype = [_POINTER, _COUNT, *[_POINTER] * 7], _FLAG
-            library.draw.argtypes = [*[_COUNT] * 3, *[ctypes.c_double] * 2, *[_POINTER] * 4]
+            library.draw.argtypes = [_COUNT, _COUNT, ctypes.POINTER(DrawOptions), *[_POINTER] * 4]
             library.draw.restype = _FLAG
 
     def at(self, tensor: Tensor) -> int:
@@ -138,17 +149,15 @@ class Kernels:
 
         return multiply
 
-    def draw(
-        self, logits: Tensor, kept: int, temperature: float, top_p: float, chances: Tensor
-    ) -> Tensor | None:
-        """Draw ids (B,) among the first `kept` of each row of logits (B, V), sorted where top_p is below 1.
+    def draw(self, logits: Tensor, uniforms: Tensor, options: DrawOptions) -> Tensor | None:
+        """Draw ids (B,) from logits (B, V), sorted in descending order where `options` has a filter.
 
-        Return None where a logit is not finite.
+        uniforms: numbers (B,) drawn uniformly from [0, 1). Returns None for logits that are not finite.
         """
         B, V = logits.shape
-        up_to, ids = chances.new_empty(kept), logits.new_empty(B, dtype=torch.int64)
-        pointers = (tensor.data_ptr() for tensor in (logits, chances, up_to, ids))
-        return None if self.library.draw(B, V, kept, temperature, top_p, *pointers) else ids
+        up_to, ids = uniforms.new_empty(V), logits.new_empty(B, dtype=torch.int64)
+        pointers = (tensor.data_ptr() for tensor in (logits, uniforms, up_to, ids))
+        return None if self.library.draw(B, V, options, *pointers) else ids
 
     def matrix(
         self, weights: Tensor, scale: Tensor | None, bias: Tensor | None

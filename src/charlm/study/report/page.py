@@ -23,7 +23,7 @@ from charlm.errors import CharlmError
 from charlm.files import write_atomically
 from charlm.inference.evaluate import text_surprisals
 from charlm.inference.novelty import SIZES, Novelty, novelty, training_text
-from charlm.inference.sample import generate
+from charlm.inference.sample import Sampling, generate
 from charlm.nn.model import num_parameters
 from charlm.storage import log as logs
 from charlm.storage.model_file import Loaded, load_model
@@ -107,7 +107,8 @@ def samples(loaded: Loaded) -> dict[str, str]:
     for temperature in TEMPERATURES:
         generator = torch.Generator().manual_seed(1)
         start = torch.empty(0, dtype=torch.int64)
-        text = "".join(generate(loaded.model, loaded.vocab, start, WRITTEN, temperature, generator=generator))
+        sampling = Sampling(temperature=temperature)
+        text = "".join(generate(loaded.model, loaded.vocab, start, WRITTEN, sampling, generator))
         backward = loaded.config.model.direction == "backward"
         texts[f"temperature {temperature}"] = text[::-1] if backward else text
     return texts

@@ -30,9 +30,23 @@ def read(run: Run) -> list[Row]:
     return rows
 
 
+def curve(run: Run) -> list[Row]:
+    """Return the rows of the log with a `train_loss` or `val_loss`, in strictly increasing steps.
+
+    Rows after the step to which a rollback returned are dropped. Raises as `read` does.
+    """
+    rows: list[Row] = []
+    for row in read(run):
+        if row.get("event") == "rollback":
+            rows = [earlier for earlier in rows if earlier["step"] <= row["step"]]
+        elif "train_loss" in row or "val_loss" in row:
+            rows.append(row)
+    return rows
+
+
 def evaluations(run: Run) -> list[Row]:
-    """The rows that an evaluation wrote; raises as `read` does."""
-    return [row for row in read(run) if "val_loss" in row]
+    """Return the rows of `curve` that an evaluation wrote; raises as `read` does."""
+    return [row for row in curve(run) if "val_loss" in row]
 
 
 def named_rows(runs: dict[str, Run]) -> Iterator[Row]:

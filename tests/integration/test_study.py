@@ -110,10 +110,11 @@ def test_gradflow_shows_the_norms(charlm):
     assert too_long.code == 2 and "--steps 99 needs 101 characters, and the val split has 100" in too_long.err
 
 
-def test_gradflow_refuses_a_picture_before_it_trains(charlm, monkeypatch):
+def test_gradflow_checks_the_picture_before_training(charlm, monkeypatch):
     command = ["gradflow", *settings("corpus.source=nowhere.txt"), "--plot"]
     for name in ("a.docx", "noending"):
-        assert f"{name} must be an image" in charlm(*command, name).err
+        refused = charlm(*command, name)
+        assert refused.code == 2 and name in refused.err and ".png" in refused.err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'charlm-torch[plot]'" in charlm(*command, "a.png").err
 

@@ -196,7 +196,7 @@ def plot(names: tuple[str, ...], output: str, along: "Along") -> None:
 
     plotting.check_plot(Path(output))
     plotting.plot(plotting.curves(_find(names)), Path(output), along)
-    click.echo(f"drawn in {output}", err=True)
+    click.echo(f"wrote {output}", err=True)
 
 
 def _find(names: tuple[str, ...]) -> "dict[str, Run]":

@@ -41,7 +41,7 @@ def test_curve_drops_the_rows_that_a_rollback_took_back(tmp_path):
     assert evaluations(Run(tmp_path)) == [log[1], log[8]]
 
 
-@pytest.mark.parametrize("content", [b'{"step": 1, "val_l\n', b"[1]\n", b"\xff\n"])
+@pytest.mark.parametrize("content", [b'{"step": 1, "val_l\n', b"[1]\n", b'{"val_loss": 1}\n', b"\xff\n"])
 def test_a_damaged_log(tmp_path, content):
     Run(tmp_path).metrics.write_bytes(content)
     with pytest.raises(CharlmError, match=r"metrics.jsonl is damaged"):

@@ -21,8 +21,8 @@ def read(run: Run) -> list[Row]:
     try:
         text = run.metrics.read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line of it is no JSON object")
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise ValueError("a line is not a JSON object with a step")
     except OSError as error:
         raise CharlmError(f"cannot read {run.metrics}: {error.strerror}") from None
     except ValueError as error:

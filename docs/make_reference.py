@@ -1,23 +1,31 @@
-"""Write docs/reference.md, the help of every command: `make docs`."""
+"""Write what the documentation takes from the code: `make docs`.
 
+That is docs/reference.md, with the help of every command and the table of the configuration, and the block of
+defaults in README.md.
+"""
+
+import re
 from pathlib import Path
 
 import click
 
+from charlm import config
 from charlm.cli import cli
 
+README = Path(__file__).parents[1] / "README.md"
 HEAD = """# Reference
 
-Every command, as `--help` shows it. This page is made by `make docs`.
+The help of every command, and the configuration. `make docs` writes this page.
 """
 WIDTH = 88
+BLOCK = re.compile(r"(?<=<!-- defaults -->\n\n).*?(?=\n<!-- /defaults -->)", re.S)
 
 
 def reference() -> str:
-    """The whole page."""
+    """Return docs/reference.md."""
     pages = [_page(cli, "charlm")]
     pages += [_page(command, f"charlm {name}") for name, command in sorted(cli.commands.items())]
-    return "\n".join([HEAD, *pages])
+    return "\n".join([HEAD, *pages, _table()])
 
 
 def _page(command: click.Command, name: str) -> str:
@@ -25,5 +33,21 @@ def _page(command: click.Command, name: str) -> str:
     return f"## {name}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
 
 
+def _table() -> str:
+    rows = [
+        f"| `{row.key}` | `{row.default_text}` | {row.allowed} | {row.description} |"
+        for row in config.reference()
+    ]
+    return "\n".join(
+        ["## Configuration", "", "| key | default | allowed | meaning |", "|---|---|---|---|", *rows, ""]
+    )
+
+
+def readme(text: str) -> str:
+    """Return README.md, whose text is `text`, with the defaults of today between its markers."""
+    return BLOCK.sub(lambda _: f"```yaml\n{config.reference_yaml()}```\n", text)
+
+
 if __name__ == "__main__":
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
     Path(__file__).with_name("reference.md").write_text(reference(), encoding="utf-8")

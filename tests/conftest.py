@@ -8,26 +8,29 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from charlm.cli import main
 from charlm.config import from_data
 
 ROOT = Path(__file__).parents[1]
+PRECISION = os.environ.get("CHARLM_TEST_PRECISION", "float32")  # what auto resolves to; see make test-matrix
 
-# A model that trains in a moment.
+# The settings of a model that trains in a moment.
 TINY = [
     "model.hidden_size=12",
     "model.embedding_size=5",
     "batches.batch_size=4",
     "batches.seq_len=8",
     "batches.stride=8",
-    "train.precision=float32",
+    f"train.precision={PRECISION}",
     "train.device=cpu",
 ]
 
 
-# Texts in pieces, of characters that do something to their neighbours or to the line.
+# Texts in pieces, with characters that combine with their neighbours or change how a line is read.
 PIECES = st.lists(
     st.text(
         st.sampled_from(
@@ -41,29 +44,49 @@ PIECES = st.lists(
 
 
 def cut(whole, size):
-    """`whole` in pieces of `size`."""
+    """Return `whole` in pieces of `size`."""
     return iter([whole[start : start + size] for start in range(0, len(whole), size)])
 
 
 def configure(*overrides):
-    """The configuration of a model that trains in a moment, with the given changes."""
+    """Return the tiny model's configuration with the given overrides."""
     return from_data({}, "", [*TINY, *overrides])
 
 
 def settings(*overrides):
-    """The tiny model's overrides and more, as command-line arguments."""
+    """Return the tiny model's overrides and more as command-line arguments."""
     return [part for override in (*TINY, *overrides) for part in ("--set", override)]
 
 
+# On a busy machine an example may take any time.
+hypothesis_settings.register_profile("charlm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("charlm")
+
+
+def pytest_configure(config):
+    """End a run in bfloat16 on a processor that lacks it."""
+    if (
+        PRECISION == "bfloat16"
+        and not torch.cpu._is_avx512_supported()
+        and not hasattr(config, "workerinput")
+    ):
+        pytest.exit("CHARLM_TEST_PRECISION=bfloat16 needs AVX-512, which this processor lacks", returncode=0)
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    torch.set_num_threads(1)  # tiny tensors; the tests' figures must not depend on the machine's cores
-    os.environ["OMP_NUM_THREADS"] = "1"  # of processes: two threads wait for each other on a busy machine
+def _as_on_another_machine():
+    """Use one thread and float32 unless `make test-matrix` sets others."""
+    threads = os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads would only wait for each other
+    torch.set_num_threads(int(threads))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            patch.setattr(torch.cpu, name, lambda: PRECISION == "bfloat16", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")
 def words():
-    """2,000 characters of made-up words, with accents and line ends."""
+    """Return 2,000 characters of invented words, with accents and line ends."""
     draw = random.Random(0)
     letters = string.ascii_lowercase[:9] + "ñé"
     text = " ".join("".join(draw.choices(letters, k=draw.randint(1, 7))) for _ in range(700))
@@ -72,7 +95,7 @@ def words():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, words):
-    """An empty working folder with the text corpus.txt in it."""
+    """Change to an empty folder that contains corpus.txt."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus.txt").write_text(words, encoding="utf-8")
     return tmp_path
@@ -86,7 +109,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def charlm(folder, capfd):
-    """Run a command in this process: charlm("train", ...) -> (code, out, err)."""
+    """Run commands in this process: charlm("train", ...) -> (code, out, err)."""
 
     def run(*args):
         capfd.readouterr()
@@ -98,14 +121,14 @@ def charlm(folder, capfd):
 
 @pytest.fixture
 def trained(charlm):
-    """A run named `tiny`, trained for three steps on corpus.txt."""
+    """Train a run named `tiny` for three steps on corpus.txt."""
     outcome = charlm("train", "--name", "tiny", *settings("corpus.source=corpus.txt", "train.max_steps=3"))
     assert outcome.code == 0, outcome.err
     return Path("runs/tiny")
 
 
 def process(*args, cwd, stdin=None, **options):
-    """Run the command as a process of its own."""
+    """Start the command as a separate process."""
     return subprocess.Popen(
         [sys.executable, "-m", "charlm", *map(str, args)],
         cwd=cwd,

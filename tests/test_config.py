@@ -4,24 +4,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlm.config import Config, ModelConfig, from_data, load, override, parse_yaml, to_yaml
+from charlm.config import (
+    KEYS,
+    Config,
+    ModelConfig,
+    from_data,
+    load,
+    override,
+    parse_yaml,
+    reference,
+    reference_yaml,
+    to_yaml,
+)
 from charlm.errors import ConfigError
 from conftest import ROOT
 
 
-def problem(*overrides, data=None):
+def error(*overrides, data=None):
     with pytest.raises(ConfigError) as caught:
         from_data(data or {}, "x.yaml", overrides)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
 
-def test_no_recipe_is_the_defaults():
+def test_without_a_recipe_the_defaults_are_loaded():
     assert load(None) == Config()
 
 
 @pytest.mark.parametrize("text", ["2e-3", "2E-3", ".002", "0.002", "+2.e-3"])
-def test_yaml_numbers_are_numbers(text):
+def test_numbers_with_an_exponent_are_numbers(text):
     assert load(None, [f"train.lr={text}"]).train.lr == 0.002
 
 
@@ -30,7 +41,7 @@ def test_every_float_that_python_prints_is_read(number):
     assert parse_yaml(repr(number), "x") == number
 
 
-def test_overrides_lie_on_the_recipe(tmp_path):
+def test_overrides_replace_values_of_the_recipe(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: {cell: gru, hidden_size: 7}\ntrain:\n")
     config = load(str(recipe), ["model.hidden_size=9", "corpus.source=[a.txt, b.txt]"])
@@ -38,7 +49,7 @@ def test_overrides_lie_on_the_recipe(tmp_path):
     assert config.corpus.source == ["a.txt", "b.txt"]
 
 
-def test_yaml_round_trip():
+def test_a_configuration_survives_yaml():
     config = override(Config(), ["corpus.keep='A-Zñ'", "train.lr=3e-5", "corpus.split=[0.8, 0.2, 0]"])
     assert from_data(parse_yaml(to_yaml(config), "x"), "x") == config
 
@@ -46,54 +57,81 @@ def test_yaml_round_trip():
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("model.hiden_size=3", ["model.hiden_size", "did you mean hidden_size"]),
-        ("model.lr=3", ["model.lr", "did you mean train.lr"]),
-        ("modle.cell=rnn", ["modle", "did you mean model"]),
-        ("model.hidden_size=0", ["model.hidden_size is 0", "greater than 0"]),
+        ("model.hiden_size=3", ["model.hiden_size", "hidden_size"]),
+        ("hiden_size=3", ["hiden_size", "hidden_size"]),
+        ("model.lr=3", ["model.lr", "train.lr"]),
+        ("modle.cell=rnn", ["modle", "model"]),
+        ("train=3", ["train", "train"]),
+        ("model.hidden_size=0", ["model.hidden_size is 0", ">= 1"]),
         ("model.hidden_size=big", ["model.hidden_size is 'big'", "integer"]),
         ("model.hidden_size=2.0", ["model.hidden_size is 2.0", "integer"]),
-        ("model.cell=transformer", ["'transformer'", "'rnn', 'lstm' or 'gru'"]),
-        ("corpus.lowercase=1", ["corpus.lowercase is 1", "boolean"]),
+        ("model.cell=transformer", ["'transformer'", "rnn, lstm, gru"]),
+        ("model.cell=lstmm", ["'lstmm'", "lstm?"]),
+        ("corpus.lowercase=1", ["corpus.lowercase is 1", "true"]),
         ("corpus.source=5", ["corpus.source is 5"]),
         ("corpus.split=[0.9, 0.1]", ["[0.9, 0.1]", "three numbers"]),
         ("corpus.split=0.9", ["corpus.split is 0.9", "three numbers"]),
         ("train.betas=[0.9]", ["[0.9]", "two numbers"]),
-        ("corpus.source=['']", ["source is empty"]),
-        ("corpus.split=[0.5, 0.2, 0.2]", ["[0.5, 0.2, 0.2]", "adding up to 1"]),
-        ("corpus.keep='z-a'", ["'z-a'", "character class"]),
-        ("corpus.keep='a]b'", ["'a]b'", "character class", "must be written"]),
-        ("model.weight_dropout=1.0", ["model.weight_dropout is 1.0", "less than 1"]),
-        ("train.ema=1.0", ["train.ema is 1.0", "less than 1"]),
-        ("train.ema=0", ["train.ema is 0", "greater than 0"]),
+        ("corpus.source=['']", ["corpus.source"]),
+        ("corpus.split=[0.5, 0.2, 0.2]", ["[0.5, 0.2, 0.2]"]),
+        ("corpus.keep='z-a'", ["corpus.keep", "'z-a'"]),
+        ("corpus.keep='a]b'", ["corpus.keep", "'a]b'", "\\]"]),
+        ("model.weight_dropout=1.0", ["model.weight_dropout is 1.0", "< 1"]),
+        ("train.ema=1.0", ["train.ema is 1.0", "< 1"]),
+        ("train.ema=0", ["train.ema is 0", "> 0"]),
         ("train.lr=.nan", ["train.lr is nan"]),
-        ("train.lr", ["section.key=value"]),
-        ("train.lr={", ["not valid YAML"]),
-        ("model.gru_reset=before", None),
+        ("train.lr", ["'train.lr'", "KEY=VALUE"]),
+        ("train.lr={", ["train.lr={", "YAML"]),
+        ("train.checkpoint_every=10 days", ["'10 days'", "10min"]),
     ],
 )
-def test_a_problem_names_key_value_and_what_is_allowed(text, parts):
-    if parts is None:  # harmless without a GRU
-        assert load(None, [text]).model.gru_reset == "before"
-        return
-    message = problem(text)
+def test_an_error_names_key_value_and_what_is_allowed(text, parts):
+    message = error(text)
     assert "\n" not in message
     assert all(part in message for part in parts), message
 
 
-def test_all_problems_at_once():
-    message = problem(data={"model": {"hidden_size": -1, "cell": 3}, "train": {"lr": "fast"}})
-    assert "3 problems" in message
+def test_a_bare_key_stands_for_the_section_that_has_it(monkeypatch):
+    config = load(None, ["epochs=2", "hidden_size=64", "cell=gru", "train.lr=1.0"])
+    assert (config.train.epochs, config.model.hidden_size, config.model.cell) == (2, 64, "gru")
+    monkeypatch.setattr("charlm.config.KEYS", [*KEYS, "corpus.stride"])
+    with pytest.raises(ConfigError, match=r"'stride'.*corpus\.stride|batches\.stride") as caught:
+        load(None, ["stride=2"])
+    assert "corpus.stride" in str(caught.value) and "batches.stride" in str(caught.value)
+
+
+def test_every_key_has_a_meaning_in_one_line_and_its_allowed_values():
+    for row in reference():
+        assert "\n" not in row.description, row.key
+        assert row.description and row.allowed, row.key
+    rows = {row.key: row for row in reference()}
+    assert rows["corpus.source"].allowed == "text or list of text"
+    assert rows["train.ema"].allowed == "number > 0 and < 1 or null"
+    assert rows["train.optimizer"].allowed == "sgd, adam, adamw, rmsprop, adadelta"
+
+
+def test_the_table_is_selected_by_sections_and_keys():
+    assert [row.key for row in reference(["train"])] == [key for key in KEYS if key.startswith("train.")]
+    assert [row.key for row in reference(["lr", "model.cell", "lr"])] == ["train.lr", "model.cell"]
+    with pytest.raises(ConfigError, match="hidden_size"):
+        reference(["hidden_sise"])
+
+
+def test_the_reference_as_yaml_is_the_defaults():
+    data = parse_yaml(reference_yaml(), "x")
+    assert from_data(data, "x") == Config()
+    assert [f"{section}.{key}" for section, values in data.items() for key in values] == KEYS
+
+
+def test_all_errors_are_reported_at_once():
+    message = error(data={"model": {"hidden_size": -1, "cell": 3}, "train": {"lr": "fast"}})
+    assert "3 errors" in message
     assert all(key in message for key in ("model.hidden_size", "model.cell", "train.lr"))
-    message = problem("train.foo=1", "model.hidden_size=x")
-    assert "2 problems" in message and "train.foo" in message and "model.hidden_size" in message
+    message = error("train.foo=1", "model.hidden_size=x")
+    assert "2 errors" in message and "train.foo" in message and "model.hidden_size" in message
 
 
-def test_yaml_merge_keys(tmp_path):
-    recipe = tmp_path / "merged.yaml"
-    recipe.write_text(
-        ["model: &base {cell: rnn, hidden_size: 5}", "model: {<<: *base, hidden_size: 6}", ""][0]
-    )
-    assert load(str(recipe)).model.hidden_size == 5
+def test_yaml_merge_keys():
     assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}", "x")["b"] == {"x": 1, "y": 3}
 
 
@@ -106,15 +144,15 @@ LAUGHS = "a: &a {x: ha}\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        (LAUGHS, "with its aliases written out"),
-        (LAUGHS.replace("{<<: ", "").replace("]}", "]"), "with its aliases written out"),
-        ("a: &a [*a]", "with its aliases written out"),
-        ("#" * 2**20 + "\n", "1,048,577 characters or more"),
-        ("[" * 10**5, "not valid YAML"),
-        ("a: " + "9" * 10**5, "not valid YAML"),
-        ("? [a]\n: 1", "is no key"),
-        ("".join(f"k{i}: 1\n" for i in range(4000)), "20 problems"),
-        (f"model: {'x' * 10**5}", "model is 'x{199}…; it must"),
+        (LAUGHS, "1,048,576"),
+        (LAUGHS.replace("{<<: ", "").replace("]}", "]"), "1,048,576"),
+        ("a: &a [*a]", "1,048,576"),
+        ("#" * 2**20 + "\n", "1,048,577"),
+        ("[" * 10**5, "YAML"),
+        ("a: " + "9" * 10**5, "YAML"),
+        ("? [a]\n: 1", r"\['a'\]"),
+        ("".join(f"k{i}: 1\n" for i in range(4000)), "20 errors"),
+        (f"model: {'x' * 10**5}", "model is 'x{199}…;"),
         ("corpus: {keep: 'a]|(x+x+)+y['}", "keep"),
     ],
     ids=["laughs", "laughs in lists", "endless", "long", "deep", "number", "key", "keys", "value", "keep"],
@@ -126,32 +164,32 @@ def test_hostile_recipes_are_refused_at_once(tmp_path, text, part):
     assert len(str(caught.value)) < 4000
 
 
-def test_sizes_that_no_arithmetic_holds_are_refused():
-    message = problem("model.hidden_size=10000000000", "model.num_layers=1001", "batches.stride=1e13")
-    assert message.count("must be less than or equal to") == 2 and "3 problems" in message
+def test_sizes_beyond_64_bits_are_refused():
+    message = error("model.hidden_size=10000000000", "model.num_layers=1001", "batches.stride=1e13")
+    assert "10000000000;" in message and "1001;" in message and "3 errors" in message
 
 
 def test_a_key_twice_is_refused(tmp_path):
     recipe = tmp_path / "twice.yaml"
     recipe.write_text("model:\n  cell: rnn\n  cell: gru\n")
-    with pytest.raises(ConfigError, match="line 2.*'cell' stands twice"):
+    with pytest.raises(ConfigError, match="line 2.*'cell'"):
         load(str(recipe))
 
 
 @pytest.mark.parametrize(
     ("model", "part"),
     [
-        ({"cell": "gru", "gru_reset": "before", "implementation": "fused"}, "needs implementation: scratch"),
+        ({"cell": "gru", "gru_reset": "before", "implementation": "fused"}, "implementation: scratch"),
         ({"tie_weights": True, "embedding_size": 3}, "embedding_size equal to hidden_size"),
-        ({"direction": "both", "tie_weights": True, "embedding_size": 256}, "tie_weights does not go with"),
+        ({"direction": "both", "tie_weights": True, "embedding_size": 256}, "tie_weights"),
     ],
 )
-def test_combinations_that_do_not_exist(model, part):
-    assert part in problem(data={"model": model})
+def test_impossible_combinations_are_refused(model, part):
+    assert part in error(data={"model": model})
 
 
-def test_a_model_that_fills_in_takes_windows_and_every_loss():
-    message = problem("model.direction=both", "batches.sampling=contiguous", "train.loss_on=last")
+def test_direction_both_needs_windows_and_every_loss():
+    message = error("model.direction=both", "batches.sampling=contiguous", "train.loss_on=last")
     assert "batches.sampling: sliding" in message and "train.loss_on: all" in message
     assert message.startswith("x.yaml: model.direction")
 
@@ -164,7 +202,7 @@ def test_recipes_are_found_as_path_then_in_configs_then_shipped(tmp_path, monkey
     assert load("lstm.yaml").model.hidden_size == 11
     (tmp_path / "lstm.yaml").write_text("model: {hidden_size: 12}")
     assert load("lstm.yaml").model.hidden_size == 12
-    with pytest.raises(ConfigError, match=r"no recipe 'lstn.yaml'.*did you mean lstm.yaml"):
+    with pytest.raises(ConfigError, match=r"'lstn.yaml'.*lstm.yaml"):
         load("lstn.yaml")
 
 
@@ -176,11 +214,11 @@ def test_every_recipe_loads(path):
     assert isinstance(load(str(path)), Config)
 
 
-def test_the_defaults_are_the_lstm_recipe_but_for_the_first_weights():
+def test_the_lstm_recipe_is_the_defaults_with_other_initial_weights():
     assert load("lstm.yaml") == Config(model=ModelConfig(init="orthogonal"))
 
 
-def test_the_six_recipes_differ_in_what_they_say_only():
+def test_the_six_recipes_differ_in_cell_and_implementation():
     for cell in ("rnn", "lstm", "gru"):
         fastest, scratch = load(f"{cell}.yaml"), load(f"{cell}-scratch.yaml")
         assert (fastest.model.cell, fastest.model.implementation) == (cell, "auto")
@@ -188,16 +226,10 @@ def test_the_six_recipes_differ_in_what_they_say_only():
     assert len({load(f"{cell}.yaml").train.epochs for cell in ("rnn", "lstm", "gru")}) == 1, "they compare"
 
 
-def test_saves_come_after_steps_or_after_a_time():
-    for text, steps, seconds in (
-        ("500", 500, None),
-        ("30s", None, 30),
-        ("1.5min", None, 90),
-        ("2h", None, 7200),
-    ):
-        train = from_data({}, "", [f"train.checkpoint_every={text}"]).train
-        assert (train.checkpoint_steps, train.checkpoint_seconds) == (steps, seconds)
-    with pytest.raises(
-        ConfigError, match="'10 days'; it must be steps, as 500, or a time, as 30s, 10min or 2h"
-    ):
-        from_data({}, "", ["train.checkpoint_every=10 days"])
+@pytest.mark.parametrize(
+    ("text", "steps", "seconds"),
+    [("500", 500, None), ("30s", None, 30), ("1.5min", None, 90), ("2h", None, 7200)],
+)
+def test_saves_come_after_steps_or_after_a_time(text, steps, seconds):
+    train = from_data({}, "", [f"train.checkpoint_every={text}"]).train
+    assert (train.checkpoint_steps, train.checkpoint_seconds) == (steps, seconds)

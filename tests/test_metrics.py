@@ -5,7 +5,7 @@ import pytest
 from charlm.metrics import Score
 
 
-def test_sums_add_and_are_divided_once():
+def test_scores_add_as_sums_and_are_divided_once():
     total = Score(1.0, 1) + Score(1.0, 3)
     assert total.loss == 0.5  # the mean of the two means would be 2/3
     assert total.perplexity == pytest.approx(math.exp(0.5))
@@ -13,11 +13,11 @@ def test_sums_add_and_are_divided_once():
     assert total.bits_per_byte(5) == pytest.approx(2 / math.log(2) / 5)
 
 
-def test_a_uniform_guess_has_the_number_of_choices_as_perplexity():
+def test_uniform_guess_has_the_number_of_choices_as_perplexity():
     assert Score(10 * math.log(8), 10).perplexity == pytest.approx(8)
     assert Score(10 * math.log(8), 10).bits_per_character == pytest.approx(3)
 
 
-def test_extremes():
+def test_perplexity_overflows_to_infinity_and_an_empty_score_is_nan():
     assert Score(1e9, 1).perplexity == math.inf
     assert math.isnan(Score().loss)

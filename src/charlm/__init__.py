@@ -1,7 +1,7 @@
 """charlm: character-level language models with recurrent networks.
 
-`charlm.load` gives a trained model to write and to score texts with. Importing this package imports no torch;
-its modules do, when they are imported.
+`charlm.load` loads a trained model, which generates and scores texts. Importing this package does not import
+torch; importing its modules does.
 """
 
 from os import PathLike
@@ -18,18 +18,18 @@ __version__ = "0.1.0"
 def load(
     model: "str | PathLike[str] | None" = None, *, device: str = "auto", implementation: str | None = None
 ) -> "LanguageModel":
-    """A trained model: `api.LanguageModel`.
+    """Load a trained model as an `api.LanguageModel`.
 
     >>> import charlm
     >>> model = charlm.load("runs/first", device="cpu")
     >>> len(model.generate("abc", length=20, seed=1))
     23
 
-    model: a model file, a run's folder or name; by default the newest run's.
+    model: a model file, or a run's folder or name; by default the newest run.
     device: auto, cpu, cuda, cuda:N or mps.
-    implementation: auto, scratch, builtin or fused; by default as it was trained.
+    implementation: auto, scratch, builtin or fused; by default the one in the model's configuration.
 
-    Raises `CharlmError` for a model that is not there or damaged and a device that is not here.
+    Raises `CharlmError` for a model that is missing or damaged, and for a device that is not available.
     """
     from charlm.api import LanguageModel
 

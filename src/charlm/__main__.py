@@ -1,4 +1,4 @@
-"""``python -m charlm``."""
+"""The entry point of ``python -m charlm``."""
 
 import sys
 

@@ -1,20 +1,31 @@
-"""The one table of defaults: what can be configured, its types, ranges and defaults.
+"""The configuration: every key with its type, range, default and meaning, in one table.
 
-A configuration is the defaults, overlaid by a YAML recipe, overlaid by ``--set section.key=value``.
-Every problem in it is reported at once. Only this module knows YAML.
+A configuration is the defaults, overlaid by a YAML recipe, overlaid by ``--set key=value``. All errors in it
+are reported at once. `charlm config`, the README, docs/reference.md and the shell's completion show the table
+as `reference` gives it. Only this module reads and writes YAML.
 """
 
 import difflib
 import itertools
+import json
 import math
 import re
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from charlm.errors import ConfigError
 
@@ -22,123 +33,162 @@ PACKAGE = Path(__file__).parent
 
 
 def shipped(folder: str) -> Path:
-    """The folder ``configs`` or ``data``: inside the installed package, or at the top of a checkout."""
+    """Return the folder ``configs`` or ``data``, inside the installed package or at the top of a checkout."""
     packaged = PACKAGE / folder
     return packaged if packaged.is_dir() else PACKAGE.parents[1] / folder
 
 
 class Section(BaseModel):
-    """Strict, closed and frozen: no silent conversions, no unknown keys, no changes."""
+    """A group of keys: types are not converted, unknown keys are errors, values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-# Bounds that nobody meets, so that what is computed from them fits into 64 bits.
-Positive = Annotated[int, Field(gt=0, le=10**12)]
-Width = Annotated[int, Field(gt=0, le=2**20)]
-Depth = Annotated[int, Field(gt=0, le=1000)]
+# Upper bounds far beyond any use keep the numbers computed from these inside 64 bits.
+Positive = Annotated[int, Field(ge=1, le=10**12)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Depth = Annotated[int, Field(ge=1, le=1000)]
+Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+UpToOne = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
+Split = Annotated[tuple[float, float, float], Field(strict=False)]
+Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 _TIME = r"^(\d+(?:\.\d+)?) ?(s|min|h)$"
+Time = Annotated[str, Field(pattern=_TIME)]
+Truncation = Literal["fixed", "random"]
+Direction = Literal["forward", "backward", "both"]
+Implementation = Literal["auto", "scratch", "builtin", "fused"]
+Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"]
+Schedule = Literal["constant", "cosine", "one_cycle", "step", "plateau"]
+Initial = Literal["default", "xavier", "orthogonal", "normal"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Forcing = Literal["linear", "exponential", "inverse_sigmoid"]
+
+
+def _key(default: Any, description: str) -> Any:
+    """A field; its type says what is allowed, `description` what it means, in one line."""
+    return Field(default, description=description)
 
 
 class CorpusConfig(Section):
-    """What text is read, how it is cleaned and how it is split."""
+    """The text: where it is, how it is cleaned and how it is split."""
 
-    source: str | list[str] = "sancho"
-    start: str | None = None
-    normalize: Literal["NFC", "NFD", "NFKC", "NFKD", "none"] = "NFC"
-    lowercase: bool = False
-    keep: str | None = None
-    split: Annotated[tuple[float, float, float], Field(strict=False)] = (0.9, 0.05, 0.05)
-    max_chars: Positive | None = None
+    source: str | list[str] = _key("sancho", "bundled corpus, file, folder or glob, or a list of these")
+    start: str | None = _key(None, "skip the text before these words; null: skip nothing")
+    normalize: Literal["NFC", "NFD", "NFKC", "NFKD", "none"] = _key("NFC", "Unicode normal form")
+    lowercase: bool = _key(False, "convert the text to lower case")
+    keep: str | None = _key(None, 'characters to keep, as "A-Za-zñ"; each run of others becomes one space')
+    split: Split = _key((0.9, 0.05, 0.05), "fractions of the text for train, val and test; test may be 0")
+    max_chars: Positive | None = _key(None, "use only this many characters; null: all")
 
     @model_validator(mode="after")
     def _consistent(self) -> "CorpusConfig":
         train, val, test = self.split
         if not (train > 0 and val > 0 and test >= 0 and math.isclose(train + val + test, 1, abs_tol=1e-6)):
             raise ValueError(
-                f"split {list(self.split)} must be the shares of train, val and test: "
-                "train and val above 0, test 0 or more, adding up to 1, for example [0.9, 0.05, 0.05]"
+                f"split is {list(self.split)}; allowed: fractions for train, val and test that add up to 1, "
+                "train and val above 0, for example [0.9, 0.05, 0.05]"
             )
         if self.keep is not None:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", FutureWarning)  # of [ in a class, which one may keep
+                    warnings.simplefilter("ignore", FutureWarning)  # about [ in a class, which is allowed
                     re.compile(f"[^{self.keep}]+")
                 if not re.fullmatch(r"\]?(\\.|[^]\\])*", self.keep, re.S):
-                    raise re.error("a ] that is not the first must be written \\]")
+                    raise re.error("write \\] for a ] that is not the first")
             except re.error as error:
                 raise ValueError(
-                    f"keep {self.keep!r} is not the inside of a character class ({error}); "
+                    f"keep is {self.keep!r}, which is not the inside of a character class ({error}); "
                     'write for example "A-Za-z"'
                 ) from None
         if not self.source or (isinstance(self.source, list) and not all(self.source)):
             raise ValueError(
-                "source is empty; name a bundled corpus, a file, a folder, a glob or a list of them"
+                "source is empty; allowed: a bundled corpus, a file, a folder, a glob or a list of these"
             )
         return self
 
     @property
     def cleaning(self) -> dict[str, Any]:
-        """The arguments of `text.clean`."""
+        """The arguments of `charlm.text.clean.clean`."""
         return {"normalize": self.normalize, "lowercase": self.lowercase, "keep": self.keep}
 
 
 class BatchesConfig(Section):
     """How the encoded text becomes batches of shape (B, T)."""
 
-    sampling: Literal["sliding", "contiguous"] = "sliding"
-    batch_size: Positive = 32
-    seq_len: Positive = 64
-    stride: Positive = 64
-    shuffle: bool = True
-    truncation: Literal["fixed", "random"] = "fixed"
-    max_train_windows: Positive | None = None
-    max_val_windows: Positive | None = None
+    sampling: Literal["sliding", "contiguous"] = _key("sliding", "windows, or streams that carry the state")
+    batch_size: Positive = _key(32, "sequences per step and process (B)")
+    seq_len: Positive = _key(64, "characters per sequence, through which the gradient flows back (T)")
+    stride: Positive = _key(64, "sliding: characters from the start of one window to the next")
+    shuffle: bool = _key(True, "sliding: read the windows in random order")
+    truncation: Truncation = _key(
+        "fixed", "contiguous: fixed sequence lengths, or random ones around seq_len"
+    )
+    max_train_windows: Positive | None = _key(None, "sliding: use only this many windows; null: all")
+    max_val_windows: Positive | None = _key(None, "evaluate only this many windows of val; null: all")
 
     @model_validator(mode="after")
     def _consistent(self) -> "BatchesConfig":
         if self.sampling == "contiguous" and self.max_train_windows:
             raise ValueError(
-                "max_train_windows counts sliding windows; with sampling: contiguous use corpus.max_chars"
+                "max_train_windows needs sampling: sliding; with contiguous, set corpus.max_chars"
             )
         if self.sampling == "sliding" and self.truncation == "random":
-            raise ValueError("truncation: random cuts streams; it needs sampling: contiguous")
+            raise ValueError("truncation: random needs sampling: contiguous")
         return self
+
+
+# The values of `model.cell`, to which `nn.cells.register` appends. They are listed here because they are
+# needed before torch is imported.
+CELL_NAMES = ["rnn", "lstm", "gru"]
+
+
+def _known_cell(name: str) -> str:
+    if name not in CELL_NAMES:
+        raise PydanticCustomError("cell", "unknown cell")
+    return name
+
+
+Cell = Annotated[str, AfterValidator(_known_cell), WithJsonSchema({"type": "string", "enum": CELL_NAMES})]
 
 
 class ModelConfig(Section):
     """The network: input, recurrent stack, linear head."""
 
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"
-    direction: Literal["forward", "backward", "both"] = "forward"
-    implementation: Literal["auto", "scratch", "builtin", "fused"] = "auto"
-    input: Literal["embedding", "one_hot"] = "embedding"
-    embedding_size: Width = 64
-    hidden_size: Width = 192
-    num_layers: Depth = 1
-    dropout: Share = 0.1
-    locked_dropout: bool = False
-    weight_dropout: Share = 0.0
-    embedding_dropout: Share = 0.0
-    nonlinearity: Literal["tanh", "relu"] = "tanh"
-    gru_reset: Literal["after", "before"] = "after"
-    tie_weights: bool = False
-    init: Literal["default", "xavier", "orthogonal", "normal"] = "default"
-    forget_bias: Annotated[float, Field(allow_inf_nan=False)] | None = 1.0
+    cell: Cell = _key("lstm", "recurrent cell")
+    direction: Direction = _key("forward", "reading direction; both: a model that fills in blanks")
+    implementation: Implementation = _key("auto", "implementation of the layers; auto: the fastest here")
+    input: Literal["embedding", "one_hot"] = _key("embedding", "how a character enters the network")
+    embedding_size: Width = _key(64, "size of the embedding")
+    hidden_size: Width = _key(192, "units per recurrent layer (H)")
+    num_layers: Depth = _key(1, "recurrent layers (L)")
+    dropout: Fraction = _key(0.1, "dropout probability on the output of every recurrent layer")
+    locked_dropout: bool = _key(False, "use one dropout mask for all steps of a sequence")
+    weight_dropout: Fraction = _key(0.0, "dropout probability on the recurrent weight matrices")
+    embedding_dropout: Fraction = _key(0.0, "probability of dropping a character everywhere in the batch")
+    nonlinearity: Literal["tanh", "relu"] = _key("tanh", "rnn: activation function")
+    gru_reset: Literal["after", "before"] = _key(
+        "after", "gru: reset gate after the recurrent product, as torch, or before it, as Cho et al. 2014"
+    )
+    tie_weights: bool = _key(False, "share one matrix between the embedding and the output layer")
+    init: Initial = _key("default", "initial weights; default: torch's, normal: N(0, 0.01²)")
+    forget_bias: Finite | None = _key(1.0, "lstm: initial bias of the forget gate; null: as init gives it")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
         if self.cell == "gru" and self.gru_reset == "before" and self.implementation in ("builtin", "fused"):
             raise ValueError(
-                "gru_reset: before is not what torch computes; it needs implementation: scratch or auto"
+                "gru_reset: before needs implementation: scratch or auto; torch computes after only"
             )
         if self.tie_weights and self.direction == "both":
-            raise ValueError("tie_weights does not go with direction: both, whose head reads two states")
+            raise ValueError("tie_weights: true needs direction: forward or backward")
         if self.tie_weights and (self.input != "embedding" or self.embedding_size != self.hidden_size):
             raise ValueError(
-                "tie_weights needs input: embedding and embedding_size equal to hidden_size "
+                "tie_weights: true needs input: embedding and embedding_size equal to hidden_size "
                 f"(they are {self.embedding_size} and {self.hidden_size})"
             )
         return self
@@ -147,45 +197,52 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """The optimisation, its budget, and what is reported and saved on the way."""
 
-    epochs: Positive = 18
-    max_steps: Positive | None = None
-    loss_on: Literal["all", "last"] = "all"
-    teacher_forcing: Annotated[float, Field(ge=0, le=1)] = 1.0
-    teacher_forcing_schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "linear"
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"] = "adamw"
-    lr: PositiveFloat = 8e-3
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    momentum: Share = 0.0
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.99)
-    schedule: Literal["constant", "cosine", "one_cycle", "step", "plateau"] = "one_cycle"
-    warmup: Share = 0.1
-    min_lr: Share = 0.01
-    step_epochs: Positive = 1
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.5
-    plateau_patience: Positive = 2
-    clip: Literal["norm", "value", "none"] = "norm"
-    clip_value: PositiveFloat = 1.0
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    early_stopping: Positive | None = None
-    eval_every: Positive | None = None
-    checkpoint_every: Positive | Annotated[str, Field(pattern=_TIME)] | None = None
-    keep_last: Positive = 1
-    max_bad_steps: Positive = 10
-    max_rollbacks: Annotated[int, Field(ge=0)] = 3
-    sample_chars: Annotated[int, Field(ge=0)] = 0
-    tensorboard: bool = False
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    epochs: Positive = _key(18, "passes over the train split")
+    max_steps: Positive | None = _key(None, "optimiser steps in place of epochs; null: epochs counts")
+    loss_on: Literal["all", "last"] = _key("all", "steps of a sequence that count in the loss")
+    teacher_forcing: UpToOne = _key(1.0, "fraction of true characters as input at the end of training")
+    teacher_forcing_schedule: Forcing = _key("linear", "decrease of teacher_forcing from 1")
+    optimizer: Optimizer = _key("adamw", "optimiser")
+    lr: PositiveFloat = _key(8e-3, "learning rate, the largest of the schedule")
+    weight_decay: NonNegative = _key(0.0, "weight decay of matrices; biases have none")
+    momentum: Fraction = _key(0.0, "sgd, rmsprop: momentum")
+    betas: Betas = _key((0.9, 0.99), "adam, adamw: decay rates of the averages of gradient and square")
+    schedule: Schedule = _key("one_cycle", "learning rate over the run")
+    warmup: Fraction = _key(0.1, "cosine, one_cycle: fraction of the steps with a rising learning rate")
+    min_lr: Fraction = _key(0.01, "cosine, one_cycle, plateau: last learning rate, as a fraction of lr")
+    step_epochs: Positive = _key(1, "step: epochs between two multiplications of the learning rate by decay")
+    decay: Annotated[float, Field(gt=0, le=1)] = _key(0.5, "step, plateau: factor of the learning rate")
+    plateau_patience: Positive = _key(2, "plateau: evaluations without a better val loss before the decay")
+    clip: Literal["norm", "value", "none"] = _key("norm", "clip the norm of all gradients or each value")
+    clip_value: PositiveFloat = _key(1.0, "largest gradient norm or value")
+    ema: Decay | None = _key(
+        None, "decay of an average of the weights to evaluate and save, as 0.999; null: no average"
+    )
+    early_stopping: Positive | None = _key(
+        None, "stop after this many evaluations without a better val loss; null: never"
+    )
+    eval_every: Positive | None = _key(None, "steps between evaluations; null: one epoch")
+    log_every: Positive = _key(100, "steps between the rows of the log that are not evaluations")
+    checkpoint_every: Positive | Time | None = _key(
+        None, "steps or time between saves, as 500, 30s, 10min, 2h; null: at evaluations only"
+    )
+    keep_last: Positive = _key(1, "saves to keep, for --at and for `charlm generate`")
+    max_bad_steps: Positive = _key(10, "steps in a row with a loss or gradient not finite before a rollback")
+    max_rollbacks: Count = _key(3, "rollbacks, each with half the learning rate, before the run stops")
+    sample_chars: Count = _key(0, "characters of text to show after each evaluation")
+    tensorboard: bool = _key(False, "write TensorBoard files too (needs the extra `tensorboard`)")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = _key(1, "seed of all random numbers")
+    device: str = _key("auto", "cpu, cuda, cuda:N, mps, or auto: the first available of cuda, mps, cpu")
+    precision: Precision = _key("auto", "of matrix products; auto: bfloat16 where the processor has it")
 
     @property
     def checkpoint_steps(self) -> int | None:
-        """`checkpoint_every` where it is in steps."""
+        """`checkpoint_every` if it is a number of steps, else None."""
         return None if isinstance(self.checkpoint_every, str) else self.checkpoint_every
 
     @property
     def checkpoint_seconds(self) -> float | None:
-        """`checkpoint_every` where it is a time."""
+        """`checkpoint_every` in seconds if it is a time, else None."""
         if not isinstance(self.checkpoint_every, str):
             return None
         number, unit = re.fullmatch(_TIME, self.checkpoint_every).groups()  # type: ignore[union-attr]
@@ -193,7 +250,7 @@ class TrainConfig(Section):
 
 
 class Config(Section):
-    """Everything a run is made from."""
+    """A whole configuration."""
 
     corpus: CorpusConfig = CorpusConfig()
     batches: BatchesConfig = BatchesConfig()
@@ -210,11 +267,102 @@ class Config(Section):
             }
             wrong = [f"{key}: {want}" for key, (want, have) in needed.items() if want != have]
             if wrong:
-                raise ValueError(f"model.direction: both fills in characters; it needs {', '.join(wrong)}")
+                raise ValueError(f"model.direction: both needs {', '.join(wrong)}")
         return self
 
 
-_LISTED = 20  # problems of a configuration that are named
+_SECTIONS: dict[str, type[Section]] = {
+    "corpus": CorpusConfig,
+    "batches": BatchesConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+}
+KEYS = [f"{section}.{name}" for section, model in _SECTIONS.items() for name in model.model_fields]
+
+
+class Setting(NamedTuple):
+    """A key in the form that people read. choices: the allowed values where they are names, else empty."""
+
+    key: str
+    default: Any
+    allowed: str
+    description: str
+    choices: tuple[str, ...]
+
+    @property
+    def default_text(self) -> str:
+        """The default as YAML."""
+        return self.default if isinstance(self.default, str) else json.dumps(self.default)
+
+
+def reference(names: Iterable[str] = ()) -> list[Setting]:
+    """Return the table of the configuration, or the part that `names`, sections or keys, select.
+
+    Raises `ConfigError` for a name of neither.
+    """
+    keys: list[str] = []
+    for name in names:
+        keys += [key for key in KEYS if key.startswith(f"{name}.")] or [find_key(name)]
+    defaults, rows = Config().model_dump(mode="json"), []
+    schemas = {section: model.model_json_schema()["properties"] for section, model in _SECTIONS.items()}
+    for section, name in (key.split(".") for key in dict.fromkeys(keys or KEYS)):
+        schema, key = schemas[section][name], f"{section}.{name}"
+        choices = tuple(schema.get("enum", ()))
+        allowed = _FORMS.get(key) or _allowed(schema)
+        rows.append(Setting(key, defaults[section][name], allowed, schema["description"], choices))
+    return rows
+
+
+def reference_yaml() -> str:
+    """Return the defaults as a recipe, with the meaning of every key as a comment."""
+    lines: list[str] = []
+    for row in reference():
+        section, name = row.key.split(".")
+        if f"{section}:" not in lines:
+            lines.append(f"{section}:")
+        choices = f" ({', '.join(row.choices)})" if row.choices else ""
+        lines.append(f"  {f'{name}: {row.default_text}':<26}  # {row.description}{choices}")
+    return "\n".join(lines) + "\n"
+
+
+def find_key(name: str) -> str:
+    """Return the full key for `name`: ``section.key``, or ``key`` alone where one section only has it.
+
+    Raises `ConfigError` that names the nearest keys, or those of which `name` could be each.
+    """
+    found = [key for key in KEYS if name in (key, key.partition(".")[2])]
+    if len(found) > 1:
+        raise ConfigError(f"{name!r} is a key of several sections; write {' or '.join(found)}")
+    if not found:
+        near = [*_SECTIONS, *(key.partition(".")[2] for key in KEYS), *KEYS]
+        near = [each for each in near if each != name]  # a section is not a key
+        raise ConfigError(f"unknown key {_shown(name)}" + _nearest(name, near, _SECTIONS))
+    return found[0]
+
+
+_FORMS = {  # of values that a type says less well
+    "corpus.split": "three numbers that add up to 1, as [0.9, 0.05, 0.05]",
+    "train.betas": "two numbers >= 0 and < 1, as [0.9, 0.99]",
+    "train.checkpoint_every": "integer >= 1, a time as 30s, 10min, 2h, or null",
+}
+_LARGE = {10**12: "10^12", 2**20: "2^20", 2**63: "2^63"}
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """The values that a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return " or ".join(map(_allowed, schema["anyOf"]))
+    if "enum" in schema:
+        return ", ".join(schema["enum"])
+    kinds = {"string": "text", "boolean": "true or false", "array": "list of text"}
+    kind = kinds.get(schema["type"], schema["type"])
+    bounds = [(sign, schema[word]) for word, sign in _BOUNDS.items() if word in schema]
+    limits = " and ".join(f"{sign} {_LARGE.get(value) or format(value, 'g')}" for sign, value in bounds)
+    return f"{kind} {limits}".strip()
+
+
+_LISTED = 20  # errors of a configuration that a message lists
 _QUOTES = "'\""
 _MERGE = "tag:yaml.org,2002:merge"
 _MAX_YAML = 2**20  # characters, with what aliases stand for written out
@@ -223,8 +371,8 @@ _MAX_YAML = 2**20  # characters, with what aliases stand for written out
 class _Loader(yaml.SafeLoader):
     """YAML that reads 2e-3 as a number (YAML 1.2 does, PyYAML's 1.1 does not) and refuses double keys.
 
-    A few aliases of aliases can stand for gigabytes (the "billion laughs"), which merging and showing them
-    would write out: such a text is refused before anything is made of it.
+    A few aliases of aliases can expand to gigabytes (the "billion laughs") when they are merged or printed.
+    The expanded size is therefore limited before any value is constructed.
     """
 
     def __init__(self, text: str):
@@ -233,30 +381,34 @@ class _Loader(yaml.SafeLoader):
         self.sizes: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node; counts its characters, an alias as what it stands for."""
+        """Return the next node; counts its characters, those of an alias as those of its target."""
         before, is_alias = self.size, self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         if node is None:
             return None
         if is_alias:
-            self.size += self.sizes.get(node, _MAX_YAML)  # none yet where an alias stands in what it names
+            self.size += self.sizes.get(node, _MAX_YAML)  # no size yet: an alias inside its own target
         else:
             self.size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
             self.sizes[node] = self.size - before
         if self.size > _MAX_YAML:
-            problem = f"with its aliases written out it has more than {_MAX_YAML:,} characters"
+            problem = f"with its aliases expanded it has more than {_MAX_YAML:,} characters"
             raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dictionary, no key of which may stand twice."""
+        """Return the dictionary of a node; raises an error for a key that occurs twice."""
         seen = set()
         for key_node in [key for key, _ in node.value if key.tag != _MERGE]:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} cannot be a key", node.start_mark
+                )
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} occurs twice", node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -269,9 +421,9 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that `text` holds; `where` names it in the `ConfigError` for text that is no YAML."""
+    """Return the value of the YAML `text`; raises `ConfigError`, which names `where`, for invalid YAML."""
     if len(text) > _MAX_YAML:
-        raise ConfigError(f"{where} has {len(text):,} characters or more; at most {_MAX_YAML:,} are read")
+        raise ConfigError(f"{where} has {len(text):,} characters or more; allowed: {_MAX_YAML:,}")
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -282,7 +434,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in the YAML file at `path`; raises `ConfigError` for what cannot be read."""
+    """Return the value of the YAML file at `path`; raises `ConfigError` if it cannot be read."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(_MAX_YAML + 1)
@@ -292,20 +444,20 @@ def read_yaml(path: Path) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """`config` as a YAML text that `load` reads back to an equal one."""
+    """Return `config` as YAML, from which `load` makes an equal one."""
     dump = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
     return str(dump)
 
 
 def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
-    """The configuration in `data`, nested dictionaries as YAML or JSON give them.
+    """Return the configuration in `data`, nested dictionaries as YAML or JSON give them.
 
-    overrides: ``section.key=value`` texts laid on top.
-    Raises `ConfigError` that lists every problem; `where` names the origin.
+    overrides: ``section.key=value`` texts, or ``key=value`` where only one section has the key.
+    Raises `ConfigError` that lists every error; `where` names the origin of `data`.
     """
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{where}: {_shown(data)} must be a mapping with the sections {', '.join(_SECTIONS)}"
+            f"{where} is {_shown(data)}; allowed: a mapping with the sections {', '.join(_SECTIONS)}"
         )
     data = _overlay(data, overrides)
     problems = list(itertools.islice(_misplaced(data), _LISTED))
@@ -322,13 +474,13 @@ def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{where}: {problems[0]}".removeprefix(": "))
     if problems:
         raise ConfigError(
-            f"{where}: {len(problems)} problems".removeprefix(": ") + "".join(f"\n  {p}" for p in problems)
+            f"{where}: {len(problems)} errors".removeprefix(": ") + "".join(f"\n  {p}" for p in problems)
         )
     return config
 
 
 def load(recipe: str | None, overrides: Iterable[str] = ()) -> Config:
-    """The defaults, overlaid by the recipe named `recipe`, overlaid by ``section.key=value`` texts."""
+    """Return the defaults, overlaid by the recipe named `recipe`, overlaid by ``key=value`` texts."""
     if recipe is None:
         return from_data({}, "", overrides)
     path = find_recipe(recipe)
@@ -337,48 +489,41 @@ def load(recipe: str | None, overrides: Iterable[str] = ()) -> Config:
 
 
 def override(config: Config, overrides: Iterable[str]) -> Config:
-    """`config` with the ``section.key=value`` texts laid on top."""
+    """Return `config` overlaid by ``key=value`` texts."""
     return from_data(config.model_dump(mode="json"), "", overrides)
 
 
 def find_recipe(name: str) -> Path:
-    """`name` as a path, else in ./configs, else among the recipes that ship with charlm."""
+    """Return the path of a recipe: `name` itself, else in ./configs, else among those that ship with charlm.
+
+    Raises `ConfigError` with the nearest name if there is none.
+    """
     names = [name] if name.endswith((".yaml", ".yml")) else [name, f"{name}.yaml"]
     for folder in (Path(), Path("configs"), shipped("configs")):
         for candidate in names:
             if (folder / candidate).is_file():
                 return folder / candidate
     known = sorted(str(path.relative_to(shipped("configs"))) for path in shipped("configs").rglob("*.yaml"))
-    raise ConfigError(
-        f"no recipe {name!r}, neither as a file nor in ./configs" + _nearest(name, known, known)
-    )
+    raise ConfigError(f"no recipe {name!r}, neither a file nor in ./configs" + _nearest(name, known, known))
 
 
 def _overlay(data: dict[Any, Any], overrides: Iterable[str]) -> dict[Any, Any]:
-    """`data` with the ``section.key=value`` texts laid on top."""
+    """`data` overlaid by ``key=value`` texts."""
     data = {section: {} if values is None else values for section, values in data.items()}
     for text in overrides:
         name, equals, value = text.partition("=")
-        section, _, key = name.strip().partition(".")
-        if not (equals and section and key):
-            raise ConfigError(f"--set {text!r} must read section.key=value, for example train.lr=2e-3")
+        if not equals or not name.strip():
+            raise ConfigError(f"--set {text!r} is not of the form KEY=VALUE, for example lr=2e-3")
+        name = name.strip()
+        section, _, key = (name if "." in name else find_key(name)).partition(".")
         values = data.setdefault(section, {})
         if isinstance(values, dict):
             data[section] = {**values, key: parse_yaml(value, f"--set {text!r}")}
     return data
 
 
-_SECTIONS: dict[str, type[Section]] = {
-    "corpus": CorpusConfig,
-    "batches": BatchesConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-}
-KEYS = [f"{section}.{key}" for section, model in _SECTIONS.items() for key in model.model_fields]
-
-
 def _misplaced(data: dict[Any, Any]) -> Iterator[str]:
-    """Sections and keys that do not exist, each with the nearest that does."""
+    """An error for each unknown section and key, with the nearest known one."""
     for section, values in data.items():
         if section not in _SECTIONS:
             yield f"unknown section {_shown(section)}" + _nearest(
@@ -391,42 +536,31 @@ def _misplaced(data: dict[Any, Any]) -> Iterator[str]:
                     str(key), [*known, *KEYS], known
                 )
         else:
-            yield f"{section} is {_shown(values)}; it must be a mapping of keys to values"
+            yield f"{section} is {_shown(values)}; allowed: a mapping of keys to values"
 
 
 def _shown(value: Any) -> str:
-    """`value` in as many characters as a line bears."""
+    """`value` as Python writes it, in at most 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _nearest(name: str, candidates: list[str], listed: Iterable[str]) -> str:
-    """A hint at what was meant: the same key in a section, else the nearest spelling, else all `listed`."""
+    """A suggestion: the same key in another section, else the nearest spelling, else all of `listed`."""
     elsewhere = [key for key in candidates if key.endswith(f".{name}")]
     near = elsewhere or difflib.get_close_matches(name, candidates, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(listed)}"
+    return f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(listed)}"
 
 
-_FORMS = {
-    "corpus.split": "three numbers: the shares of train, val and test, for example [0.9, 0.05, 0.05]",
-    "train.checkpoint_every": "steps, as 500, or a time, as 30s, 10min or 2h",
-    "train.betas": "two numbers from 0 to below 1, for example [0.9, 0.99]",
-}
-
-
-def _explain(errors: ValidationError, data: dict[str, Any]) -> list[str]:
-    """Each wrong key with its value and what is allowed; a key of several types has an error for each."""
-    explained: dict[str, str] = {}
-    for error in errors.errors():
-        name = ".".join(str(part) for part in error["loc"][:2])
-        allowed = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-        if error["type"] == "value_error":
-            explained[name] = f"{name}.{error['msg'].removeprefix('Value error, ')}".removeprefix(".")
-        elif name in _FORMS:
-            section, key = name.split(".")
-            explained[name] = f"{name} is {_shown(data[section][key])}; it must be {_FORMS[name]}"
-        elif name in explained:
-            explained[name] += f" or {allowed}" if allowed not in explained[name] else ""
+def _explain(errors: ValidationError, data: dict[str, Any]) -> Iterator[str]:
+    """Each wrong key once, with its value and the allowed values."""
+    names = {".".join(map(str, error["loc"][:2])): error for error in errors.errors()}
+    for name, error in names.items():
+        if error["type"] == "value_error":  # raised by a section, whose message begins with the key
+            yield f"{name}.{error['msg'].removeprefix('Value error, ')}".removeprefix(".")
         else:
-            explained[name] = f"{name} is {_shown(error['input'])}; it must be {allowed}"
-    return list(explained.values())
+            section, key = name.split(".")
+            value, (row,) = data[section][key], reference([name])
+            near = difflib.get_close_matches(str(value), row.choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield f"{name} is {_shown(value)}; allowed: {row.allowed}{hint}"

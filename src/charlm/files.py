@@ -4,11 +4,14 @@ import contextlib
 import errno
 import hashlib
 import io
+import json
+import math
 import os
 import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from charlm.errors import CharlmError
 
@@ -53,6 +56,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def json_text(data: Any, **options: Any) -> str:
+    """Return `data` as ``json.dumps(data, **options)`` does, with null for floats that are not finite."""
+    return json.dumps(_finite(data), allow_nan=False, **options)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def sha256(file: io.BufferedIOBase, size: int) -> str:

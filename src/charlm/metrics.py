@@ -1,4 +1,4 @@
-"""Nats and counts in; loss, perplexity and bits per character out."""
+"""`Score`: a sum of nats and a count of characters, and the metrics computed from them."""
 
 import math
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Score:
-    """A sum of surprisals and how many characters it is over; sums add, means do not.
+    """A sum of surprisals over a number of characters. Scores can be added, which means of them cannot.
 
-    nats: sum over the characters of -ln p(character | those before it).
-    characters: how many were scored.
+    nats: the sum of -ln p(character | the characters before it).
+    characters: the number of characters scored.
     """
 
     nats: float = 0.0
@@ -20,26 +20,26 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats per character; NaN when nothing was scored."""
+        """Nats per character; NaN if no character was scored."""
         return self.nats / self.characters if self.characters else math.nan
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per character): as unsure as among so many equally likely characters."""
+        """exp(nats per character): the number of equally likely characters with the same uncertainty."""
         return perplexity(self.loss)
 
     @property
     def bits_per_character(self) -> float:
-        """Nats per character / ln 2."""
+        """Nats per character divided by ln 2."""
         return self.loss / math.log(2)
 
     def bits_per_byte(self, num_bytes: int) -> float:
-        """Bits over the `num_bytes` that the scored characters take in UTF-8."""
+        """Return the bits per byte, for scored characters that take `num_bytes` bytes in UTF-8."""
         return self.nats / math.log(2) / num_bytes if num_bytes else math.nan
 
 
 def perplexity(loss: float) -> float:
-    """exp(`loss` in nats per character), infinity where a float cannot hold it."""
+    """Return exp(loss), for a loss in nats per character; infinity if it overflows."""
     try:
         return math.exp(loss)
     except OverflowError:

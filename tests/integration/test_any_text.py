@@ -1,4 +1,4 @@
-"""From any bytes to a trained step, or to one line that says why not."""
+"""Any bytes either train a step or are refused with one line."""
 
 import bz2
 import gzip
@@ -31,7 +31,7 @@ hostile = st.sampled_from(
 
 
 def attempt(data, ending=".txt", cut_off=0, changes=()):
-    """Train a step on a file of `data`; what it loses, or why not."""
+    """Train a step on a file with `data`; return its loss or the error message."""
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("charlm.text.cache.cache_folder", lambda name: Path(folder))
         patch.setattr("charlm.text.read._PIECE", 64)
@@ -67,7 +67,7 @@ def attempt(data, ending=".txt", cut_off=0, changes=()):
 @example("\u0301".encode() * 400, ".txt", 0, ())
 @example(b"\r" * 400, ".txt", 0, ())
 @example("שלום עולם ".encode() * 40, ".txt", 0, ())
-def test_any_bytes_train_or_say_why_not(data, ending, cut_off, changes):
+def test_any_bytes_train_or_are_refused_in_one_line(data, ending, cut_off, changes):
     outcome = attempt(data, ending, cut_off, changes)
     if isinstance(outcome, float):
         assert outcome >= 0 and torch.isfinite(torch.tensor(outcome))
@@ -76,5 +76,5 @@ def test_any_bytes_train_or_say_why_not(data, ending, cut_off, changes):
         outcome.encode()  # can be printed
 
 
-def test_a_text_without_a_line_end_trains(folder):
+def test_text_without_a_line_end_trains(folder):
     assert attempt("á".encode() * 10**5) < 1e-3

@@ -157,7 +157,7 @@ BAD = {
     "latin-1 file": (["train", "--set", "corpus.source=latin.txt"], 1, "byte 0xf1 at offset 2"),
     "unknown key": (["train", "--set", "train.learning_rat=1"], 2, "unknown key train.learning_rat"),
     "wrong type": (["train", "--set", "model.hidden_size=many"], 2, "'many'"),
-    "out of range": (["train", "--set", "model.dropout=1.5"], 2, "less than 1"),
+    "out of range": (["train", "--set", "model.dropout=1.5"], 2, "model.dropout is 1.5"),
     "no recipe": (["train", "--config", "lstn.yaml"], 2, "did you mean lstm.yaml"),
     "no device": (["train", "--set", "train.device=cuda:77"], 2, "'cuda:77' is not available"),
     "unknown characters": (["generate", "--prefix", "aΩ"], 1, "U+03A9"),

@@ -1,4 +1,4 @@
-"""The wheel, installed in an empty environment outside the checkout, trains and writes."""
+"""The wheel, installed in an empty environment outside the checkout, trains and generates."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 from conftest import ROOT, settings
 
 
-def test_the_wheel_works_on_its_own(tmp_path):
+def test_wheel_trains_and_generates_outside_the_checkout(tmp_path):
     def run(*command):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         done = subprocess.run(
@@ -25,7 +25,7 @@ def test_the_wheel_works_on_its_own(tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env/bin/python"
     run(*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
-    # torch and the rest come from here; this checkout's charlm does not: its own .pth file is not followed.
+    # torch and other dependencies come from this environment. Its .pth file, with this checkout, is not read.
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from charlm.nn.cells import GATES, STATES, input_product, step_of
+from charlm.config import ModelConfig
+from charlm.nn.cells import cell_of, input_product
 
 B, E, H = 2, 3, 4
 
@@ -57,13 +58,14 @@ def naive_gru(x, h, Wi, Wh, bi, bh, before):
 )
 def test_a_step_is_the_equations(cell, options, naive):
     torch.manual_seed(0)
-    rows = GATES[cell] * H
+    record = cell_of(ModelConfig(cell=cell, **options))
+    rows = record.gates * H
     Wi, Wh, bi, bh, x = (
         torch.randn(shape, dtype=torch.double) for shape in [(rows, E), (rows, H), (rows,), (rows,), (B, E)]
     )
-    state = tuple(torch.randn(B, H, dtype=torch.double) for _ in range(STATES[cell]))
-    after = step_of(cell, **options)(input_product(x, Wi, bi), state, Wh, bh)
-    assert len(after) == STATES[cell]
+    state = tuple(torch.randn(B, H, dtype=torch.double) for _ in record.state)
+    after = record.step(input_product(x, Wi, bi), state, Wh, bh)
+    assert len(after) == len(record.state)
     for n in range(B):
         expected = naive(
             x[n].tolist(), *(s[n].tolist() for s in state), *(p.tolist() for p in (Wi, Wh, bi, bh))

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from charlm.config import ModelConfig
 from charlm.nn import cells, fused
 from charlm.nn.kernels.native import kernels
 
@@ -28,7 +29,7 @@ def steps(request, monkeypatch):
 
 def example(cell, table, dtype=torch.float64, steps=T, batch=B, hidden=H):
     generator = torch.Generator().manual_seed(7)
-    rows = cells.GATES[cell] * hidden
+    rows = cells.CELLS[cell].gates * hidden
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -47,14 +48,14 @@ def example(cell, table, dtype=torch.float64, steps=T, batch=B, hidden=H):
 
 def run_fused(cell, nonlinearity, ids, x, W_hh, h, c=None, b_hn=None):
     if cell == "rnn":
-        return fused.rnn(x, ids, W_hh, h, nonlinearity)
+        return fused.rnn(x, ids, W_hh, h, nonlinearity == "relu")
     if cell == "lstm":
         return fused.lstm(x, ids, W_hh, h, c)
     return fused.gru(x, ids, W_hh, b_hn, h)
 
 
 def run_cells(cell, nonlinearity, ids, x, W_hh, h, c=None, b_hn=None):
-    step = cells.step_of(cell, nonlinearity)
+    step = cells.cell_of(ModelConfig(cell=cell, nonlinearity=nonlinearity)).step
     b_hh = x.new_zeros(len(W_hh))
     if cell == "gru":
         b_hh = torch.cat([b_hh[: 2 * len(b_hn)], b_hn])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from charlm.config import ModelConfig
-from charlm.nn.cells import STATES
+from charlm.nn.cells import CELLS
 from charlm.nn.layers import BuiltinLayers, choose_implementation, make_recurrent
 
 B, E, H = 3, 5, 4
@@ -35,7 +35,7 @@ def test_all_equal_torch_forward_and_backward(cell, options, num_layers, T):
         torch.manual_seed(2)
         x = torch.randn(B, T, E, dtype=torch.double, requires_grad=True)
         state = tuple(
-            torch.randn(num_layers, B, H, dtype=torch.double, requires_grad=True) for _ in range(STATES[cell])
+            torch.randn(num_layers, B, H, dtype=torch.double, requires_grad=True) for _ in CELLS[cell].state
         )
         y, last = stack(x, state)
         weights = torch.randn_like(y)
@@ -75,7 +75,7 @@ def test_gradients_of_the_gru_that_torch_lacks():
 def test_dropout_falls_between_layers_and_only_in_training(cell):
     for stack in stacks(cell, 2, dropout=0.5):
         x = torch.randn(B, 6, E, dtype=torch.double)
-        state = tuple(torch.zeros(2, B, H, dtype=torch.double) for _ in range(STATES[cell]))
+        state = tuple(torch.zeros(2, B, H, dtype=torch.double) for _ in CELLS[cell].state)
         (y1, last1), (y2, last2) = stack(x, state), stack(x, state)
         assert torch.equal(last1[0][0], last2[0][0]), "the first layer sees the whole input"
         assert not torch.equal(y1, y2), "the second does not"
@@ -95,7 +95,7 @@ def run(stack, cell, seed=3):
     """y, the last state and the gradients of a forward pass whose masks `seed` gives."""
     torch.manual_seed(2)
     x = torch.randn(B, 7, E, dtype=torch.double)
-    state = tuple(torch.randn(stack.num_layers, B, H, dtype=torch.double) for _ in range(STATES[cell]))
+    state = tuple(torch.randn(stack.num_layers, B, H, dtype=torch.double) for _ in CELLS[cell].state)
     torch.manual_seed(seed)
     stack.zero_grad()
     y, last = stack(x, state)

@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from charlm.cli.options import (
+    corpus_option,
     device_option,
     implementation_option,
+    json_option,
     load,
     model_option,
     stdin_for_dash,
     unknown_option,
 )
 from charlm.errors import ConfigError
-from charlm.storage.log import json_text
+from charlm.files import json_text
 
 if TYPE_CHECKING:
     from charlm.api import LanguageModel
@@ -28,8 +30,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from charlm.errors import CharlmError
-from charlm.text import read
-from charlm.training.reporting import caught_signals
 
 if TYPE_CHECKING:
     from charlm.api import LanguageModel
@@ -87,9 +87,7 @@ class Finite(click.FloatRange):
     "such stretch, and the share of its stretches of 8, 16 and 32 characters; beside it as much "
     "of the held-out text.",
 )
-@click.option(
-    "--corpus", metavar="PATH", help="Where the training text is, for --novelty, if it has been moved."
-)
+@corpus_option(help="The path of the training text, for --novelty, if the text has been moved.")
 @click.option("--stop", default="", metavar="TEXT", help="End a text once TEXT has been written.")
 @click.option("--interactive", "-i", is_flag=True, help="Ask for prefixes and settings at a prompt.")
 @unknown_option
@@ -198,7 +196,7 @@ def _show_novelty(texts: list[str], corpus: "Corpus") -> None:
 @click.option(
     "--best", type=click.IntRange(1), default=5, show_default=True, help="How many answers to show."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 @unknown_option
 @model_option
 @implementation_option
@@ -256,6 +254,8 @@ def converse(model: "LanguageModel", context: click.Context) -> None:
     """
     options = {name: each for each in context.command.params if (name := each.opts[0][2:]) in SETTINGS}
     settings = {name: context.params[str(options[name].name)] for name in SETTINGS}
+    from charlm.training.reporting import caught_signals
+
     asks, failed = sys.stdin.isatty(), 0
     if asks:
         with contextlib.suppress(ImportError):  # Windows has none
@@ -302,6 +302,8 @@ def _ask() -> str | None:
 
 def _read() -> str | None:
     """A line from a pipe or a file; None after the last."""
+    from charlm.text import read
+
     line = sys.stdin.buffer.readline()
     return read.decode(line, "stdin").removesuffix("\n") if line else None
 

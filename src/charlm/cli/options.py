@@ -1,56 +1,91 @@
-"""Options that several commands share, and what they lead to."""
+"""Options that several commands share, with their completion in the shell.
 
+`config_option`, `set_option`, `output_option`, `corpus_option` and `json_option` are functions of what
+differs in one command: another help text, another name of the parameter.
+"""
+
+import json
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     import torch
 
     from charlm.storage.model_file import Loaded
-import json
-from collections.abc import Iterable
-from pathlib import Path
-
-from click.shell_completion import CompletionItem
-
-from charlm.config import shipped
 
 
-def complete_recipes(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """The recipes in ./configs and those that ship, else files."""
+def complete_recipes(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Return the recipes in ./configs and those that ship with charlm, and the item for files."""
+    from charlm.config import shipped
+
     folders = (Path("configs"), shipped("configs"))
     names = {path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*.yaml")}
-    return _offer(sorted(names), begun)
+    return _with_files(sorted(names), typed)
 
 
-def complete_runs(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """The names of the runs in ./runs, the newest first, else files."""
+def complete_runs(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Return the names of the runs in ./runs, the newest first, and the item for files."""
     folders = [path.parent for path in Path("runs").glob("[!.]*/config.yaml")]
     folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
-    return _offer((folder.name for folder in folders), begun)
+    return _with_files((folder.name for folder in folders), typed)
 
 
-def complete_settings(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """The keys that --set takes, each also with its default: bash puts a space behind what stands alone."""
-    from charlm.config import KEYS, from_data
+def complete_settings(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Return the keys that --set takes, each with its meaning, once alone and once with its default.
 
-    defaults = from_data({}, "").model_dump(mode="json")
+    Two items for a key, because bash appends a space where there is only one.
+    """
+    from charlm.config import reference
+
     offered = []
-    for section, name in (key.split(".") for key in KEYS):
-        value = defaults[section][name]
-        shown = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-        offered += [f"{section}.{name}=", f"{section}.{name}={shown}"]
-    return [CompletionItem(each) for each in offered if each.startswith(begun)]
+    for row in reference():
+        value = (
+            row.default if isinstance(row.default, str) else json.dumps(row.default, separators=(",", ":"))
+        )
+        # The bare key too where it was begun: the list of all has each key once.
+        for key in (row.key, row.key.partition(".")[2])[: 2 if typed else 1]:
+            offered += [CompletionItem(f"{key}={text}", help=row.description) for text in ("", value)]
+    return [item for item in offered if item.value.startswith(typed)]
 
 
-def _offer(names: Iterable[str], begun: str) -> list[CompletionItem]:
-    """Those of `names` that go on from what is `begun`; bash takes up files only from the first item."""
-    files = CompletionItem(begun, type="file")
-    return [files, *(CompletionItem(name) for name in names if name.startswith(begun))]
+def _with_files(names: Iterable[str], typed: str) -> list[CompletionItem]:
+    """The item for files, which bash reads only if it is the first, and those of `names` that match."""
+    files = CompletionItem(typed, type="file")
+    return [files, *(CompletionItem(name) for name in names if name.startswith(typed))]
 
 
+def _shared(*names: str, **settings: Any) -> Callable[..., Callable[[Any], Any]]:
+    """An option with these names and settings, as a function of the settings that differ in one command."""
+    return lambda *other_names, **changes: click.option(*(other_names or names), **{**settings, **changes})
+
+
+config_option = _shared(
+    "--config",
+    "-c",
+    "recipe",
+    metavar="FILE",
+    shell_complete=complete_recipes,
+    help="A recipe: a path, or a name in ./configs or among those that ship.  [default: the defaults]",
+)
+set_option = _shared(
+    "--set",
+    "-s",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    shell_complete=complete_settings,
+    help="Override a setting, as lr=2e-3 or train.lr=2e-3; `charlm config` lists them.",
+)
+output_option = _shared("--output", "-o", metavar="FILE")
+corpus_option = _shared(
+    "--corpus", metavar="PATH", help="The path of the training text, if the text has been moved."
+)
+json_option = _shared("--json", "as_json", is_flag=True, help="Print JSON.")
 model_option = click.option(
     "--model",
     "-m",

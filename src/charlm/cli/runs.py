@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charlm.cli.options import complete_runs
+from charlm.cli.options import complete_runs, corpus_option, json_option, output_option
 from charlm.errors import ConfigError, one_line
-from charlm.storage.log import json_text
+from charlm.files import json_text
 
 if TYPE_CHECKING:
     from charlm.storage.header import Header
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=complete_runs)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def info(models: tuple[str, ...], as_json: bool) -> None:
     """Show the contents of a model file: configuration, parameters, vocabulary, metrics.
 
@@ -120,10 +120,8 @@ def _cell(value: Any) -> str:
 
 @click.command()
 @click.argument("run", metavar="RUN", shell_complete=complete_runs)
-@click.option(
-    "--output", "-o", metavar="FILE", help="Page to write.  [default: report.html in the run's folder]"
-)
-@click.option("--corpus", metavar="PATH", help="Path of the training text, if it has been moved.")
+@output_option(help="Page to write.  [default: report.html in the run's folder]")
+@corpus_option()
 def report(run: str, output: str | None, corpus: str | None) -> None:
     """Write a run to one HTML page: curves, samples, surprisals, hidden units.
 
@@ -172,14 +170,7 @@ def log(names: tuple[str, ...], form: str) -> None:
 
 @click.command()
 @_runs_argument
-@click.option(
-    "--output",
-    "-o",
-    default="curves.png",
-    show_default=True,
-    metavar="FILE",
-    help="Image to write: .png, .svg or .pdf.",
-)
+@output_option(default="curves.png", show_default=True, help="Image to write: .png, .svg or .pdf.")
 @click.option(
     "--along",
     type=click.Choice(["step", "epoch", "seconds"]),

@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charlm.cli.options import device_option, implementation_option, load, model_option, unknown_option
+from charlm.cli.options import (
+    device_option,
+    implementation_option,
+    json_option,
+    load,
+    model_option,
+    unknown_option,
+)
 from charlm.errors import CharlmError, ConfigError
-from charlm.storage.log import json_text
+from charlm.files import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +37,7 @@ _LINES = 1000  # that score prints at once
 
 @click.command("eval")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 @unknown_option
 @model_option
 @implementation_option
@@ -209,7 +216,7 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     metavar="N",
     help="Only the N most surprising, the most surprising first.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
+@json_option(help="Print JSON lines.")
 @unknown_option
 @model_option
 @implementation_option

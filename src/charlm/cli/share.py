@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from charlm.cli.options import complete_runs
+from charlm.cli.options import complete_runs, output_option, set_option
 from charlm.errors import ConfigError
 
+_FILE = click.Path(path_type=Path, dir_okay=False)
 _force_option = click.option("--force", is_flag=True, help="Write over files that exist.")
 
 
@@ -19,13 +20,7 @@ _force_option = click.option("--force", is_flag=True, help="Write over files tha
     help="onnx: a graph of one or more steps. stanza, flair: what those packages load. torch: a state dict, "
     "with the vocabulary (.json) and a module that loads it (char_rnn.py) beside it.",
 )
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="The file to write.  [default: the run's name, here]",
-)
+@output_option(type=_FILE, help="The file to write.  [default: the run's name, here]")
 @_force_option
 def export(model: str | None, to: str, output: Path | None, force: bool) -> None:
     """Write a model as a file that other programs load.
@@ -70,21 +65,8 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
     metavar="FILE",
     help="Of torch-char-rnn: JSON, a list of characters, or a dictionary from characters to ids or back.",
 )
-@click.option(
-    "--set",
-    "-s",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="What the file does not say, as corpus.lowercase=true, model.direction=backward.",
-)
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="The model file to write.  [default: NAME.safetensors, here]",
-)
+@set_option(help="A setting that the file does not hold, as corpus.lowercase=true or direction=backward.")
+@output_option(type=_FILE, help="The model file to write.  [default: NAME.safetensors, here]")
 @_force_option
 def import_model(
     file: Path, origin: str, vocab: Path | None, overrides: tuple[str, ...], output: Path | None, force: bool

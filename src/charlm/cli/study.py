@@ -5,33 +5,17 @@ from pathlib import Path
 
 import click
 
-from charlm.cli.options import complete_recipes, complete_settings
+from charlm.cli.options import config_option, json_option, set_option
+from charlm.config import CELL_NAMES
 from charlm.errors import CharlmError, ConfigError
-from charlm.storage.log import json_text
+from charlm.files import json_text
 
 SIX = ["rnn.yaml", "rnn-scratch.yaml", "lstm.yaml", "lstm-scratch.yaml", "gru.yaml", "gru-scratch.yaml"]
 
-_overrides_option = click.option(
-    "--set",
-    "-s",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    shell_complete=complete_settings,
-    help="Override, as model.num_layers=2.",
-)
-
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    "recipe",
-    metavar="FILE",
-    shell_complete=complete_recipes,
-    help="A recipe.  [default: the defaults]",
-)
-@_overrides_option
+@config_option()
+@set_option()
 @click.option(
     "--entries",
     type=click.IntRange(1),
@@ -69,15 +53,8 @@ def gradcheck(recipe: str | None, overrides: tuple[str, ...], entries: int, tole
 
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    "recipe",
-    metavar="FILE",
-    shell_complete=complete_recipes,
-    help="A recipe: text and sizes.  [default: the defaults]",
-)
-@_overrides_option
+@config_option(help="A recipe: the text and the sizes.  [default: the defaults]")
+@set_option()
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Steps back in time.")
 @click.option(
     "--train-steps",
@@ -125,17 +102,9 @@ def gradflow(
 
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    "recipes",
-    multiple=True,
-    metavar="FILE",
-    shell_complete=complete_recipes,
-    help="A recipe; give two or more.",
-)
+@config_option("--config", "-c", "recipes", multiple=True, help="A recipe; give two or more.")
 @click.option("--all", "all_six", is_flag=True, help="Compare RNN, LSTM and GRU, built in and from scratch.")
-@_overrides_option
+@set_option()
 @click.option(
     "--format", "form", type=click.Choice(["markdown", "csv", "json"]), default="markdown", show_default=True
 )
@@ -179,7 +148,7 @@ def compare(
     "--cell",
     "cells",
     multiple=True,
-    type=click.Choice(["rnn", "lstm", "gru"]),
+    type=click.Choice(CELL_NAMES),
     help="Can be repeated.  [default: all]",
 )
 @click.option("--hidden-size", type=click.IntRange(1), default=192, show_default=True)
@@ -194,7 +163,7 @@ def compare(
     help="Training time for each row of the table; generation takes a third of it.",
 )
 @click.option("--device", metavar="NAME", default="auto", show_default=True, help="cuda, mps or cpu.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def bench(
     cells: tuple[str, ...],
     hidden_size: int,
@@ -216,7 +185,7 @@ def bench(
     from charlm.study.compare import markdown
 
     report = benchmark.bench(
-        cells or ("rnn", "lstm", "gru"),
+        cells or CELL_NAMES,
         ModelConfig(hidden_size=hidden_size, num_layers=num_layers),
         BatchesConfig(batch_size=batch_size, seq_len=seq_len, stride=seq_len),
         device,

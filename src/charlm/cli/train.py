@@ -10,29 +10,14 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from charlm.cli.options import complete_recipes, complete_runs, complete_settings
+from charlm.cli.options import complete_runs, config_option, set_option
 from charlm.errors import ConfigError
 from charlm.metrics import Score, perplexity
 
 
 @click.command()
-@click.option(
-    "--config",
-    "-c",
-    "recipe",
-    metavar="FILE",
-    shell_complete=complete_recipes,
-    help="A recipe: a path, or a name in ./configs or among those that ship.  [default: the defaults]",
-)
-@click.option(
-    "--set",
-    "-s",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    shell_complete=complete_settings,
-    help="Override, as train.lr=2e-3.",
-)
+@config_option()
+@set_option()
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: RECIPE-DATE-TIME]")
 @click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Go on with a run that stopped.")
 @click.option("--at", type=click.IntRange(min=0), metavar="STEP", help="Resume at an earlier, kept save.")

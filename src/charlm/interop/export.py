@@ -22,6 +22,7 @@ from charlm.files import write_atomically
 from charlm.interop import char_rnn
 from charlm.interop.onnx import checked_onnx
 from charlm.interop.torchfile import FlairDictionary
+from charlm.nn.cells import CELLS, cell_of
 from charlm.nn.model import CharLM
 from charlm.storage.model_file import Loaded
 from charlm.text.vocab import Vocab
@@ -40,6 +41,12 @@ def refuse(to: str, config: Config) -> None:
             f"--to {to} takes models that predict the next character; this one fills in characters from both "
             "sides (model.direction: both): train one with model.direction: forward or backward"
         )
+    cell = cell_of(model)
+    if not cell.onnx:
+        raise CharlmError(
+            f"no other program computes model.cell: {model.cell}, so it cannot be exported: train one with "
+            f"model.cell: {', '.join(name for name, each in CELLS.items() if each.onnx)}"
+        )
     if to == "stanza" and model.cell != "lstm":
         raise CharlmError(
             f"Stanza's character models are LSTMs; this one has model.cell: {model.cell}: train an lstm, or "
@@ -50,7 +57,7 @@ def refuse(to: str, config: Config) -> None:
             "Flair's language models are LSTMs or GRUs; this one has model.cell: rnn: train one of those, "
             "or export it with --to onnx or torch"
         )
-    if to != "onnx" and model.cell == "gru" and model.gru_reset == "before":
+    if to != "onnx" and not cell.builtin:
         raise CharlmError(
             f"--to {to} computes GRUs with torch's, which resets after the recurrent product; this one has "
             "model.gru_reset: before: train it with gru_reset: after, or export it with --to onnx"
@@ -228,15 +235,16 @@ def about(loaded: Loaded) -> dict[str, Any]:
 
 def _about(loaded: Loaded) -> bytes:
     model = loaded.config.model
+    builtin = cell_of(model).builtin
+    assert builtin  # `refuse` has checked it
     arguments = {
-        "cell": model.cell.upper(),
+        **builtin.options,
+        "cell": builtin.name,
         "vocab_size": len(loaded.vocab),
         "embedding_size": model.embedding_size if model.input == "embedding" else len(loaded.vocab),
         "hidden_size": model.hidden_size,
         "num_layers": model.num_layers,
     }
-    if model.cell == "rnn":
-        arguments["nonlinearity"] = model.nonlinearity
     return json.dumps({"model": arguments, **about(loaded)}, ensure_ascii=False, indent=1).encode() + b"\n"
 
 

@@ -17,7 +17,7 @@ from charlm import config as configuration
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError, one_line
 from charlm.interop.foreign import Parts, read_flair, read_plain, read_stanza
-from charlm.nn.cells import GATES
+from charlm.nn.cells import CELLS
 from charlm.nn.device import Uninitialised
 from charlm.nn.model import CharLM, make_model
 from charlm.storage.model_file import Loaded, load_weights
@@ -125,7 +125,7 @@ def _config_of(weights: dict[str, Tensor], settings: dict[str, Any], source: str
     """The configuration that `weights` and `settings` amount to."""
     hidden = weights.get("recurrent.weight_hh_l0", torch.empty(0))
     rows, H = hidden.shape if hidden.dim() == 2 else (0, 0)
-    cells = {gates * H: cell for cell, gates in GATES.items()}
+    cells = {cell.gates * H: name for name, cell in CELLS.items() if cell.builtin}
     if not (H and rows in cells):
         raise CharlmError(f"{path} is damaged: its recurrent stack lacks a first layer of one, 3 or 4 gates")
     embedding = weights.get("embedding.weight")

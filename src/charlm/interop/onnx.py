@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from charlm.config import ModelConfig
 from charlm.errors import NOT_FINITE, CharlmError
-from charlm.nn.cells import GATES, STATES
+from charlm.nn.cells import cell_of
 from charlm.storage.model_file import Loaded
 
 if TYPE_CHECKING:
@@ -22,9 +21,6 @@ OPSET, IR_VERSION = 17, 8  # of 2022: what all runtimes now in use read
 TOLERANCE = 1e-4
 _ROUNDING = 1e-5  # of the largest logit, which counts where that is more
 _LIMIT = 2**31 - 2**25  # bytes of weights in a protocol buffer's 2 GiB, with room for the vocabulary
-
-# Where ONNX's gates stand among torch's: i, o, f, c of i, f, g, o; z, r, h of r, z, n.
-_ORDER = {"rnn": [0], "lstm": [0, 3, 1, 2], "gru": [1, 0, 2]}
 
 
 def checked_onnx(
@@ -64,7 +60,9 @@ def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) 
 
     config = loaded.config.model
     L, H, V = config.num_layers, config.hidden_size, len(loaded.vocab)
-    states = ["h", "c"][: STATES[config.cell]]
+    cell = cell_of(config)
+    states, onnx = cell.state, cell.onnx
+    assert onnx  # `export.refuse` has checked it
     constants: dict[str, Any] = {"embedding": weights["embedding.weight"]}
     nodes = [
         helper.make_node("Transpose", ["ids"], ["ids_by_time"], perm=[1, 0]),
@@ -74,12 +72,10 @@ def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) 
         nodes.append(helper.make_node("Split", [name, "ones"], [f"{name}{k}" for k in range(L)], axis=0))
     constants["ones"], constants["one"] = torch.ones(L, dtype=torch.int64), torch.tensor([1])
     for k in range(L):
-        constants |= _layer(weights, config.cell, k)
+        constants |= _layer(weights, onnx.order, k)
         inputs = [f"y{k}", f"W{k}", f"R{k}", f"B{k}", "", *(f"{name}{k}" for name in states)]
         outputs = [f"all{k}", *(f"{name}_n{k}" for name in states)]
-        nodes.append(
-            helper.make_node(config.cell.upper(), inputs, outputs, hidden_size=H, **_options(config))
-        )
+        nodes.append(helper.make_node(onnx.op, inputs, outputs, hidden_size=H, **onnx.attributes))
         nodes.append(helper.make_node("Squeeze", [f"all{k}", "one"], [f"y{k + 1}"]))  # ONNX's directions
     tied = config.tie_weights
     if not tied:
@@ -109,12 +105,12 @@ def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) 
     return model
 
 
-def _layer(weights: dict[str, Tensor], cell: str, k: int) -> dict[str, Tensor]:
+def _layer(weights: dict[str, Tensor], order: tuple[int, ...], k: int) -> dict[str, Tensor]:
     """Layer k's W (1, G·H, E), R (1, G·H, H) and B (1, 2·G·H), the gates in ONNX's order."""
 
     def ordered(name: str) -> Tensor:
-        blocks = weights[f"recurrent.{name}_l{k}"].chunk(GATES[cell])
-        return torch.cat([blocks[gate] for gate in _ORDER[cell]])
+        blocks = weights[f"recurrent.{name}_l{k}"].chunk(len(order))
+        return torch.cat([blocks[gate] for gate in order])
 
     biases = torch.cat([ordered("bias_ih"), ordered("bias_hh")])
     return {
@@ -122,15 +118,6 @@ def _layer(weights: dict[str, Tensor], cell: str, k: int) -> dict[str, Tensor]:
         f"R{k}": ordered("weight_hh")[None],
         f"B{k}": biases[None],
     }
-
-
-def _options(config: ModelConfig) -> dict[str, Any]:
-    """The attributes of ONNX's recurrent operators, where their defaults are not charlm's."""
-    if config.cell == "gru":
-        return {"linear_before_reset": int(config.gru_reset == "after")}
-    if config.cell == "rnn":
-        return {"activations": ["Relu" if config.nonlinearity == "relu" else "Tanh"]}
-    return {}
 
 
 def _constant(name: str, tensor: Tensor) -> "onnx.TensorProto":

@@ -28,7 +28,7 @@ Ids = Tensor | None
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, nonlinearity: str = "tanh") -> tuple[Tensor, Tensor]:
+def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, relu: bool = False) -> tuple[Tensor, Tensor]:
     """The simple recurrent network, h_t = tanh(x_t + W_hh h_{t-1}) or max(0, ·), over all steps.
 
     x: the inputs' shares with both biases, (T, B, H); or, with ids (T, B), a table (V, H) of them.
@@ -36,8 +36,13 @@ def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, nonlinearity: str = "tanh"
 
     Returns y (T, B, H), all h_t, and the last of them.
     """
-    y: Tensor = _RNN.apply(x.contiguous(), _checked(ids, len(x)), W_hh, h, nonlinearity == "relu")  # type: ignore[no-untyped-call]
+    y: Tensor = _RNN.apply(x.contiguous(), _checked(ids, len(x)), W_hh, h, relu)  # type: ignore[no-untyped-call]
     return y, y[-1]
+
+
+def rnn_relu(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The simple recurrent network of rectified linear units, h_t = max(0, x_t + W_hh h_{t-1}); see `rnn`."""
+    return rnn(x, ids, W_hh, h, relu=True)
 
 
 def lstm(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

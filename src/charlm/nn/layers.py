@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from charlm.config import ModelConfig
-from charlm.nn import fused
-from charlm.nn.cells import GATES, State, input_product, step_of
+from charlm.errors import ConfigError
+from charlm.nn.cells import State, cell_of, input_product
 from charlm.nn.kernels.native import kernels, why_no_kernels
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -27,10 +27,16 @@ def choose_implementation(config: ModelConfig, device: torch.device) -> tuple[st
 
     ``auto`` is the fastest that is right there: measured by ``charlm bench``.
     """
+    cell = cell_of(config)
+    if config.implementation not in ("auto", *cell.implementations):
+        raise ConfigError(
+            f"model.implementation is {config.implementation!r}, which does not compute {cell.setting}; "
+            f"allowed: auto, {', '.join(cell.implementations)}"
+        )
     if config.implementation != "auto":
-        return config.implementation, "as asked for"
-    if config.cell == "gru" and config.gru_reset == "before":
-        return "scratch", "the only one with gru_reset: before"
+        return config.implementation, "as configured"
+    if not cell.builtin:
+        return "scratch", f"the only one that computes {cell.setting}"
     if device.type != "cpu":
         return "builtin", f"torch's own is the fastest on {device.type}"
     if kernels(torch.float32):
@@ -51,12 +57,10 @@ def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:
     dropout = config.dropout if config.num_layers > 1 else 0.0
     if config.weight_dropout or (config.locked_dropout and dropout):
         return BuiltinLayers(input_size, config)
+    builtin = cell_of(config).builtin
+    assert builtin  # `choose_implementation` has checked it
     sizes = (input_size, config.hidden_size, config.num_layers)
-    if config.cell == "lstm":
-        return nn.LSTM(*sizes, batch_first=True, dropout=dropout)
-    if config.cell == "gru":
-        return BuiltinGRU(*sizes, batch_first=True, dropout=dropout)
-    return BuiltinRNN(*sizes, batch_first=True, dropout=dropout, nonlinearity=config.nonlinearity)
+    return builtin.module(*sizes, batch_first=True, dropout=dropout, **builtin.options)
 
 
 class Characters(NamedTuple):
@@ -85,7 +89,8 @@ class Stack(nn.Module):
         super().__init__()
         self.num_layers, self.dropout = config.num_layers, config.dropout
         self.locked_dropout, self.weight_dropout = config.locked_dropout, config.weight_dropout
-        H, rows = config.hidden_size, GATES[config.cell] * config.hidden_size
+        self.cell = cell_of(config)
+        H, rows = config.hidden_size, self.cell.gates * config.hidden_size
         for k in range(config.num_layers):
             self.register_parameter(
                 f"weight_ih_l{k}", nn.Parameter(torch.empty(rows, H if k else input_size))
@@ -140,16 +145,12 @@ class Stack(nn.Module):
 class Scratch(Stack):
     """The equations of `cells`, step after step, layer after layer; autograd does the rest."""
 
-    def __init__(self, input_size: int, config: ModelConfig):
-        super().__init__(input_size, config)
-        self.step = step_of(config.cell, config.nonlinearity, config.gru_reset)
-
     def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
         """x (T, B, E or H) and a state of (B, H) tensors; y (T, B, H) and the state after the last step."""
         W_ih, W_hh, b_ih, b_hh = weights
         outputs = []
         for a in input_product(x, W_ih, b_ih).unbind(0):
-            state = self.step(a, state, W_hh, b_hh)
+            state = self.cell.step(a, state, W_hh, b_hh)
             outputs.append(state[0])
         return torch.stack(outputs), state
 
@@ -157,18 +158,16 @@ class Scratch(Stack):
 class Fused(Stack):
     """The sequences of `fused`, a layer at a time; layer 0 reads `Characters` too."""
 
-    def __init__(self, input_size: int, config: ModelConfig):
-        super().__init__(input_size, config)
-        self.cell, self.nonlinearity, self.H = config.cell, config.nonlinearity, config.hidden_size
-
     def layer(self, x: Tensor | Characters, state: State, weights: Weights) -> tuple[Tensor, State]:
         """x (T, B, E or H) or characters (T, B), a state of (B, H); y (T, B, H) and the state after."""
         W_ih, W_hh, b_ih, b_hh = weights
-        b_hn = b_hh[2 * self.H :]
-        # All biases go into the input's share, but the GRU's that stands inside the reset.
-        bias = b_ih + (
-            b_hh if self.cell != "gru" else torch.cat([b_hh[: 2 * self.H], torch.zeros_like(b_hn)])
-        )
+        # All biases are added to the input's part, except one that a gate multiplies: the GRU's b_hn.
+        inner: tuple[Tensor, ...] = ()
+        if self.cell.inner_bias:
+            H = W_hh.shape[1]
+            inner = (b_hh[-H:],)
+            b_hh = F.pad(b_hh[:-H], (0, H))
+        bias = b_ih + b_hh
         ids = None
         if isinstance(x, Tensor):
             share = F.linear(x, W_ih, bias)
@@ -181,49 +180,22 @@ class Fused(Stack):
         if torch.is_autocast_enabled(share.device.type):
             share = share.to(torch.get_autocast_dtype(share.device.type))
         W_hh = W_hh.to(share.dtype)
-        if self.cell == "lstm":
-            y, *last = fused.lstm(share, ids, W_hh, *state)
-        elif self.cell == "gru":
-            y, *last = fused.gru(share, ids, W_hh, b_hn, *state)
-        else:
-            y, *last = fused.rnn(share, ids, W_hh, state[0], self.nonlinearity)
+        assert self.cell.fused  # `choose_implementation` has checked it
+        y, *last = self.cell.fused.sequence(share, ids, W_hh, *inner, *state)
         return y, tuple(last)
 
 
 class BuiltinLayers(Stack):
     """What `torch.nn`'s modules call, a layer at a time: they take neither other weights nor locked masks."""
 
-    def __init__(self, input_size: int, config: ModelConfig):
-        super().__init__(input_size, config)
-        rnn = torch.rnn_relu if config.nonlinearity == "relu" else torch.rnn_tanh
-        runs: dict[str, Callable[..., State]] = {"rnn": rnn, "lstm": torch.lstm, "gru": torch.gru}
-        self.run = runs[config.cell]
-
     def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
         """x (T, B, E or H) and a state of (B, H) tensors; y (T, B, H) and the state after the last step."""
         before = tuple(tensor[None] for tensor in state)  # a state of one layer, (1, B, H)
         hx = before if len(before) == 2 else before[0]
         # with biases, 1 layer, without dropout, in training or not, in one direction, time first
-        y, *last = self.run(x, hx, weights, True, 1, 0.0, self.training, False, False)
+        assert self.cell.builtin  # `choose_implementation` has checked it
+        y, *last = self.cell.builtin.layer(x, hx, weights, True, 1, 0.0, self.training, False, False)
         return y, tuple(tensor[0] for tensor in last)
-
-
-class BuiltinGRU(nn.GRU):
-    """`torch.nn.GRU` with the state as a tuple."""
-
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:  # type: ignore[override]
-        """x (B, T, E) and (h,); y (B, T, H) and (h,)."""
-        y, h = super().forward(x, *state)
-        return y, (h,)
-
-
-class BuiltinRNN(nn.RNN):
-    """`torch.nn.RNN` with the state as a tuple."""
-
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:  # type: ignore[override]
-        """x (B, T, E) and (h,); y (B, T, H) and (h,)."""
-        y, h = super().forward(x, *state)
-        return y, (h,)
 
 
 _drawn: ContextVar[dict[object, Tensor] | None] = ContextVar("_drawn", default=None)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from charlm.config import ModelConfig
-from charlm.nn.cells import GATES, STATES, State
+from charlm.nn.cells import State, cell_of
 from charlm.nn.layers import Characters, Fused, choose_implementation, dropped, locked, make_recurrent, once
 
 
@@ -42,8 +42,7 @@ class CharLM(nn.Module):
         shape = (self.config.num_layers, batch_size, self.config.hidden_size)
         weight = self.head.weight
         return tuple(
-            torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-            for _ in range(STATES[self.config.cell])
+            torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in cell_of(self.config).state
         )
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -97,7 +96,7 @@ class CharLM(nn.Module):
         (Jozefowicz et al. 2015); null leaves it as initialised.
         """
         generator = torch.Generator().manual_seed(seed)
-        H = self.config.hidden_size
+        H, cell = self.config.hidden_size, cell_of(self.config)
         for name, parameter in self.named_parameters():
             values = torch.empty(parameter.shape)
             if self.config.init == "normal":
@@ -115,14 +114,15 @@ class CharLM(nn.Module):
                 init.zeros_(values)
             else:
                 fill = init.xavier_uniform_ if self.config.init == "xavier" else init.orthogonal_
-                gates = GATES[self.config.cell] if name.startswith(("recurrent.", "reverse.")) else 1
+                gates = cell.gates if name.startswith(("recurrent.", "reverse.")) else 1
                 for block in values.chunk(gates):
                     fill(block, generator=generator)
             parameter.copy_(values)
-        if self.config.cell == "lstm" and self.config.forget_bias is not None:
+        if cell.forget_gate is not None and self.config.forget_bias is not None:
+            gate = slice(cell.forget_gate * H, (cell.forget_gate + 1) * H)
             for name, parameter in self.named_parameters():
                 if ".bias_" in name:
-                    parameter[H : 2 * H] = self.config.forget_bias if "ih" in name else 0.0
+                    parameter[gate] = self.config.forget_bias if "ih" in name else 0.0
         return self
 
 

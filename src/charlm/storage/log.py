@@ -2,11 +2,11 @@
 
 import csv
 import json
-import math
 from collections.abc import Iterator
 from typing import Any, Literal, TextIO
 
 from charlm.errors import CharlmError
+from charlm.files import json_text
 from charlm.storage.run import Run
 
 Row = dict[str, Any]
@@ -66,16 +66,3 @@ def write(rows: list[Row], form: Literal["csv", "jsonl"], file: TextIO) -> None:
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-
-
-def json_text(data: Any, **options: Any) -> str:
-    """`data` as ``json.dumps(data, **options)`` gives it, with null for floats that are not finite."""
-    return json.dumps(_finite(data), allow_nan=False, **options)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

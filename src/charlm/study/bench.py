@@ -8,7 +8,6 @@ import math
 import platform
 import statistics
 import time
-import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
 from charlm.errors import ConfigError
 from charlm.inference.sample import generate
+from charlm.nn.cells import CELLS
 from charlm.nn.device import choose_device, choose_precision
 from charlm.nn.model import CharLM
 from charlm.text.corpus import Corpus
@@ -34,7 +34,7 @@ class Speed:
     """The speed of one cell in one implementation.
 
     trained, written: characters per second of training and of the generation of one text.
-    ratio: `trained` divided by that of the builtin implementation.
+    ratio: `trained` divided by that of the builtin implementation, or of scratch for a cell without one.
     share: operations per second of training divided by those of a matrix product in the same precision.
     """
 
@@ -56,15 +56,6 @@ class Report:
     threads: int
     products: dict[str, float]
     rows: list[Speed]
-
-
-def implementations() -> list[str]:
-    """Return the names of the implementations, without ``auto``."""
-    return [
-        name
-        for name in typing.get_args(ModelConfig.model_fields["implementation"].annotation)
-        if name != "auto"
-    ]
 
 
 def bench(
@@ -92,7 +83,7 @@ def bench(
             )
         )
         for cell in cells
-        for name in implementations()
+        for name in CELLS[cell].implementations
     }
     place, round_seconds = choose_device(device), seconds / ROUNDS
     products: dict[str, list[float]] = {"float32": [], "bfloat16": []}
@@ -113,7 +104,7 @@ def bench(
             cell,
             name,
             medians[cell, name],
-            medians[cell, name] / medians[cell, "builtin"],
+            medians[cell, name] / medians.get((cell, "builtin"), medians[cell, "scratch"]),
             medians[cell, name] * operations(learner.model) / limits[precision],
             statistics.median(written[cell, name][1:]),
         )

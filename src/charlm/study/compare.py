@@ -12,10 +12,11 @@ from typing import Literal
 
 from charlm.config import Config, CorpusConfig
 from charlm.errors import ConfigError
+from charlm.files import json_text
 from charlm.metrics import Score, perplexity
 from charlm.storage import run as run_folders
 from charlm.storage.header import read_header
-from charlm.storage.log import Row, evaluations, json_text, read
+from charlm.storage.log import Row, evaluations, read
 from charlm.storage.run import Run
 from charlm.text.corpus import Corpus
 from charlm.training.reporting import Reporter

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from charlm.config import Config
+from charlm.nn.cells import cell_of
 from charlm.nn.model import make_model
 
 V, B, MAX_T = 11, 3, 9  # sizes of the batch: all gates and steps contribute
@@ -69,8 +70,8 @@ def gradcheck(config: Config, entries: int = 10, delta: float = 3e-5, seed: int 
 
     # A step across the kink of a rectified unit gives a mean of two slopes; a smaller step stays on one side.
     # The nearest difference is taken, which hides no error: a wrong gradient is far from all of them.
-    kinks = model_config.cell == "rnn" and model_config.nonlinearity == "relu"
-    steps = [delta, delta / 10, delta / 100, delta / 1000] if kinks else [delta]
+    smooth = cell_of(model_config).smooth
+    steps = [delta] if smooth else [delta, delta / 10, delta / 100, delta / 1000]
 
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(losses().mean(), parameters, materialize_grads=True)

@@ -9,20 +9,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from charlm import config as configuration
-from charlm.config import Config
+from charlm.config import CELL_NAMES, Config
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
-from charlm.nn.cells import input_product, step_of
+from charlm.nn.cells import cell_of, input_product
 from charlm.nn.model import CharLM
 from charlm.text.corpus import Corpus
 from charlm.training.learner import Learner
 
-STATE_NAMES = {"rnn": "h", "lstm": "hc", "gru": "h"}
 _SEQUENCES = 32  # stretches of the val split over which the norms are averaged
 
 
 def gradflow_by_cell(config: Config, steps: int, train_steps: int, scale: float) -> dict[str, list[float]]:
-    """Return the `gradflow` of RNN, LSTM and GRU on the val split, by a name for the curve.
+    """Return the `gradflow` of each cell on the val split, by a name for the curve.
 
     Each cell is measured untrained and, with `train_steps` > 0, after so many training steps; the RNN also
     with its recurrent weights multiplied by `scale`.
@@ -42,7 +41,7 @@ def gradflow_by_cell(config: Config, steps: int, train_steps: int, scale: float)
         for state, norms in gradflow(model, ids, steps).items():
             curves[f"{name}, {state}"] = norms
 
-    for cell in ("rnn", "lstm", "gru"):
+    for cell in CELL_NAMES:
         changes = {"cell": cell, "direction": "forward", "dropout": "0.0"}
         overrides = [f"model.{key}={value}" for key, value in changes.items()]
         learner = Learner(
@@ -88,7 +87,7 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
             "take a longer text or fewer steps"
         )
     config = model.config
-    step = step_of(config.cell, config.nonlinearity, config.gru_reset)
+    cell = cell_of(config)
     weights = {name: tensor.cpu().double() for name, tensor in model.state_dict().items()}
     ids = ids.cpu()
     if config.input == "embedding":
@@ -104,14 +103,14 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
         state = tuple(zeros[k].cpu().double().requires_grad_() for zeros in model.initial_state(B))
         states = []
         for a in input_product(y, W_ih, b_ih).unbind(0):
-            state = step(a, state, W_hh, b_hh)
+            state = cell.step(a, state, W_hh, b_hh)
             states.append(state)
         y = torch.stack([state[0] for state in states])
     logits = F.linear(states[-1][0], weights["head.weight"], weights["head.bias"])
     loss = F.cross_entropy(logits, ids[:, -1], reduction="sum")  # a mean would divide each gradient by B
     back = reversed(states[-1 - steps :])
     flow = {}
-    for name, tensors in zip(STATE_NAMES[config.cell], zip(*back, strict=True), strict=True):
+    for name, tensors in zip(cell.state, zip(*back, strict=True), strict=True):
         gradients = torch.stack(torch.autograd.grad(loss, tensors, retain_graph=True))  # (steps+1, B, H)
         flow[name] = gradients.square().sum(dim=2).mean(dim=1).sqrt().tolist()
     return flow

@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
+from charlm.nn.cells import CELLS
 from charlm.nn.device import choose_precision
 from charlm.study.bench import (
     CHARACTERS,
-    implementations,
     make_learner,
     matrix_rate,
     operations,
@@ -32,7 +32,6 @@ from charlm.study.bench import (
 )
 from charlm.study.compare import markdown
 
-CELLS = ("lstm", "gru", "rnn")
 SIZES = {
     "2 × 512, batch 64 × 128": {"hidden_size": 512, "num_layers": 2, "batch_size": 64, "seq_len": 128},
     "1 × 32, batch 1024 × 32": {"hidden_size": 32, "num_layers": 1, "batch_size": 1024, "seq_len": 32},
@@ -138,14 +137,14 @@ class Contestant:
         self.process.wait()
 
 
-def contestants():
+def contestants(cell):
     names = ["plain nn, float32", *(["plain nn, bfloat16"] if BFLOAT16 else []), "charlm"]
-    return names + [f"charlm {name}, float32" for name in implementations()]
+    return names + [f"charlm {name}, float32" for name in CELLS[cell].implementations]
 
 
 def measure(cell, size, rounds, seconds):
     """Return the rates of each contestant and of the machine's matrix products in each round."""
-    rates = {name: [] for name in contestants()}
+    rates = {name: [] for name in contestants(cell)}
     products = {name: [] for name in ("float32", *(["bfloat16"] if BFLOAT16 else []))}
     with ExitStack() as stack:
         processes = {name: stack.enter_context(Contestant(name, cell, size)) for name in rates}
@@ -206,7 +205,7 @@ def main():
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--cell", action="append", choices=CELLS, help="default: all")
+    arguments.add_argument("--cell", action="append", choices=list(CELLS), help="default: all")
     arguments.add_argument("--size", choices=["large", "small"], help="default: both")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--seconds", type=float, default=2.0, help="of a turn, at least one step")
@@ -221,7 +220,7 @@ def main():
     heading(f"Training, characters per second, medians of {rounds} rounds")
     for title in SIZES:
         if options.size in (None, "large" if title == next(iter(SIZES)) else "small"):
-            for cell in options.cell or CELLS:
+            for cell in options.cell or list(CELLS):
                 record(**report(cell, title, *measure(cell, SIZES[title], rounds, seconds)))
 
 

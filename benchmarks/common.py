@@ -1,4 +1,4 @@
-"""What the benchmarks share: where the machine is named, texts found, figures kept for `targets.py`."""
+"""Shared by the benchmarks: the heading, the text, and the record of figures for `targets.py`."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from charlm.study.bench import machine
 
-RECORD = "BENCH_RECORD"  # in the environment: the JSON file in which `make bench` gathers the figures
+RECORD = "BENCH_RECORD"  # environment variable: the JSON file in which `make bench` collects the figures
 
 
 def heading(title):
@@ -14,9 +14,9 @@ def heading(title):
 
 
 def text_or_none(path, script):
-    """The text at `path`, or at $BENCH_TEXT; None, and a line that says so, where there is none.
+    """Return the path of the text at `path` or $BENCH_TEXT; print a message and return None without one.
 
-    No failure: `make bench` runs every script, and the books are not ours to ship.
+    This is not an error: `make bench` runs every script, and the books are not part of the repository.
     """
     path = path or os.environ.get("BENCH_TEXT")
     if path and Path(path).is_file():

@@ -1,8 +1,8 @@
-"""What a long text costs: how fast it is encoded, and the memory that this takes and training on it.
+"""Measure the speed of encoding a long text, and the memory of encoding and of training on it.
 
-A text of --megabytes is made of the bundled one's paragraphs in random order, encoded, found again, and
-trained on for a few steps, in a process of its own. Memory is what is above the process's before; "anonymous"
-leaves out pages of files, which the kernel takes back when it needs them. Linux only: it reads /proc.
+A text of --megabytes is made from the paragraphs of the bundled text in random order, encoded, loaded from
+the cache, and used for a few training steps, in a separate process. Memory is relative to the process before;
+"anonymous" excludes pages of files, which the kernel can reclaim. Linux only: reads /proc.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from charlm.text.read import find_files
 
 
 def make(path, megabytes):
-    """A text of so many MB."""
+    """Write a text of `megabytes`."""
     paragraphs = find_files("sancho")[0].read_text(encoding="utf-8").split("\n\n")
     draw, written = random.Random(0), 0
     with path.open("w", encoding="utf-8") as file:
@@ -33,32 +33,32 @@ def make(path, megabytes):
 
 
 def memory():
-    """MB of this process: in memory now, at most since `reset`, anonymous now."""
+    """Return the MB of this process: resident, peak since the last reset, and anonymous."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[name].split()[0]) / 1000 for name in ("VmRSS", "VmHWM", "RssAnon")}
 
 
 class Watch:
-    """The time and the peaks of what is done inside, above `base`."""
+    """Measures the time and the peak memory of its block, relative to `base`."""
 
     def __init__(self, base):
         self.base, self.anonymous, self.over = base, 0.0, threading.Event()
 
     def __enter__(self):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        self.thread = threading.Thread(target=self.look)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        self.thread = threading.Thread(target=self.sample)
         self.thread.start()
-        self.began, self.cpu = time.perf_counter(), time.process_time()
+        self.start, self.cpu = time.perf_counter(), time.process_time()
         return self
 
-    def look(self):
+    def sample(self):
         while True:
             self.anonymous = max(self.anonymous, memory()["RssAnon"])
             if self.over.wait(0.02):
                 return
 
     def __exit__(self, *error):
-        self.seconds, self.cpu = time.perf_counter() - self.began, time.process_time() - self.cpu
+        self.seconds, self.cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
         self.over.set()
         self.thread.join()
         self.peak = memory()["VmHWM"] - self.base["VmRSS"]
@@ -79,18 +79,18 @@ def measure(path, steps):
     config = Config(
         corpus=CorpusConfig(source=str(path)), train=TrainConfig(device="cpu", precision="float32")
     )
-    Learner(config, Corpus.from_text("a text that " * 999)).batches  # noqa: B018 - all is imported by then
+    Learner(config, Corpus.from_text("a text that " * 999)).batches  # noqa: B018 - all modules are imported by then
     base, megabytes, rows = memory(), path.stat().st_size / 1e6, []
     with Watch(base) as watch:
         corpus = Corpus.load(config.corpus)
-    rate = f"{megabytes / watch.seconds:,.0f} MB/s, {megabytes / watch.cpu:,.0f} a second of processor time"
+    rate = f"{megabytes / watch.seconds:,.0f} MB/s, {megabytes / watch.cpu:,.0f} per second of processor time"
     rows.append(watch.row("encoded", rate))
     count = len(corpus.train) + len(corpus.val) + len(corpus.test)
     print(f"{megabytes:,.0f} MB, {count:,} characters, {len(corpus.vocab)} different, {corpus.train.dtype}\n")
     del corpus
     with Watch(base) as watch:
         corpus = Corpus.load(config.corpus)
-    rows.append(watch.row("found again", ""))
+    rows.append(watch.row("loaded from the cache", ""))
     with Watch(base) as watch:
         learner = Learner(config, corpus)
         batches = iter(learner.batches.loader(config.train.seed, 0, 0))
@@ -109,7 +109,7 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--megabytes", type=int, default=200)
     arguments.add_argument("--batches", type=int, default=5000)
-    arguments.add_argument("--folder", type=Path, help="for the text and what is made of it; then deleted")
+    arguments.add_argument("--folder", type=Path, help="for temporary files")
     arguments.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.measure:

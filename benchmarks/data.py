@@ -1,7 +1,7 @@
-"""How fast a text is read and encoded, and what share of a training step's time is the loader's.
+"""Measure the speed of reading and encoding a text, and the share of the loader in a training step.
 
-MB are of UTF-8, on one core. The share is measured on a model so small that a loader shows: 32 hidden
-units, 1,024 × 32 characters a step.
+MB are of UTF-8, on one core. The share is measured on a model so small that the loader is visible: 32 hidden
+units, 1,024 × 32 characters per step.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from charlm.training.learner import Learner
 
 
 def stages(path, rounds):
-    """MB/s of each stage by name, medians of `rounds`."""
+    """Return the MB/s of each stage by name, medians of `rounds`."""
     megabytes = path.stat().st_size / 1e6
     data = path.read_bytes()
     content = read.decode(data, "")
@@ -40,7 +40,7 @@ def stages(path, rounds):
         encoder.finish((0.9, 0.05, 0.05)).in_memory()
 
     def load():
-        with tempfile.TemporaryDirectory() as folder:  # nothing is found in it that was encoded before
+        with tempfile.TemporaryDirectory() as folder:  # an empty cache
             os.environ["XDG_CACHE_HOME"] = folder
             Corpus.load(CorpusConfig(source=str(path)))
 
@@ -58,14 +58,14 @@ def stages(path, rounds):
     rates = {name: [] for name in work}
     for _ in range(rounds):
         for name, function in work.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             function()
-            rates[name].append(megabytes / (time.perf_counter() - began))
+            rates[name].append(megabytes / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def loader_share(sampling, seconds):
-    """Milliseconds of a step, and of the loader in it."""
+    """Return the milliseconds of a step without the loader, and of the loader."""
     batches = BatchesConfig(sampling=sampling, batch_size=1024, seq_len=32, stride=32)
     train = TrainConfig(device="cpu", schedule="constant", lr=1e-3)
     config = Config(model=ModelConfig(hidden_size=32), batches=batches, train=train)
@@ -75,11 +75,11 @@ def loader_share(sampling, seconds):
     remaining = learner.remaining_batches()
 
     def one_step():
-        began = time.perf_counter()
+        start = time.perf_counter()
         x, y = next(remaining)
         loaded = time.perf_counter()
         learner.step(x, y)
-        loading.append(loaded - began)
+        loading.append(loaded - start)
         stepping.append(time.perf_counter() - loaded)
         return 1
 

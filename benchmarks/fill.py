@@ -1,6 +1,6 @@
-"""How many blanks a model that fills in restores: every 20th letter of an unseen text, one at a time.
+"""Measure how many blanks a fill-in model restores: every 20th letter of an unseen text, one at a time.
 
-Trigrams of the training text are the baseline, from the left alone, and from both sides as the network reads:
+The baseline are trigrams of the training text, from the left, and from both sides as the network reads:
 argmax over c of n(l₂ l₁ c) · n(l₁ c r₁) · n(c r₁ r₂), with 1 added to each count n.
 
     charlm train --config fill.yaml --set corpus.source=quijote.txt --name fill
@@ -26,13 +26,13 @@ def every_20th_letter(text):
 
 
 def by_network(loaded, ids, places):
-    """The characters of highest probability at `places`, in windows of the text that overlap by half."""
+    """Return the most probable characters at `places`, in windows of the text that overlap by half."""
     guesses = {}
     for start in range(0, len(ids), CHUNK // 2):
         window = ids[start : start + CHUNK].long()[None]
         with torch.inference_mode():
             logits, _ = loaded.model(window, loaded.model.initial_state(1))
-        # A place near a window's edge is guessed again by the window in whose middle it lies.
+        # A place near the edge of a window is guessed again by the next window.
         edge = CHUNK // 4 if start else 0
         for place in places:
             if start + edge <= place < start + window.shape[1]:
@@ -66,7 +66,7 @@ def main():
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--corpus", help="the text the model was trained on; its last 5%% are filled in")
+    arguments.add_argument("--corpus", help="the training text of the model; its last 5%% are filled in")
     arguments.add_argument("--model", help="the run or the model file; the newest by default")
     options = arguments.parse_args()
     if not options.corpus:

@@ -1,8 +1,8 @@
-"""How fast text is written on this machine: charlm's steps against the plain loop over `torch.nn`.
+"""Measure the speed of generation on this machine: charlm against a plain loop over `torch.nn`.
 
-The plain loop is what one writes first: a call of `nn.LSTM` for each character, `softmax` and `multinomial`.
-Each round takes every way in turn, so that a machine whose speed drifts is fair to all; the tables have the
-medians. With --text, the perplexity of a model on it: with all bits and with fewer.
+The plain loop calls `nn.LSTM` for each character, then `softmax` and `multinomial`. The contestants alternate
+in rounds, so that a drift of the machine's speed affects all of them; the tables have the medians. With
+--text, prints the perplexity of a model on a text, in full precision and quantised.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BATCH = 16
 
 
 class Plain(nn.Module):
-    """An LSTM language model of `torch.nn`'s parts."""
+    """An LSTM language model made of `torch.nn` modules."""
 
     def __init__(self, layers, hidden):
         super().__init__()
@@ -42,7 +42,7 @@ class Plain(nn.Module):
 
 
 @torch.inference_mode()
-def write_plainly(model, length):
+def generate_plainly(model, length):
     x, state, text = torch.zeros(1, 1, dtype=torch.long), None, []
     for _ in range(length):
         y, state = model.lstm(model.embedding(x), state)
@@ -52,38 +52,38 @@ def write_plainly(model, length):
     return "".join(text)
 
 
-def ways(layers, hidden, length):
-    """What is timed: a name, a function, and how many characters it writes."""
+def contestants(layers, hidden, length):
+    """Yield each contestant's name, function, and number of characters."""
     plain = Plain(layers, hidden).eval()
     data = {"cell": "lstm", "num_layers": layers, "hidden_size": hidden}
     model = CharLM(len(VOCAB), from_data({"model": data}, "the benchmark").model).initialise(0)
     prefix = VOCAB.encode("a")
 
-    def ours(quantize=None):
+    def single(quantize=None):
         return "".join(generate(model, VOCAB, prefix, length, Sampling(), quantize=quantize))
 
     def batch(quantize=None):
         generators = [torch.Generator().manual_seed(k) for k in range(BATCH)]
         return generate_batch(model, VOCAB, prefix, length, Sampling(), generators, quantize)
 
-    yield "torch.nn, a call a character", lambda: write_plainly(plain, length), length
+    yield "torch.nn, a call a character", lambda: generate_plainly(plain, length), length
     for how in (None, "bf16", "int8"):
-        yield f"charlm{f', {how}' if how else ''}", lambda how=how: ours(how), length
+        yield f"charlm{f', {how}' if how else ''}", lambda how=how: single(how), length
     for how in (None, "int8"):
-        name = f"charlm, {BATCH} texts side by side{f', {how}' if how else ''}"
+        name = f"charlm, {BATCH} texts in parallel{f', {how}' if how else ''}"
         yield name, lambda how=how: batch(how), length * BATCH
 
 
 def table(layers, hidden, length, rounds):
     found = {}
-    for turn in range(rounds + 1):  # the first warms up
-        for name, write, characters in ways(layers, hidden, length):
-            began = time.perf_counter()
+    for turn in range(rounds + 1):  # the first one warms up
+        for name, write, characters in contestants(layers, hidden, length):
+            start = time.perf_counter()
             write()
             if turn:
-                found.setdefault(name, []).append((time.perf_counter() - began) / characters)
+                found.setdefault(name, []).append((time.perf_counter() - start) / characters)
     print(f"\n{layers} × {hidden} LSTM, {torch.get_num_threads()} threads, medians of {rounds} × {length}\n")
-    print("| | µs a character | characters a second | times torch.nn's |\n|---|---|---|---|")
+    print("| | µs/character | characters/s | vs. torch.nn |\n|---|---|---|---|")
     medians = {name: statistics.median(times) for name, times in found.items()}
     base = next(iter(medians.values()))
     if (layers, hidden) == (2, 512):
@@ -93,29 +93,29 @@ def table(layers, hidden, length, rounds):
 
 
 def first_character(rounds):
-    """The time from the command to its first character, and torch's own share of it."""
+    """Print the time from the command to its first character, and that of importing torch."""
     times = {"import torch": [], "charlm generate": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_model(path, CharLM(len(VOCAB), Config().model).initialise(0), VOCAB, Config(), {})
         command = [sys.executable, "-m", "charlm", "generate", "--model", str(path), "--prefix", "a"]
         for _ in range(rounds):
-            began = time.perf_counter()
+            start = time.perf_counter()
             subprocess.run([sys.executable, "-c", "import torch"], check=True)
-            times["import torch"].append(time.perf_counter() - began)
-            began = time.perf_counter()
+            times["import torch"].append(time.perf_counter() - start)
+            start = time.perf_counter()
             with subprocess.Popen([*command, "--length", "9"], stdout=subprocess.PIPE) as running:
                 written = b""
-                while len(written) < 2:  # the prefix comes first
+                while len(written) < 2:  # the first is the prefix
                     written += os.read(running.stdout.fileno(), 1)
-                times["charlm generate"].append(time.perf_counter() - began)
+                times["charlm generate"].append(time.perf_counter() - start)
     print("\n| from the command to | seconds |\n|---|---|")
     print(f"| `import torch` done | {statistics.median(times['import torch']):.2f} |")
     print(f"| the first character | {statistics.median(times['charlm generate']):.2f} |")
 
 
 def loss_of_bits(path, text, characters):
-    """The perplexity of `text` to the model at `path`, its steps as they write."""
+    """Print the perplexity of `text`, computed by the steps that generate."""
     loaded = load_model(path)
     ids = loaded.vocab.encode(text.read_text(encoding="utf-8-sig")[-characters - 1 :], "skip").long()
     print(f"\n{path}, the last {len(ids) - 1:,} characters of {text.name}\n")
@@ -135,14 +135,14 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--length", type=int, default=500)
-    arguments.add_argument("--model", type=Path, help="a model file, to be scored on --text")
+    arguments.add_argument("--model", type=Path, help="a model file to score on --text")
     arguments.add_argument("--text", type=Path)
-    arguments.add_argument("--characters", type=int, default=20_000, help="of the end of --text")
+    arguments.add_argument("--characters", type=int, default=20_000, help="characters at the end of --text")
     options = arguments.parse_args()
     if options.text:
         loss_of_bits(options.model, options.text, options.characters)
         return
-    heading("Writing")
+    heading("Generation")
     for layers, hidden in SIZES:
         table(layers, hidden, options.length, options.rounds)
     first_character(options.rounds)

@@ -1,7 +1,7 @@
-"""Notebook 001's six models on Don Quijote: its training perplexity beside ours, and the real val perplexity.
+"""Compare the training perplexity of the six models of notebook 001 on Don Quijote with the notebook's.
 
-Each is trained from its recipe in configs/seeds/ for as many epochs as in the notebook, in a run of its own
-under runs/. The training perplexity of an epoch is over all its characters, in the notebook and here.
+Each model is trained with its recipe in configs/seeds/ for as many epochs as in the notebook, in its own run
+in runs/. The training perplexity of an epoch is over all its characters, here and in the notebook.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from charlm.study.compare import at_epochs, compare, markdown
 EPOCHS = [1, 11, 50, 100]
 
 # Training perplexity at EPOCHS, from notebook 001 (institutohumai/cursos-python, NLP/2_Redes_Recurrentes/
-# RNN.ipynb), by recipe. The copy at hand prints epochs 1 to 11; epochs 50 and 100 are as reported from the
-# whole.
+# RNN.ipynb), by recipe. The available copy prints epochs 1 to 11; epochs 50 and 100 are as reported
+# elsewhere.
 NOTEBOOK = {
     "rnn-scratch": [32.49, 10.79, 6.79, 5.77],
     "rnn": [22.64, 9.15, 6.41, 5.71],
@@ -30,7 +30,7 @@ NOTEBOOK = {
 
 
 def report(rows, runs):
-    """The table; an epoch that was not trained to has a dash."""
+    """Return the table, with a dash for an epoch that was not reached."""
     lines = []
     for row in rows:
         reached = at_epochs(runs[row.name], EPOCHS)
@@ -52,7 +52,7 @@ def main():
     arguments.add_argument("--epochs", type=int, default=100)
     arguments.add_argument("--output", type=Path, metavar="FILE.md", help="default: print the table")
     options = arguments.parse_args()
-    if options.corpus is None:  # no failure: `make bench` runs every script, and the book is not ours to ship
+    if options.corpus is None:  # not an error: `make bench` runs every script without a text
         print("needs the book: python benchmarks/notebooks.py --corpus quijote.txt")
         return
     overrides = [f"corpus.source={options.corpus}", f"train.epochs={options.epochs}"]
@@ -60,8 +60,8 @@ def main():
     runs = {name: run_folders.new_run(None, f"notebook-{name}") for name in NOTEBOOK}
     rows = compare(configs, runs, TrainingDisplay())
     text = (
-        "Training perplexity, ours / the notebook's; its ratio at epoch 100; our val perplexity, on text\n"
-        "not trained on, at the epoch where it was lowest; seconds of training, without evaluations\n"
+        "Training perplexity, charlm / the notebook; the ratio at epoch 100; the lowest val perplexity of\n"
+        "charlm, on text not trained on, and its epoch; seconds of training, without evaluations\n"
         f"(CPU threads: {torch.get_num_threads()}, torch {torch.__version__}).\n\n{report(rows, runs)}\n"
     )
     if options.output:

@@ -1,7 +1,7 @@
-"""What bfloat16 costs in quality: the val loss after the same steps, in bfloat16 and in float32.
+"""Compare the val loss after the same steps in bfloat16 and in float32.
 
-Where the CPU has no bfloat16 instructions, charlm trains in float32, and bfloat16 is emulated a hundred times
-slower: then the scratch implementation is measured, in a small size, under autocast.
+On a CPU without bfloat16 instructions charlm trains in float32, and emulated bfloat16 is a hundred times
+slower: a small model in the scratch implementation is then measured under autocast.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from charlm.training.learner import Learner
 
 
 def val_loss(config, corpus, precision):
-    """Nats a character on val after all steps; `precision` whether or not the device is good at it."""
+    """Return the val loss after all steps, in `precision` even if the device emulates it."""
     learner = Learner(config, corpus)
     learner.precision = precision
     for x, y in learner.remaining_batches():
@@ -56,7 +56,7 @@ def main():
         print("This CPU has no bfloat16 instructions: the scratch implementation under autocast.\n")
     print(markdown(["seed", "float32", "bfloat16", "difference"], rows))
     mean = math.fsum(differences) / len(differences)
-    print(f"\nmean difference {mean:+.4f} nats a character")
+    print(f"\nmean difference {mean:+.4f} nats per character")
     record(bfloat16_nats=abs(mean))
 
 

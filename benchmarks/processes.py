@@ -1,6 +1,6 @@
-"""What a second process brings on one machine: characters a second of one, and of two with half its batch.
+"""Compare the characters per second of one process with those of two with half the batch, on one machine.
 
-All take the same steps with as many threads in all; rounds alternate, and their medians are shown.
+Both take the same steps with as many threads in total; the rounds alternate, and medians are shown.
 """
 
 import argparse
@@ -20,7 +20,7 @@ MODELS = {"LSTM 1 × 128": (128, 1, 60), "LSTM 2 × 512": (512, 2, 8)}  # hidden
 
 
 def rate(text, processes, threads, hidden, layers, steps):
-    """Characters a second in the second half of a training with 64 windows of 128 a step, all processes'."""
+    """Return the characters per second of all processes in the second half of a training."""
     settings = {
         "corpus.source": text, "batches.batch_size": 64 // processes, "batches.seq_len": 128,
         "batches.stride": 128, "batches.max_val_windows": 1, "model.hidden_size": hidden,
@@ -37,17 +37,18 @@ def rate(text, processes, threads, hidden, layers, steps):
             check=True,
             capture_output=True,
         )
-        rows = (Path(folder) / "runs/run/metrics.jsonl").read_text().splitlines()
-    return json.loads(rows[1])["chars_per_second"]
+        lines = (Path(folder) / "runs/run/metrics.jsonl").read_text().splitlines()
+    evaluations = [row for row in map(json.loads, lines) if "val_loss" in row]
+    return evaluations[1]["chars_per_second"]
 
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--text", help="default: $BENCH_TEXT")
-    arguments.add_argument("--threads", type=int, default=2, help="in all")
+    arguments.add_argument("--threads", type=int, default=2, help="in total")
     arguments.add_argument("--rounds", type=int, default=3)
     options = arguments.parse_args()
-    heading("Characters a second, one process and two")
+    heading("Characters per second, one process and two")
     text = text_or_none(options.text, "processes.py")
     if text is None:
         return

@@ -1,9 +1,9 @@
-"""How low the val loss gets, and in how many seconds: recipes on a text of yours, through the command.
+"""Measure the val loss of recipes on a given text, and the seconds they take, with the command.
 
     python benchmarks/quality.py --text tinyshakespeare.txt --recipes shakespeare.yaml shakespeare-best.yaml
 
-Val is what the recipe splits off; nats are a character, over all of it. "seconds" is the whole command,
-evaluations and saves included; "trained" its steps alone. What takes too long for every day is kept:
+Val is the split of the recipe; nats are per character. "seconds" is the whole command with evaluations and
+saves, "trained" its steps only. Figures of long trainings are stored:
 
     BENCH_RECORD=benchmarks/results/quality.json python benchmarks/quality.py --text ... --recipes ...
 """
@@ -26,13 +26,13 @@ RECIPES = ["shakespeare-3min.yaml", "shakespeare-10min.yaml"]  # shakespeare-bes
 
 
 def train(recipe, text, overrides, folder):
-    """The best evaluation's row of the log, the last one's, and the seconds of the whole command."""
+    """Return the log's rows of the best and the last evaluation, and the seconds of the command."""
     command = [sys.executable, "-m", "charlm", "train", "--config", str(recipe), "--name", "run"]
     for override in (f"corpus.source={text}", *overrides):
         command += ["--set", override]
-    began = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run(command, cwd=folder, check=True)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     log = (Path(folder) / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, log) if "val_loss" in row]
     return min(rows, key=lambda row: row["val_loss"]), rows[-1], seconds
@@ -54,7 +54,7 @@ def main():
         try:
             path = configuration.find_recipe(recipe).absolute()
         except ConfigError as error:
-            print(f"passed over: {error}")
+            print(f"skipped: {error}")
             continue
         with tempfile.TemporaryDirectory() as folder:
             best, last, seconds = train(path, text, options.overrides, folder)

@@ -1,4 +1,4 @@
-"""Notebook 000's timing: one sequence of T = 256 inputs of E = 128 through an RNN and an LSTM of H = 16."""
+"""Time an RNN and an LSTM of H = 16 on a sequence of T = 256 inputs of E = 128, as in notebook 000."""
 
 import statistics
 import time
@@ -27,13 +27,13 @@ def main():
             torch.nn.init.normal_(parameter)
     times = {key: [] for key in stacks}
     with torch.inference_mode():
-        for turn in range(ROUNDS + 1):  # the first warms up
+        for turn in range(ROUNDS + 1):  # the first one warms up
             for (cell, implementation), stack in stacks.items():
                 state = tuple(torch.zeros(1, 1, H) for _ in range(2 if cell == "lstm" else 1))
-                began = time.perf_counter()
+                start = time.perf_counter()
                 stack(x, state)
                 if turn:
-                    times[cell, implementation].append(1000 * (time.perf_counter() - began))
+                    times[cell, implementation].append(1000 * (time.perf_counter() - start))
     print(f"T = {T}, E = {E}, H = {H}, forward, milliseconds, medians of {ROUNDS}\n")
     print("| | RNN | LSTM | LSTM / RNN |\n|---|---|---|---|")
     print("| notebook 000, NumPy | 6.88 | 29.52 | 4.29 |")

@@ -1,16 +1,16 @@
-"""Stanza's own character model trainer beside charlm: the same cell, sizes and text, val nats and seconds.
+"""Compare Stanza's trainer of character models with charlm, with the same cell, sizes and text.
 
-Stanza wants a virtual environment of its own:
+Stanza needs its own virtual environment:
 
     python3 -m venv stanza-venv
     stanza-venv/bin/pip install -c constraints.txt torch stanza
     python benchmarks/stanza_charlm.py --python stanza-venv/bin/python --text tinyshakespeare.txt
 
-Stanza trains with its defaults but for the sizes (SGD from 5, annealed; clip 0.25; steps of about 250
-characters; dropout 0.05) and with every character in its vocabulary; charlm with AdamW and one_cycle. Both
-take as many epochs of the first 90% of the text, one layer, state carried, and are scored on the last 10%:
-each as it scores itself, Stanza in parallel streams that begin cold, to two decimals of perplexity. Seconds
-are of the whole command.
+Stanza trains with its defaults except for the sizes (SGD from 5, annealed; clip 0.25; steps of about 250
+characters; dropout 0.05) and with all characters in its vocabulary; charlm trains with AdamW and one_cycle.
+Both take the same number of epochs of the first 90% of the text, one layer, with the state carried, and are
+scored on the last 10% by their own evaluation: Stanza in parallel streams from a zero state, to two decimals
+of perplexity. Seconds are of the whole command.
 """
 
 import argparse
@@ -32,7 +32,7 @@ EMBEDDING = 100
 
 
 def stanza(python, text, folder, options):
-    """Val nats a character, lowest of the evaluations, and seconds."""
+    """Return the lowest val loss of the evaluations, and the seconds."""
     content = text.read_text(encoding="utf-8")
     cut = round(0.9 * len(content))
     for name, part in (("train.txt", content[:cut]), ("dev.txt", content[cut:])):
@@ -53,11 +53,11 @@ def stanza(python, text, folder, options):
     }
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
-    # PYTHONPATH may name this environment's packages.
+    # PYTHONPATH can contain the packages of this environment.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    began = time.perf_counter()
+    start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     found = re.findall(r"eval checkpoint.*ppl +([\d.]+)", done.stderr + done.stdout)
     if done.returncode or not found:
         sys.exit(f"stanza failed:\n{done.stderr[-2000:]}")
@@ -65,7 +65,7 @@ def stanza(python, text, folder, options):
 
 
 def charlm(text, folder, options):
-    """Val nats a character, lowest of the evaluations, and seconds."""
+    """Return the lowest val loss of the evaluations, and the seconds."""
     settings = {
         "corpus.source": text,
         "corpus.split": "[0.9, 0.1, 0.0]",
@@ -81,9 +81,9 @@ def charlm(text, folder, options):
     command = [sys.executable, "-m", "charlm", "train", "--name", "run"]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
-    began = time.perf_counter()
+    start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     if done.returncode:
         sys.exit(f"charlm failed:\n{done.stderr[-2000:]}")
     log = (folder / "runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -97,7 +97,7 @@ def main():
     arguments.add_argument(
         "--python",
         default=os.environ.get("BENCH_STANZA"),
-        help="of Stanza's environment; default: $BENCH_STANZA",
+        help="the Python of Stanza's environment; default: $BENCH_STANZA",
     )
     arguments.add_argument("--text", help="default: $BENCH_TEXT")
     arguments.add_argument("--hidden-size", type=int, default=256, help="Stanza's default: 1024")
@@ -109,14 +109,12 @@ def main():
     arguments.add_argument("--lr", default="7e-3", help="charlm's")
     options = arguments.parse_args()
     if not options.python:
-        print(
-            "needs Stanza in an environment of its own: see benchmarks/stanza_charlm.py --help; not measured"
-        )
+        print("needs Stanza in its own environment: see benchmarks/stanza_charlm.py --help; not measured")
         return
     text = text_or_none(options.text, "stanza_charlm.py")
     if text is None:
         return
-    python = str(Path(options.python).absolute())  # not resolved: a link is what makes an environment
+    python = str(Path(options.python).absolute())  # not resolved: the link selects the environment
     heading(
         f"Stanza's trainer and charlm, LSTM 1 × {options.hidden_size}, {options.epochs} epochs, {text.name}"
     )

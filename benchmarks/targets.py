@@ -1,7 +1,7 @@
-"""The targets, each with the figure that the benchmarks before it reached: `make bench` ends with this table.
+"""Print the targets with the figures that the other benchmarks reached: the last table of `make bench`.
 
-Figures are read from the JSON file at $BENCH_RECORD, to which the other scripts add theirs, over those that
-are kept in benchmarks/results/quality.json (trainings too long to be run every time; marked so).
+Figures are read from the JSON file at $BENCH_RECORD, to which the other scripts add theirs, and otherwise
+from benchmarks/results/quality.json, marked as kept (trainings that are too long to run every time).
 """
 
 import json
@@ -17,15 +17,15 @@ KEPT = Path(__file__).parent / "results" / "quality.json"
 
 
 class Target(NamedTuple):
-    """A row: what is measured, and what it has to reach."""
+    """A row of the table: a quantity and the values it has to reach."""
 
     key: str  # in the record
     what: str
     least: float
     aim: float
     form: str = "{:.2f}×"
-    lower: bool = False  # the lower the better
-    minutes: float | None = None  # within which; the record has its seconds
+    lower: bool = False  # lower is better
+    minutes: float | None = None  # time limit; the record has the seconds
 
 
 TARGETS = [

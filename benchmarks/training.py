@@ -1,10 +1,9 @@
-"""How many characters a second charlm trains on, beside the loop that most people write around `torch.nn`.
+"""Compare the characters per second of training with charlm and with a plain loop over `torch.nn`.
 
-Every contestant is a process of its own, so that one's settings of the memory allocator do not help another,
-and they take turns, round after round; an idle one waits for its next line and does nothing. The plain loops
-embed, run `nn.LSTM` (or GRU, RNN), a linear head, cross entropy, `clip_grad_norm_` and AdamW, in float32, or
-under bfloat16 autocast where the CPU has the instructions. "charlm" is as it comes: model.implementation and
-train.precision are auto.
+Every contestant is a separate process, so that its settings of the memory allocator do not affect the others.
+They alternate in rounds; an idle process waits for its next line. The plain loops have an embedding,
+`nn.LSTM` (or GRU, RNN), a linear head, cross entropy, `clip_grad_norm_` and AdamW, in float32, or with
+bfloat16 autocast if the CPU has the instructions. "charlm" has model.implementation and train.precision auto.
 """
 
 import argparse
@@ -21,10 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
+from charlm.nn.cells import CELLS
 from charlm.nn.device import choose_precision
 from charlm.study.bench import (
     CHARACTERS,
-    implementations,
     make_learner,
     matrix_rate,
     operations,
@@ -33,7 +32,6 @@ from charlm.study.bench import (
 )
 from charlm.study.compare import markdown
 
-CELLS = ("lstm", "gru", "rnn")
 SIZES = {
     "2 × 512, batch 64 × 128": {"hidden_size": 512, "num_layers": 2, "batch_size": 64, "seq_len": 128},
     "1 × 32, batch 1024 × 32": {"hidden_size": 32, "num_layers": 1, "batch_size": 1024, "seq_len": 32},
@@ -44,7 +42,7 @@ BFLOAT16 = choose_precision("auto", CPU)[0] == torch.bfloat16
 
 
 class Plain(nn.Module):
-    """The character model of the tutorials."""
+    """The character model of common tutorials."""
 
     def __init__(self, cell, hidden_size, num_layers):
         super().__init__()
@@ -59,7 +57,7 @@ class Plain(nn.Module):
 
 
 def plain_step(cell, size, bfloat16):
-    """A function that takes one step of the plain loop and says over how many characters."""
+    """Return a function that takes one step of the plain loop and returns its number of characters."""
     torch.manual_seed(1)
     model = Plain(cell, size["hidden_size"], size["num_layers"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -96,7 +94,7 @@ def charlm_learner(cell, size, implementation, precision):
 
 
 def work(contestant, cell, size):
-    """A function of seconds that measures a contestant's characters a second."""
+    """Return a function of seconds that measures the characters per second of a contestant."""
     kind, _, precision = contestant.partition(", ")
     if kind == "plain nn":
         step = plain_step(cell, size, precision == "bfloat16")
@@ -107,7 +105,7 @@ def work(contestant, cell, size):
 
 
 def worker():
-    """A contestant's process: a line of JSON says what it is; then each line is how long to run."""
+    """Run a contestant: read its description as a line of JSON, then a line with the seconds of each turn."""
     contestant, cell, size = json.loads(input())
     measure = work(contestant, cell, size)
     while True:
@@ -115,7 +113,7 @@ def worker():
 
 
 class Contestant:
-    """A worker's process, driven over pipes."""
+    """The process of a worker, driven over pipes."""
 
     def __init__(self, *what):
         self.process = subprocess.Popen(
@@ -139,18 +137,18 @@ class Contestant:
         self.process.wait()
 
 
-def contestants():
+def contestants(cell):
     names = ["plain nn, float32", *(["plain nn, bfloat16"] if BFLOAT16 else []), "charlm"]
-    return names + [f"charlm {name}, float32" for name in implementations()]
+    return names + [f"charlm {name}, float32" for name in CELLS[cell].implementations]
 
 
 def measure(cell, size, rounds, seconds):
-    """Each contestant's rounds, characters a second, and those of the machine's matrix products."""
-    rates = {name: [] for name in contestants()}
+    """Return the rates of each contestant and of the machine's matrix products in each round."""
+    rates = {name: [] for name in contestants(cell)}
     products = {name: [] for name in ("float32", *(["bfloat16"] if BFLOAT16 else []))}
     with ExitStack() as stack:
         processes = {name: stack.enter_context(Contestant(name, cell, size)) for name in rates}
-        for turn in range(rounds + 1):  # the first warms up
+        for turn in range(rounds + 1):  # the first one warms up
             for name, process in processes.items():
                 rates[name].append(process.run(seconds if turn else 0.0))
             for name, found in products.items():
@@ -159,7 +157,7 @@ def measure(cell, size, rounds, seconds):
 
 
 def ratio(rates, name, other):
-    """The median over the rounds of one contestant's rate to another's in the same round."""
+    """Return the median over the rounds of the ratio of two contestants' rates."""
     return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
 
 
@@ -174,7 +172,7 @@ def report(cell, title, rates, products):
         found = statistics.median(rates[name])
         rows.append(
             [
-                f"{kind}, {precision}" if kind != "charlm" else f"charlm as it comes, {precision}",
+                f"{kind}, {precision}" if kind != "charlm" else f"charlm auto, {precision}",
                 f"{found:,.0f}",
                 f"{ratio(rates, name, 'plain nn, float32'):.2f}",
                 f"{ratio(rates, name, 'plain nn, bfloat16'):.2f}" if BFLOAT16 else "-",
@@ -191,7 +189,7 @@ def report(cell, title, rates, products):
 
 
 def figures(cell, size, rates, share):
-    """What `targets.py` reads."""
+    """Return the figures that `targets.py` reads."""
     found = {f"{cell}_{size}_vs_plain": ratio(rates, "charlm", "plain nn, float32")}
     if cell == "lstm" and size == "large":
         found["share"], found["share_of"] = share, "bfloat16" if BFLOAT16 else "float32"
@@ -207,10 +205,10 @@ def main():
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--cell", action="append", choices=CELLS, help="default: all")
+    arguments.add_argument("--cell", action="append", choices=list(CELLS), help="default: all")
     arguments.add_argument("--size", choices=["large", "small"], help="default: both")
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--seconds", type=float, default=2.0, help="of a turn, one step at least")
+    arguments.add_argument("--seconds", type=float, default=2.0, help="of a turn, at least one step")
     arguments.add_argument("--quick", action="store_true", help="three rounds of half a second")
     arguments.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = arguments.parse_args()
@@ -219,10 +217,10 @@ def main():
             worker()
         return
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
-    heading(f"Training, characters a second, medians of {rounds} rounds")
+    heading(f"Training, characters per second, medians of {rounds} rounds")
     for title in SIZES:
         if options.size in (None, "large" if title == next(iter(SIZES)) else "small"):
-            for cell in options.cell or CELLS:
+            for cell in options.cell or list(CELLS):
                 record(**report(cell, title, *measure(cell, SIZES[title], rounds, seconds)))
 
 

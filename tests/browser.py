@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over pipes: no package, no port."""
+"""A headless Chromium, driven over pipes, without a package or a port."""
 
 import json
 import os
@@ -10,11 +10,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Browser:
-    """One page; `events` is all that the browser told of it."""
+    """A page of the browser; `events` are all messages received about it."""
 
     def __init__(self):
-        to_them, self.write = os.pipe()
-        self.read, from_them = os.pipe()
+        browser_in, self.write = os.pipe()
+        self.read, browser_out = os.pipe()
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.process = subprocess.Popen(
             [
@@ -24,11 +24,16 @@ class Browser:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: (os.dup2(to_them, 13), os.dup2(from_them, 14), os.dup2(13, 3), os.dup2(14, 4)),
+            preexec_fn=lambda: (
+                os.dup2(browser_in, 13),
+                os.dup2(browser_out, 14),
+                os.dup2(13, 3),
+                os.dup2(14, 4),
+            ),
             close_fds=False,
         )
-        os.close(to_them)
-        os.close(from_them)
+        os.close(browser_in)
+        os.close(browser_out)
         self.rest, self.number, self.events, self.session = b"", 0, [], None
         targets = self.call("Target.getTargets")["targetInfos"]
         page = next(each for each in targets if each["type"] == "page")["targetId"]
@@ -49,7 +54,7 @@ class Browser:
     def message(self):
         while b"\0" not in self.rest:
             more = os.read(self.read, 2**20)
-            assert more, "the browser has gone"
+            assert more, "the browser has ended"
             self.rest += more
         first, self.rest = self.rest.split(b"\0", 1)
         return json.loads(first)
@@ -74,7 +79,7 @@ class Browser:
             self.events.append(self.message())
 
     def run(self, code):
-        """What an expression gives, in the page."""
+        """Return the value of a JavaScript expression in the page."""
         done = self.call("Runtime.evaluate", expression=code, returnByValue=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")

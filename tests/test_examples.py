@@ -1,7 +1,7 @@
-"""Every command that README and docs/ show is run, on a text and with sizes that take a moment.
+"""All commands shown in README and docs/ run, on a small text and with small sizes.
 
-What is not run is checked: a make target and its variables exist, an extra exists, a script exists; what sets
-a shell up is in test_completion.py.
+Commands that are not run are checked: the make target and its variables, the extra, or the script exists.
+Shell completion is tested in cli/test_options.py.
 """
 
 import gzip
@@ -24,7 +24,7 @@ SMALL = [
     "train.max_steps=null",
     "train.eval_every=1000",  # and at the end
 ]
-# What goes behind the arguments of an example, to make it short.
+# Arguments appended to an example to make it short.
 SHORTER = {
     "train": settings(*SMALL),
     "compare": settings(*SMALL),
@@ -33,16 +33,16 @@ SHORTER = {
     "bench": ["--seconds", "0", "--hidden-size", "8", "--batch-size", "2", "--seq-len", "8", "--cell", "rnn"],
 }
 SHOWN = ("charlm", "torchrun", "echo", "make", "pip", "python", "tensorboard", "eval", "_CHARLM_COMPLETE")
-# A command that is talked of, not shown: alone, or with capitals for what the reader has.
+# A command that is mentioned, not shown: alone, or with placeholders in capitals.
 BARE = re.compile(r"charlm \S+|charlm .*\bRUN\b.*")
 ELSEWHERE = ("tensorboard", "eval", "_CHARLM_COMPLETE")
 
 
 def sections():
-    """Of each page its sections: (page, title) to the commands shown in it, in order."""
+    """Return the commands shown in each section, in order, by (page, title)."""
     found = {}
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        if page.name == "reference.md":  # made from the commands themselves
+        if page.name == "reference.md":  # generated from the commands
             continue
         for title, body in re.findall(
             r"^## (.*?)\n(.*?)(?=^## |\Z)", "## \n" + page.read_text("utf-8"), re.M | re.S
@@ -62,22 +62,22 @@ SECTIONS = sections()
 
 
 def words_of(command):
-    """What the shell makes of it, | < > by themselves."""
+    """Split a command as the shell does, with | < > as separate words."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars="|<>")
     lexer.whitespace_split = True
     return list(lexer)
 
 
-def test_they_are_found():
+def test_every_command_has_an_example():
     commands = [command for section in SECTIONS.values() for command in section]
     assert len(commands) > 45
     shown = {words_of(each)[1] for each in commands if each.startswith("charlm ")}
-    assert shown >= cli.commands.keys(), "every command has an example"
+    assert shown >= cli.commands.keys()
 
 
 @pytest.fixture
 def reader(charlm, folder, monkeypatch):
-    """Someone with some texts and two runs, who types: reader("charlm ...")."""
+    """A folder with some texts and two runs, and a function that runs a command's words there."""
     passage = (ROOT / "data/sancho.txt").read_text(encoding="utf-8")[:1100]
     book = f"En un lugar de la Mancha. En la venta don Quijote y Sancho, de gran lujo. {passage}\n" * 3
     for name in ("quijote.txt", "tinyshakespeare.txt", "book.txt", "letters/one.txt"):
@@ -87,7 +87,7 @@ def reader(charlm, folder, monkeypatch):
     Path("more/two.txt.gz").write_bytes(gzip.compress(book.encode()))
 
     def run(words):
-        """The words of a command: charlm ARGUMENTS, or echo TEXT | charlm ..., with < FILE and > FILE."""
+        """Run charlm ARGUMENTS or echo TEXT | charlm ..., with < FILE and > FILE."""
         stdin, output = b"", None
         if words[0] == "echo":
             assert words[2] == "|", words
@@ -113,13 +113,13 @@ def reader(charlm, folder, monkeypatch):
 
 
 def check(words):
-    """What cannot be run in a test, as far as it can be seen to be right."""
+    """Check a command that a test cannot run."""
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()
         for word in words[1:]:
             name, equals, _ = word.partition("=")
             pattern = rf"^{name} *\??:?=" if equals else rf"^{name}:.* ## "
-            assert re.search(pattern, makefile, re.M), f"the Makefile has no {word}"
+            assert re.search(pattern, makefile, re.M), f"{word} not found in the Makefile"
     elif words[0] == "pip":
         table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
         extras = re.findall(r"^(\w+) = \[", table.partition("\n\n")[0], re.M)
@@ -138,7 +138,7 @@ def test_examples_run(reader, section):
         shutil.rmtree("runs/first")
     for command in commands:
         words = words_of(command)
-        if words[0] == "torchrun":  # itself run in integration/test_torchrun.py; here one process
+        if words[0] == "torchrun":  # run in integration/test_torchrun.py; here a single process
             words = [word for word in words[words.index("-m") + 1 :] if word != "..."]
         if words[0] not in ("charlm", "echo"):
             check(words)

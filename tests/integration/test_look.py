@@ -1,4 +1,4 @@
-"""What is looked at after a training: eval, score, info, novelty."""
+"""The commands that examine a model: eval, score, info, and generate --novelty."""
 
 import io
 import itertools
@@ -31,8 +31,8 @@ def rows_of(out):
     return head, rows
 
 
-def test_eval_of_parts_is_each_from_its_own_beginning(charlm, trained, words):
-    """So a text in ten files has nine characters less to score, and each file's figures are its own."""
+def test_eval_starts_each_file_from_a_zero_state(charlm, trained, words):
+    """A text in ten files has nine scored characters fewer, and each file has its own metrics."""
     Path("parts").mkdir()
     for k in range(10):
         Path(f"parts/{k}.txt").write_text(words[k * 200 : (k + 1) * 200])
@@ -45,7 +45,7 @@ def test_eval_of_parts_is_each_from_its_own_beginning(charlm, trained, words):
     assert found["total"]["nats"] == pytest.approx(sum(row["nats"] for row in alone), rel=1e-6)
 
 
-def test_eval_counts_what_it_does_not_know(charlm, trained):
+def test_eval_counts_unknown_characters(charlm, trained):
     Path("b.txt").write_text("abcΩdef\nabΩΩ")
     for how, characters in (("skip", 8), ("replace", 11)):
         total = json.loads(charlm("eval", "b.txt", "--json", "--unknown", how).out)["total"]
@@ -55,8 +55,8 @@ def test_eval_counts_what_it_does_not_know(charlm, trained):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_eval_of_a_long_file_gives_what_it_gave_whole(charlm, words, monkeypatch, direction):
-    """Forward it is scored as it is read; a model that reads from the end needs all of it first."""
+def test_eval_in_blocks_equals_eval_at_once(charlm, words, monkeypatch, direction):
+    """A forward model scores the file while it is read, a backward model afterwards."""
     options = settings("corpus.source=corpus.txt", "train.max_steps=1", f"model.direction={direction}")
     assert charlm("train", *options).code == 0
     Path("long.txt").write_text(words.replace("b", "Ω"), encoding="utf-8")
@@ -79,7 +79,7 @@ def test_eval_of_a_long_file_gives_what_it_gave_whole(charlm, words, monkeypatch
     assert max(map(len, ahead)) < 1000 if direction == "forward" else len(ahead) == 1
 
 
-def test_eval_tells_what_is_unknown_before_it_scores(charlm, trained, words, monkeypatch):
+def test_eval_reports_unknown_characters_before_it_scores(charlm, trained, words, monkeypatch):
     Path("last.txt").write_text(words + "Ω", encoding="utf-8")
     monkeypatch.setattr(score_command, "_HELD", 500)
     monkeypatch.setattr(scoring, "BLOCK", 300)
@@ -89,7 +89,7 @@ def test_eval_tells_what_is_unknown_before_it_scores(charlm, trained, words, mon
 
 
 @pytest.mark.parametrize("unit", ["char", "word", "line"])
-def test_score_sums_to_eval(charlm, trained, words, unit, monkeypatch):
+def test_scores_sum_to_the_nats_of_eval(charlm, trained, words, unit, monkeypatch):
     total = json.loads(charlm("eval", "corpus.txt", "--json").out)["total"]
     head, rows = rows_of(charlm("score", "corpus.txt", "--unit", unit).out)
     assert head == ["path", "start", "characters", "bits", "text"]
@@ -102,7 +102,7 @@ def test_score_sums_to_eval(charlm, trained, words, unit, monkeypatch):
     assert sum(line["bits"] or 0 for line in lines) == pytest.approx(bits, rel=1e-6)
 
 
-def test_top_has_the_most_surprising_first(charlm, trained):
+def test_top_sorts_by_surprisal(charlm, trained):
     Path("b.txt").write_text("ab\n\\ab\tcñññññññ\nfed\n", encoding="utf-8")
     every = rows_of(charlm("score", "b.txt", "--unit", "line", "--unknown", "skip").out)[1]
     done = charlm("score", "b.txt", "--top", "2", "--unknown", "skip")
@@ -113,8 +113,8 @@ def test_top_has_the_most_surprising_first(charlm, trained):
     assert "2 characters that the model does not know were read as ' '" in done.err
 
 
-def test_without_line_ends_the_words_are_ranked(charlm):
-    """corpus.keep makes spaces of them: the whole text would be one line."""
+def test_top_ranks_words_if_the_vocabulary_has_no_line_ends(charlm):
+    """corpus.keep replaces line ends by spaces: the whole text would be one line."""
     options = settings("corpus.source=corpus.txt", "corpus.keep=a-zñé", "train.max_steps=1")
     assert charlm("train", *options).code == 0
     Path("b.txt").write_text("ab ca\nfed\n")
@@ -124,7 +124,7 @@ def test_without_line_ends_the_words_are_ranked(charlm):
     assert done.code == 2 and "knows no line ends" in done.err and done.out == ""
 
 
-def test_rows_come_while_the_text_still_comes(folder, trained):
+def test_score_prints_rows_while_it_reads(folder, trained):
     running = process("score", "-", "--unit", "line", cwd=folder, stdin=subprocess.PIPE)
     running.stdin.write("abc\n")
     running.stdin.flush()
@@ -135,7 +135,7 @@ def test_rows_come_while_the_text_still_comes(folder, trained):
     running.stderr.close()
 
 
-def test_info_of_two_shows_what_differs(charlm, trained):
+def test_info_of_two_models_shows_the_differences(charlm, trained):
     options = settings("corpus.source=corpus.txt", "train.max_steps=2", "model.cell=gru")
     assert charlm("train", "--name", "other", *options).code == 0
     shown = charlm("info", "tiny", "other").out
@@ -147,12 +147,12 @@ def test_info_of_two_shows_what_differs(charlm, trained):
 
 def strict(text):
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 
 
-def test_what_is_no_number_is_null_in_json(charlm, trained):
+def test_nan_and_infinity_are_null_in_json(charlm, trained):
     loaded = load_model(trained / "model.safetensors")
     with torch.no_grad():
         loaded.model.head.bias.fill_(math.nan)
@@ -165,7 +165,7 @@ def test_what_is_no_number_is_null_in_json(charlm, trained):
     assert strict(charlm("info", "nan.safetensors", "--json").out)["figures"]["val_perplexity"] is None
 
 
-def test_what_a_file_says_writes_nothing_but_text_on_a_terminal(charlm, trained):
+def test_info_prints_no_control_characters_of_a_file(charlm, trained):
     loaded = load_model(trained / "model.safetensors")
     for name in ("a", "b"):
         figures = {"\x1b[31mstep": f"\x1b[2J{name}", "\x1b]0;note": name}
@@ -175,22 +175,17 @@ def test_what_a_file_says_writes_nothing_but_text_on_a_terminal(charlm, trained)
         assert "\x1b" not in shown and "[31mstep" in shown and "[2Ja" in shown
 
 
-def test_info_needs_no_torch(trained):
+def test_info_does_not_import_torch(trained):
     code = "import sys, charlm.cli as c; c.main(['info', 'tiny']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "head.weight" in done.stdout, done.stderr
 
 
-def test_what_a_model_learnt_by_heart_is_found(charlm):
-    """A text that a model goes through again and again: greedily it writes nothing else."""
-    line = "el hidalgo de los lanza en astillero. "
-    Path("one.txt").write_text(line * 40)
-    options = ["train.max_steps=150", "train.lr=2e-2", "model.dropout=0.0", "model.hidden_size=32"]
-    assert charlm("train", "--name", "heart", *settings("corpus.source=one.txt", *options)).code == 0
-    done = charlm("generate", "--prefix", line, "-n", "70", "-t", "0", "--novelty")
-    written = done.out[len(line) : len(line) + 70]
-    train = (line * 40)[: round(len(line) * 40 * 0.9)]
-    assert written in train, "it has learnt it by heart"
-    _, mine, stretch, held_out = done.err.splitlines()
-    assert mine.split()[2:] == ["70", "100.0%", "100.0%", "100.0%"] and repr(written) in stretch
+def test_novelty_reports_copied_text(charlm):
+    """A model of a text with a single character writes nothing that is not in the text."""
+    Path("one.txt").write_text("a" * 1500)
+    assert charlm("train", *settings("corpus.source=one.txt", "train.max_steps=1")).code == 0
+    done = charlm("generate", "--prefix", "a", "-n", "70", "--novelty")
+    _, written, stretch, held_out = done.err.splitlines()
+    assert written.split()[2:] == ["70", "100.0%", "100.0%", "100.0%"] and repr("a" * 70) in stretch
     assert held_out.split()[2] == "70"

@@ -1,4 +1,4 @@
-"""The commands that study models, and the models that read the other way, as a user types them."""
+"""The commands of study, and the models that read backward or in both directions."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ def filling(charlm):
     return train(charlm, "both", "model.direction=both", "train.max_steps=9")
 
 
-def test_fill_restores_blanks_best_first(charlm, filling):
+def test_fill_sorts_by_probability(charlm, filling):
     done = charlm("fill", "ab_ cd", "--best", "3")
     rows = [line.split("  ", 1) for line in done.out.splitlines()]
     assert done.code == 0 and len(rows) == 3
@@ -37,7 +37,7 @@ def test_fill_restores_blanks_best_first(charlm, filling):
     assert found[0]["text"] == f"a{found[0]['characters'][0]} {found[0]['characters'][1]}d"
 
 
-def test_a_pseudo_perplexity_is_never_called_a_perplexity(charlm, filling):
+def test_fill_in_model_reports_a_pseudo_perplexity(charlm, filling):
     assert "pseudo-perplexity" in filling.err and " perplexity" not in filling.err
     found = json.loads(charlm("eval", "corpus.txt", "--json").out)["total"]
     assert "pseudo_perplexity" in found and "perplexity" not in found
@@ -53,22 +53,22 @@ def test_a_pseudo_perplexity_is_never_called_a_perplexity(charlm, filling):
         (["fill", "a_", "--blank", "ab"], 2, "one character"),
     ],
 )
-def test_what_a_filling_model_does_not_do(charlm, filling, arguments, code, part):
+def test_fill_refuses(charlm, filling, arguments, code, part):
     done = charlm(*arguments)
     assert (done.code, done.out, done.err.count("\n")) == (code, "", 1) and part in done.err
 
 
-def test_fill_wants_a_filling_model(charlm, trained):
+def test_fill_refuses_a_forward_model(charlm, trained):
     done = charlm("fill", "a_c")
     assert done.code == 1 and "model.direction: both" in done.err
 
 
-def test_a_backward_model_writes_what_stands_before(charlm, words):
+def test_backward_model_generates_what_precedes_the_prefix(charlm, words):
     train(charlm, "back", "model.direction=backward", "train.max_steps=3")
     done = charlm("generate", "--prefix", "abc", "-n", "10", "--seed", "1")
     assert done.out.endswith("abc\n") and len(done.out) == 14
     one_more = charlm("generate", "--prefix", "abc", "-n", "11", "--seed", "1")
-    assert one_more.out[1:] == done.out, "it is written from right to left"
+    assert one_more.out[1:] == done.out, "generated from right to left"
     stopped = charlm("generate", "--prefix", "abc", "-n", "500", "--seed", "1", "--stop", done.out[3:5]).out
     assert stopped.startswith(done.out[3:5])
     found = json.loads(charlm("eval", "corpus.txt", "--json").out)["total"]
@@ -76,7 +76,7 @@ def test_a_backward_model_writes_what_stands_before(charlm, words):
     assert found["bits_per_byte"] < found["bits_per_character"]
 
 
-def test_gradcheck_passes_and_fails(charlm, monkeypatch):
+def test_gradcheck_exit_code_depends_on_the_tolerance(charlm, monkeypatch):
     arguments = ["gradcheck", *settings("model.num_layers=2", "model.cell=gru")]
     done = charlm(*arguments)
     names = [line.split()[0] for line in done.out.splitlines()[1:]]
@@ -96,7 +96,7 @@ def test_gradcheck_passes_and_fails(charlm, monkeypatch):
     assert failed.out == done.out
 
 
-def test_gradflow_shows_the_norms(charlm):
+def test_gradflow_prints_a_row_for_each_state(charlm):
     done = charlm("gradflow", *settings(CORPUS), "--steps", "20", "--train-steps", "3")
     head, *rows = done.out.splitlines()
     assert done.code == 0 and head.split()[2:] == ["0", "1", "2", "5", "10", "20"]
@@ -110,29 +110,30 @@ def test_gradflow_shows_the_norms(charlm):
     assert too_long.code == 2 and "--steps 99 needs 101 characters, and the val split has 100" in too_long.err
 
 
-def test_gradflow_refuses_a_picture_before_it_trains(charlm, monkeypatch):
+def test_gradflow_checks_the_picture_before_training(charlm, monkeypatch):
     command = ["gradflow", *settings("corpus.source=nowhere.txt"), "--plot"]
     for name in ("a.docx", "noending"):
-        assert f"{name} must be an image" in charlm(*command, name).err
+        refused = charlm(*command, name)
+        assert refused.code == 2 and name in refused.err and ".png" in refused.err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'charlm-torch[plot]'" in charlm(*command, "a.png").err
 
 
-def test_compare_trains_each_and_prints_one_table(charlm):
+def test_compare_trains_each_recipe_and_prints_a_table(charlm):
     for cell in ("rnn", "gru"):
         Path(f"{cell}.yaml").write_text(f"model: {{cell: {cell}}}")
     arguments = ["compare", "-c", "rnn.yaml", "-c", "gru.yaml", *settings(CORPUS, "train.max_steps=3")]
     done = charlm(*arguments, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(done.out)))
     assert done.code == 0 and [row["name"] for row in rows] == ["rnn", "gru"]
-    assert float(rows[0]["val_perplexity"]) > 1 and int(rows[1]["parameters"]) > int(rows[0]["parameters"])
+    assert int(rows[1]["parameters"]) > int(rows[0]["parameters"])
     assert len(list(Path("runs").glob("*/model.safetensors"))) == 2
     for arguments in (["compare"], ["compare", "-c", "rnn.yaml"], ["compare", "-c", "rnn", "-c", "rnn"]):
         refused = charlm(*arguments)
         assert refused.code == 2 and refused.err.count("\n") == 1
 
 
-def test_the_vocabulary_does_not_depend_on_the_direction(charlm, trained, words):
+def test_vocabulary_does_not_depend_on_the_direction(charlm, trained, words):
     train(charlm, "back", "model.direction=backward", "train.max_steps=1")
     found = [json.loads(charlm("info", name, "--json").out)["vocab"] for name in ("tiny", "back")]
     assert found[0] == found[1] == Vocab.from_text(words[:1800]).characters
@@ -147,6 +148,6 @@ def test_bench_prints_a_table_or_json(charlm):
     assert [row[1].strip() for row in rows] == [row["implementation"] for row in json.loads(found)["rows"]]
     assert "torch" in table and json.loads(found)["products"].keys() == {"float32", "bfloat16"}
     endless = charlm("bench", *tiny[:-2], "--seconds", "nan")
-    assert "has no end" in endless.err and endless.code == 2
+    assert "nan" in endless.err and endless.code == 2
     refused = charlm("bench", *tiny, "--device", "tpu")
     assert "tpu" in refused.err and refused.code == 2

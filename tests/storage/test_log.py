@@ -5,7 +5,7 @@ import json
 import pytest
 
 from charlm.errors import CharlmError
-from charlm.storage.log import evaluations, read, write
+from charlm.storage.log import curve, evaluations, read, write
 from charlm.storage.run import Run
 
 
@@ -19,7 +19,29 @@ def test_a_row_that_is_being_written_is_none_yet(tmp_path):
     assert evaluations(run) == [{"step": 1, "val_loss": 2.5}]
 
 
-@pytest.mark.parametrize("content", [b'{"step": 1, "val_l\n', b"[1]\n", b"\xff\n"])
+def test_curve_drops_the_rows_that_a_rollback_took_back(tmp_path):
+    def row(step, train, **more):
+        return {"step": step, "train_loss": train, **more}
+
+    log = [
+        row(5, 3.0),
+        row(10, 2.9, val_loss=2.9),
+        row(15, 2.8),
+        row(20, 2.7, val_loss=2.7),
+        row(25, 9.0),
+        {"step": 26, "event": "bad_step"},
+        {"step": 10, "event": "rollback", "from_step": 26},
+        row(15, 2.6),
+        {"step": 20, "val_loss": 2.5},
+        {"step": 20, "test_loss": 2.4},
+    ]
+    for each in log:
+        Run(tmp_path).log(each)
+    assert curve(Run(tmp_path)) == [log[0], log[1], log[7], log[8]]
+    assert evaluations(Run(tmp_path)) == [log[1], log[8]]
+
+
+@pytest.mark.parametrize("content", [b'{"step": 1, "val_l\n', b"[1]\n", b'{"val_loss": 1}\n', b"\xff\n"])
 def test_a_damaged_log(tmp_path, content):
     Run(tmp_path).metrics.write_bytes(content)
     with pytest.raises(CharlmError, match=r"metrics.jsonl is damaged"):

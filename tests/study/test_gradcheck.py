@@ -23,7 +23,7 @@ IMPLEMENTED = [
 
 
 def configured(seq_len=5, **model):
-    """A small model's configuration, every size different."""
+    """Return the configuration of a small model with distinct sizes."""
     sizes = {"hidden_size": 7, "embedding_size": 4}
     return from_data({"model": {**sizes, **model}, "batches": {"seq_len": seq_len}}, "")
 
@@ -40,7 +40,7 @@ def test_every_parameter_of_every_cell_passes(options, num_layers):
     names = [name for name, _ in CharLM(11, config.model).named_parameters()]
     assert [check.parameter for check in checks] == names
     assert worst(checks) < 1e-7
-    assert all(check.analytic > 1e-6 for check in checks), "none is checked on nothing"
+    assert all(check.analytic > 1e-6 for check in checks), "no gradient is zero"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_every_parameter_of_every_cell_passes(options, num_layers):
 def test_other_configurations_pass(options):
     checks = gradcheck(configured(**options))
     assert worst(checks) < 1e-6
-    assert all(check.analytic > 0 for check in checks), "none is checked on nothing"
+    assert all(check.analytic > 0 for check in checks), "no gradient is zero"
 
 
 class WrongTanh(torch.autograd.Function):
@@ -93,19 +93,19 @@ class WrongRelu(torch.autograd.Function):
 
 @pytest.mark.parametrize("options", CELLS)
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_a_wrong_sign_in_a_cell_fails(monkeypatch, options, num_layers):
+def test_wrong_sign_in_a_cell_is_detected(monkeypatch, options, num_layers):
     monkeypatch.setattr("charlm.nn.cells.torch.tanh", WrongTanh.apply)
     monkeypatch.setattr("charlm.nn.cells.torch.relu", WrongRelu.apply)
     checks = gradcheck(configured(implementation="scratch", num_layers=num_layers, **options))
     for check in checks:
         if check.parameter.startswith("head."):
-            assert check.relative_error < 1e-7, "behind the mistake all is well"
+            assert check.relative_error < 1e-7, "not affected by the wrong cell"
         elif check.parameter.startswith("recurrent.bias"):
             assert check.relative_error > 1e-2
 
 
 def planted(monkeypatch, backward):
-    """Let the backward pass of every tanh in the cells multiply the gradient by what `backward` gives."""
+    """Return the checks with the gradient of tanh in the cells multiplied by the result of `backward`."""
 
     class Planted(WrongTanh):
         @staticmethod
@@ -116,16 +116,16 @@ def planted(monkeypatch, backward):
     return gradcheck(configured(cell="rnn", implementation="scratch"))
 
 
-def test_a_gradient_wrong_by_a_thousandth_is_seen(monkeypatch):
+def test_gradient_off_by_a_thousandth_is_detected(monkeypatch):
     assert worst(planted(monkeypatch, torch.ones_like)) < 1e-7
     assert worst(planted(monkeypatch, lambda grad: 1.001)) > 1e-4
 
 
-def test_a_gradient_that_is_not_a_number_fails(monkeypatch):
+def test_nan_gradient_is_detected(monkeypatch):
     assert worst(planted(monkeypatch, lambda grad: torch.nan)) == math.inf
 
 
-def test_a_parameter_that_backpropagation_misses_fails(monkeypatch):
+def test_detached_parameter_is_detected(monkeypatch):
     class Detached(CharLM):
         def forward(self, x, state):
             logits, state = super().forward(x, state)
@@ -136,18 +136,18 @@ def test_a_parameter_that_backpropagation_misses_fails(monkeypatch):
     assert bias.relative_error > 0.99
 
 
-def test_the_largest_gradients_are_among_the_entries(monkeypatch):
+def test_entries_include_the_largest_gradients(monkeypatch):
     config = configured(cell="gru")
     everything, few = gradcheck(config, entries=10**6), gradcheck(config, entries=4)
     for whole, part in zip(everything, few, strict=True):
         assert part.analytic < whole.analytic
         if whole.parameter == "head.bias":
-            # 2 of 11 that hold the most of the sum of squares hold at least their share of it.
+            # The 2 largest of 11 squares are at least 2/11 of their sum.
             assert part.analytic**2 >= 2 / 11 * whole.analytic**2
-    assert gradcheck(config, entries=4) == few, "the same seed, the same entries"
+    assert gradcheck(config, entries=4) == few, "the same seed gives the same entries"
 
 
-def test_a_step_across_a_kink_does_not_fail():
+def test_step_across_a_kink_is_not_an_error():
     # With steps of 1e-3 alone the error is above 1e-3 for each of these seeds.
     config = configured(cell="rnn", nonlinearity="relu", num_layers=2, hidden_size=64)
     assert max(worst(gradcheck(config, delta=1e-3, seed=seed)) for seed in range(3)) < 1e-6

@@ -32,7 +32,7 @@ def root_mean_square(norms):
 
 
 def naive(model, ids, back):
-    """The model unrolled with torch's cells, one sequence at a time: {"h": [...], "c": [...]}."""
+    """Return the norms of the model unrolled with torch's cells, sequence by sequence."""
     config = model.config
     kind = {"rnn": nn.RNNCell, "lstm": nn.LSTMCell, "gru": nn.GRUCell}[config.cell]
     extra = {"nonlinearity": config.nonlinearity} if config.cell == "rnn" else {}
@@ -59,7 +59,7 @@ def naive(model, ids, back):
         for k in range(back + 1):
             gradients = torch.autograd.grad(loss, tops[-1 - k], retain_graph=True, materialize_grads=True)
             if config.cell == "lstm":
-                # torch's cell gives h_t and c_t at once: what c_t does through h_t is left to the chain rule.
+                # torch's cell returns h_t and c_t at once; the chain rule adds the path from c_t through h_t.
                 (h, c), (dh, dc) = tops[-1 - k], gradients
                 o = h / c.tanh()
                 gradients = dh, dc + dh * o * (1 - c.tanh() ** 2)
@@ -95,7 +95,7 @@ def test_norms_equal_those_of_the_loss_as_a_function_of_the_state(options):
 
 @torch.no_grad()
 def linear_rnn(w):
-    """h_t = w h_{t-1} + 0.1: rectified units that are always positive, whatever the characters."""
+    """Return a model with h_t = w h_{t-1} + 0.1: rectified units that are always positive."""
     model = make(cell="rnn", nonlinearity="relu").double()
     for name, parameter in model.recurrent.named_parameters():
         parameter.zero_()
@@ -107,7 +107,7 @@ def linear_rnn(w):
 
 
 @pytest.mark.parametrize("w", [0.5, 1.0, 1.5])
-def test_a_linear_recurrence_shrinks_and_grows_geometrically(w):
+def test_linear_recurrence_is_geometric(w):
     model, ids = linear_rnn(w), random_ids()
     h = torch.full((H,), 0.1 * sum(w**t for t in range(T)), dtype=torch.double)
     wrong = (model.head(h).softmax(0) - F.one_hot(ids[:, -1], V)).double()  # of the logits' gradient, (B, V)
@@ -115,7 +115,7 @@ def test_a_linear_recurrence_shrinks_and_grows_geometrically(w):
     assert gradflow(model, ids, T - 1)["h"] == pytest.approx([w**k * at_the_end for k in range(T)], rel=1e-12)
 
 
-def test_the_constant_error_carousel():
+def test_constant_error_carousel():
     model, bias = make(cell="lstm", forget_bias=1.5).double(), 1.5
     with torch.no_grad():
         model.recurrent.weight_hh_l0.zero_()  # the gates see no h ...
@@ -126,14 +126,14 @@ def test_the_constant_error_carousel():
     assert flow["h"][0] > 0 and flow["h"][1:] == [0.0] * (T - 1)
 
 
-def test_the_batch_is_a_mean():
+def test_norm_is_a_mean_over_the_batch():
     model, ids = make().double(), random_ids()
     one, three = gradflow(model, ids[:1], 5), gradflow(model, ids[:1].repeat(3, 1), 5)
     assert one["h"] == pytest.approx(three["h"], rel=1e-12)
     assert one["c"] == pytest.approx(three["c"], rel=1e-12)
 
 
-def test_a_tanh_rnn_vanishes_where_an_lstm_does_not():
+def test_tanh_rnn_vanishes_faster_than_an_lstm():
     ids, flow = random_ids(8, 64), {}
     for cell in ("rnn", "lstm"):
         flow[cell] = gradflow(make(cell=cell, hidden_size=64, forget_bias=1.0), ids, 50)
@@ -142,7 +142,7 @@ def test_a_tanh_rnn_vanishes_where_an_lstm_does_not():
     assert 0 < rnn[50] / rnn[0] < 0.1 * lstm[50] / lstm[0] and rnn[50] < 0.1 * lstm[50]
 
 
-def test_the_model_is_left_as_it_was():
+def test_model_is_unchanged():
     model = make(2).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
@@ -152,16 +152,16 @@ def test_the_model_is_left_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_float32_would_lose_is_kept():
+def test_norms_below_the_range_of_float32():
     model, ids = make(cell="rnn", init="normal"), random_ids(length=40)
     norms = gradflow(model, ids, 38)["h"]
     assert 0 < norms[38] < torch.finfo(torch.float32).tiny
     assert norms == gradflow(model.double(), ids, 38)["h"]
 
 
-def test_a_text_too_short_is_refused():
+def test_short_text_is_refused():
     assert len(gradflow(make(), random_ids(), T - 1)["h"]) == T
-    with pytest.raises(CharlmError, match=f"8 steps back needs 10 characters, and the text has {T + 1}"):
+    with pytest.raises(CharlmError, match=f"8 steps .* 10 characters.* {T + 1}"):
         gradflow(make(), random_ids(), T)
 
 
@@ -182,7 +182,7 @@ def test_plot_shows_each_curve_on_a_logarithmic_scale(tmp_path):
         assert shown in text, shown
 
 
-def test_plot_refuses_what_it_cannot_write(tmp_path):
-    with pytest.raises(CharlmError, match="cannot write"):
+def test_plot_refuses_a_missing_folder(tmp_path):
+    with pytest.raises(CharlmError, match="missing"):
         plot(CURVES, tmp_path / "missing" / "a.png")
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ def lines(panel):
     return [[list(points) for points in line.get_data()] for line in panel.get_lines()]
 
 
-def test_what_is_drawn():
+def test_draws_both_losses_and_perplexities():
     figure = draw(ROWS)
     loss, perplexity = figure.axes
     assert lines(loss) == [[[10, 20], [2.5, 2.0]], [[10, 20], [2.6, 2.3]], [[20], [1.9]], [[20], [2.2]]]
@@ -37,57 +37,76 @@ def test_what_is_drawn():
     assert lines(loss)[0] == [[0.5, 1], [2.5, 2.0]] and loss.get_xlabel() == "epoch"
 
 
-def test_a_bad_beginning_does_not_hide_the_rest():
+def test_train_curve_has_the_rows_between_evaluations():
+    rows = [
+        {"step": 1, "train_loss": 3.0},
+        {"step": 2, "train_loss": 2.5},
+        {"step": 3, "train_loss": 2.0, "val_loss": 2.1},
+    ]
+    train, val = draw({"a": rows}).axes[0].get_lines()
+    assert [list(points) for points in train.get_data()] == [[1, 2, 3], [3.0, 2.5, 2.0]]
+    assert [list(points) for points in val.get_data()] == [[3], [2.1]]
+    assert (train.get_marker(), val.get_marker()) == ("", "o")
+
+
+def test_curves_have_no_rows_that_a_rollback_took_back(tmp_path):
+    rows = [{"step": k, "train_loss": 2.0, "val_loss": 2.0} for k in (5, 10)]
+    for row in [*rows, {"step": 5, "event": "rollback", "from_step": 12}, rows[1]]:
+        Run(tmp_path).log(row)
+    assert curves({"a": Run(tmp_path)}) == {"a": rows}
+
+
+def test_high_first_perplexity_does_not_set_the_scale():
     rows = [{"step": step, "train_loss": loss, "val_loss": loss} for step, loss in ((1, 6.0), (2, 1.5))]
     _, perplexity = draw({"a": rows}).axes
     assert perplexity.get_ylim()[1] == pytest.approx(3 * math.exp(1.5))
 
 
 @pytest.mark.parametrize("losses", [(800.0, 2.0), (800.0, 750.0), (709.0, 690.7)])
-def test_a_perplexity_that_no_axis_holds_is_a_gap(tmp_path, losses):
+def test_perplexity_too_large_for_an_axis_is_a_gap(tmp_path, losses):
     rows = [{"step": k, "train_loss": loss, "val_loss": loss} for k, loss in enumerate(losses)]
     plot({"a": rows}, tmp_path / "a.png")  # without a warning
     drawn = lines(draw({"a": rows}).axes[1])[1][1]
     assert math.isnan(drawn[0]) and math.isnan(drawn[1]) == (losses[1] == 750)
 
 
-def test_a_name_is_no_formula(tmp_path):
+def test_dollar_in_a_name_is_not_a_formula(tmp_path):
     plot({"$a^{2$": ROWS["gru"]}, tmp_path / "a.png")
 
 
-def test_a_figure_that_was_not_measured_is_a_gap():
+def test_evaluation_without_train_loss_is_a_gap_in_the_train_curve():
     rows = [{"step": 1, "val_loss": 2.0}, {"step": 2, "train_loss": 1.0, "val_loss": 1.5}]
     train = lines(draw({"a": rows}).axes[0])[0][1]
     assert math.isnan(train[0]) and train[1] == 1.0
 
 
-def test_formats(tmp_path):
+def test_suffix_chooses_the_format(tmp_path):
     plot(ROWS, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     plot(ROWS, tmp_path / "curves.SVG")
     assert "<svg" in (tmp_path / "curves.SVG").read_text()
-    with pytest.raises(ConfigError, match=r"curves.txt must be an image.* \.png"):
+    with pytest.raises(ConfigError, match=r"curves.txt.* \.png"):
         plot(ROWS, tmp_path / "curves.txt")
 
 
-def test_a_pseudo_perplexity_is_not_drawn_beside_a_perplexity(tmp_path):
+def test_fill_in_model_is_not_drawn_with_others(tmp_path):
     runs = {name: Run(tmp_path / name) for name in ("a", "b")}
     for name, kind in (("a", ""), ("b", "pseudo_")):
         runs[name].folder.mkdir()
         runs[name].log({"step": 1, "train_loss": 1.5, "val_loss": 1.0, f"val_{kind}perplexity": math.e})
-    with pytest.raises(ConfigError, match="b fills in characters"):
+    with pytest.raises(ConfigError, match="b .*model.direction: both"):
         curves(runs)
     _, panel = draw(curves({"b": runs["b"]})).axes
     assert panel.get_title() == "pseudo-perplexity"
 
 
-def test_nothing_to_draw_yet(tmp_path):
-    Run(tmp_path).log({"step": 1})
-    with pytest.raises(CharlmError, match="the run a has no evaluation"):
+def test_run_without_an_evaluation_is_refused(tmp_path):
+    Run(tmp_path).log({"step": 1, "train_loss": 2.0})
+    with pytest.raises(CharlmError, match="run a .*train.eval_every"):
         curves({"a": Run(tmp_path)})
 
 
-def test_without_matplotlib(tmp_path, monkeypatch):
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(CharlmError, match=r"pip install 'charlm-torch\[plot\]'"):
@@ -95,7 +114,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command(charlm, trained):
+def test_command_draws_to_the_output(charlm, trained):
     done = charlm("plot", "tiny", "--output", "tiny.svg", "--along", "seconds")
-    assert (done.code, done.out, done.err) == (0, "", "drawn in tiny.svg\n")
+    assert (done.code, done.out, done.err) == (0, "", "wrote tiny.svg\n")
     assert charlm("plot", "nothing").code == 2

@@ -1,6 +1,5 @@
-"""The commands that study models and machines: gradcheck, gradflow, compare, bench."""
+"""The commands that examine models and machines: gradcheck, gradflow, compare, bench."""
 
-import itertools
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,19 +17,24 @@ SIX = ["rnn.yaml", "rnn-scratch.yaml", "lstm.yaml", "lstm-scratch.yaml", "gru.ya
 @config_option()
 @set_option()
 @click.option(
-    "--entries", type=click.IntRange(1), default=10, show_default=True, help="Numbers a tensor to check."
+    "--entries",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Entries to check per tensor.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(0),
     default=1e-6,
     show_default=True,
-    help="The largest relative error.",
+    help="Largest relative error allowed.",
 )
 def gradcheck(recipe: str | None, overrides: tuple[str, ...], entries: int, tolerance: float) -> None:
     """Check the gradients of a model: numeric against analytic, in float64.
 
-    For every parameter tensor of the configured model, untrained. Exit code 1 above the tolerance.
+    Checks every parameter tensor of the configured model, untrained. Exits with 1 if a relative error is
+    above the tolerance.
     """
     from charlm import config as configuration
     from charlm.study.gradcheck import gradcheck as check
@@ -43,18 +47,28 @@ def gradcheck(recipe: str | None, overrides: tuple[str, ...], entries: int, tole
         )
     wrong = [row.parameter for row in checks if not row.relative_error <= tolerance]
     if wrong:
-        raise CharlmError(f"the gradients of {', '.join(wrong)} are off by more than {tolerance:g}")
+        raise CharlmError(
+            f"the relative error of the gradients of {', '.join(wrong)} is above --tolerance {tolerance:g}"
+        )
 
 
 @click.command()
 @config_option(help="A recipe: the text and the sizes.  [default: the defaults]")
 @set_option()
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="How far back to look.")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Steps back in time.")
 @click.option(
-    "--train-steps", type=click.IntRange(0), default=300, show_default=True, help="Steps to train for."
+    "--train-steps",
+    type=click.IntRange(0),
+    default=300,
+    show_default=True,
+    help="Training steps.",
 )
 @click.option(
-    "--scale", type=float, default=4.0, show_default=True, help="Of the recurrent weights that explode."
+    "--scale",
+    type=float,
+    default=4.0,
+    show_default=True,
+    help="Factor for recurrent weights that explode.",
 )
 @click.option("--plot", "picture", metavar="FILE", help="Draw the table (needs the extra `plot`).")
 def gradflow(
@@ -67,67 +81,29 @@ def gradflow(
 ) -> None:
     """Show how gradients vanish or explode on their way back through time.
 
-    The norm of the gradient of the last step's loss with respect to the hidden state h (and the LSTM's cell
-    state c) k steps back, for RNN, LSTM and GRU, untrained and trained, and for an RNN whose recurrent
-    weights are too large.
+    Prints the norm of the gradient of the last step's loss with respect to the hidden state h (and the cell
+    state c of the LSTM) k steps back, for RNN, LSTM and GRU, untrained and trained, and for an RNN whose
+    recurrent weights are too large.
     """
-    import torch
-
     from charlm import config as configuration
-    from charlm.nn.model import CharLM
     from charlm.study import plot as plotting
-    from charlm.study.gradflow import gradflow as flow
-    from charlm.study.gradflow import plot
-    from charlm.text.corpus import Corpus
-    from charlm.training.learner import Learner
+    from charlm.study.gradflow import gradflow_by_cell, plot
 
     if picture:
         plotting.check_plot(Path(picture))
-    base = configuration.load(recipe, overrides)
-    corpus = Corpus.load(base.corpus)
-    if len(corpus.val) < steps + 2:
-        raise ConfigError(
-            f"--steps {steps} needs {steps + 2} characters, and the val split has {len(corpus.val)}"
-        )
-    starts = torch.linspace(0, len(corpus.val) - steps - 2, 32).long()
-    ids = corpus.val.unfold(0, steps + 2, 1)[starts].long()
-    curves: dict[str, list[float]] = {}
-
-    def look(name: str, model: CharLM) -> None:
-        for state, norms in flow(model, ids, steps).items():
-            curves[f"{name}, {state}"] = norms
-
-    for cell in CELL_NAMES:
-        changes = [
-            f"model.cell={cell}",
-            "model.direction=forward",
-            "model.dropout=0.0",
-            f"train.max_steps={max(train_steps, 1)}",
-        ]
-        config = configuration.override(base, changes)
-        learner = Learner(config, corpus)
-        look(cell, learner.model)
-        if cell == "rnn":
-            large = Learner(config, corpus).model
-            weights = large.state_dict()
-            large.load_state_dict({k: weights[k] * (scale if "weight_hh" in k else 1) for k in weights})
-            look(f"rnn, W_hh × {scale:g}", large)
-        if train_steps:
-            for x, y in itertools.islice(learner.remaining_batches(), train_steps):
-                learner.step(x, y)
-            look(f"{cell}, trained", learner.model)
+    curves = gradflow_by_cell(configuration.load(recipe, overrides), steps, train_steps, scale)
     shown = [k for k in (0, 1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 200) if k <= steps]
     click.echo(f"{'steps back':<20}" + "".join(f"{k:>10}" for k in shown))
     for name, norms in curves.items():
         click.echo(f"{name:<20}" + "".join(f"{norms[k]:>10.1e}" for k in shown))
     if picture:
         plot(curves, Path(picture))
-        click.echo(f"drawn in {picture}", err=True)
+        click.echo(f"wrote {picture}", err=True)
 
 
 @click.command()
 @config_option("--config", "-c", "recipes", multiple=True, help="A recipe; give two or more.")
-@click.option("--all", "all_six", is_flag=True, help="The six: RNN, LSTM and GRU, built in and from scratch.")
+@click.option("--all", "all_six", is_flag=True, help="Compare RNN, LSTM and GRU, built in and from scratch.")
 @set_option()
 @click.option(
     "--format", "form", type=click.Choice(["markdown", "csv", "json"]), default="markdown", show_default=True
@@ -138,7 +114,7 @@ def compare(
 ) -> None:
     """Train several recipes on the same data, seed and budget, and print one table.
 
-    Each is a run of its own, under runs/. --set goes on top of every recipe.
+    Each recipe is trained in its own run in runs/. --set applies to all recipes.
     """
     from charlm import config as configuration
     from charlm.cli.train import TrainingDisplay
@@ -148,12 +124,14 @@ def compare(
 
     chosen = [*recipes, *(SIX if all_six else [])]
     if len(chosen) < 2:
-        raise ConfigError("a comparison takes two recipes or more: give --config A --config B, or --all")
+        raise ConfigError(
+            f"compare needs two or more recipes, got {len(chosen)}; give --config A --config B, or --all"
+        )
     if picture:
         plotting.check_plot(Path(picture))
     names = [str(Path(recipe).with_suffix("")).replace("/", "-") for recipe in chosen]
     if len(set(names)) < len(names):
-        raise ConfigError(f"a recipe stands twice in {', '.join(chosen)}")
+        raise ConfigError(f"a recipe is given twice in {', '.join(chosen)}; give each once")
     configs = {
         name: configuration.load(recipe, overrides) for name, recipe in zip(names, chosen, strict=True)
     }
@@ -162,7 +140,7 @@ def compare(
     click.echo(comparison.table(rows, form))  # type: ignore[arg-type]
     if picture:
         plotting.plot(plotting.curves(folders), Path(picture))
-        click.echo(f"drawn in {picture}", err=True)
+        click.echo(f"wrote {picture}", err=True)
 
 
 @click.command()
@@ -171,7 +149,7 @@ def compare(
     "cells",
     multiple=True,
     type=click.Choice(CELL_NAMES),
-    help="May be given again.  [default: all]",
+    help="Can be repeated.  [default: all]",
 )
 @click.option("--hidden-size", type=click.IntRange(1), default=192, show_default=True)
 @click.option("--num-layers", type=click.IntRange(1), default=1, show_default=True)
@@ -182,7 +160,7 @@ def compare(
     type=click.FloatRange(0),
     default=3.0,
     show_default=True,
-    help="How long each row of the table trains; it writes a third as long.",
+    help="Training time for each row of the table; generation takes a third of it.",
 )
 @click.option("--device", metavar="NAME", default="auto", show_default=True, help="cuda, mps or cpu.")
 @json_option()
@@ -196,11 +174,11 @@ def bench(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure how fast this machine trains and writes, in each implementation.
+    """Measure how fast this machine trains and generates, in each implementation.
 
-    Characters a second of training steps and of writing, and the share of the machine's rate of matrix
-    products that training reaches (6 operations a weight a character). The rows take turns; figures are
-    medians of three rounds. With several cores, leave the machine alone meanwhile.
+    Prints the characters per second of training steps and of generation, and the share of the machine's rate
+    of matrix products that training reaches (6 operations per weight and character). The rows alternate;
+    figures are medians of three rounds. Run nothing else at the same time.
     """
     from charlm.config import BatchesConfig, ModelConfig
     from charlm.study import bench as benchmark
@@ -224,10 +202,10 @@ def bench(
     header = [
         "cell",
         "implementation",
-        "trained, chars/s",
-        "to builtin",
-        "of the products",
-        "written, chars/s",
+        "training, chars/s",
+        "vs. builtin",
+        "of products",
+        "generation, chars/s",
     ]
     rows = [
         [

@@ -21,8 +21,8 @@ def read(run: Run) -> list[Row]:
     try:
         text = run.metrics.read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line of it is no JSON object")
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise ValueError("a line is not a JSON object with a step")
     except OSError as error:
         raise CharlmError(f"cannot read {run.metrics}: {error.strerror}") from None
     except ValueError as error:
@@ -30,9 +30,23 @@ def read(run: Run) -> list[Row]:
     return rows
 
 
+def curve(run: Run) -> list[Row]:
+    """Return the rows of the log with a `train_loss` or `val_loss`, in strictly increasing steps.
+
+    Rows after the step to which a rollback returned are dropped. Raises as `read` does.
+    """
+    rows: list[Row] = []
+    for row in read(run):
+        if row.get("event") == "rollback":
+            rows = [earlier for earlier in rows if earlier["step"] <= row["step"]]
+        elif "train_loss" in row or "val_loss" in row:
+            rows.append(row)
+    return rows
+
+
 def evaluations(run: Run) -> list[Row]:
-    """The rows that an evaluation wrote; raises as `read` does."""
-    return [row for row in read(run) if "val_loss" in row]
+    """Return the rows of `curve` that an evaluation wrote; raises as `read` does."""
+    return [row for row in curve(run) if "val_loss" in row]
 
 
 def named_rows(runs: dict[str, Run]) -> Iterator[Row]:

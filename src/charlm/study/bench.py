@@ -1,7 +1,7 @@
-"""How fast this machine trains and writes, in every implementation.
+"""Measure the speed of training and generation on this machine, in each implementation.
 
-The contestants take turns, round after round, so that a machine whose speed drifts is fair to all; a figure
-is the median of its rounds. Texts are random: how fast a model is does not depend on what it reads.
+The implementations alternate in rounds, so that a drift of the machine's speed affects all of them; each
+figure is the median over the rounds. The text is random, because the speed does not depend on it.
 """
 
 import math
@@ -24,18 +24,18 @@ from charlm.text.corpus import Corpus
 from charlm.training.learner import Learner
 
 ROUNDS = 3
-CHARACTERS = "".join(map(chr, range(32, 97)))  # 65 of them, as in tiny Shakespeare
-_WRITTEN = 256  # characters of a text: its beginning, in which weights are prepared, counts too
-_LARGE, _SMALL = 2048, 256  # matrices to measure products with; small ones where instructions are missing
+CHARACTERS = "".join(map(chr, range(32, 97)))  # 65, as in tiny Shakespeare
+_GENERATED = 256  # characters of a text, including the preparation of the weights
+_LARGE, _SMALL = 2048, 256  # sizes of the matrices; small for a type without instructions
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One cell in one implementation.
+    """The speed of one cell in one implementation.
 
-    trained, written: characters a second, in training and in writing one text.
-    ratio: of `trained` to that of the builtin implementation, or of scratch for a cell without one.
-    share: of the machine's matrix products, in the precision trained in, that the training reaches.
+    trained, written: characters per second of training and of the generation of one text.
+    ratio: `trained` divided by that of the builtin implementation, or of scratch for a cell without one.
+    share: operations per second of training divided by those of a matrix product in the same precision.
     """
 
     cell: str
@@ -48,7 +48,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured where; products: floating-point operations a second of large matrices, by type."""
+    """The result of `bench`; products: floating-point operations per second of matrix products, by type."""
 
     machine: str
     device: str
@@ -65,13 +65,14 @@ def bench(
     device: str = "auto",
     seconds: float = 3.0,
 ) -> Report:
-    """Measure `cells` in all implementations, on models and batches otherwise as `model` and `batches` say.
+    """Measure `cells` in all implementations, with the sizes of `model` and `batches`.
 
-    seconds: how long each row trains, in all rounds; it writes, and products are taken, a third as long.
-    Raises `ConfigError` for a device that this machine lacks, and for a time without end.
+    seconds: training time of each row over all rounds; generation and matrix products take a third of it.
+
+    Raises `ConfigError` for a device that is not available and for `seconds` that are not finite.
     """
     if not math.isfinite(seconds):
-        raise ConfigError(f"--seconds {seconds} has no end; give a number, for example 3")
+        raise ConfigError(f"--seconds is {seconds}; allowed: a finite number, for example 3")
     train = TrainConfig(device=device, lr=1e-4, schedule="constant")
     learners = {
         (cell, name): make_learner(
@@ -84,19 +85,19 @@ def bench(
         for cell in cells
         for name in CELLS[cell].implementations
     }
-    where, each = choose_device(device), seconds / ROUNDS
+    place, round_seconds = choose_device(device), seconds / ROUNDS
     products: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     trained: dict[tuple[str, str], list[float]] = {key: [] for key in learners}
     written: dict[tuple[str, str], list[float]] = {key: [] for key in learners}
-    for turn in range(ROUNDS + 1):  # the first warms up, and compiles what is compiled
-        length = each if turn else 0.0
+    for turn in range(ROUNDS + 1):  # the first one warms up and compiles
+        length = round_seconds if turn else 0.0
         for name, rates in products.items():
-            rates.append(matrix_rate(where, getattr(torch, name), length / 3))
+            rates.append(matrix_rate(place, getattr(torch, name), length / 3))
         for key, learner in learners.items():
             trained[key].append(training_rate(learner, length))
             written[key].append(writing_rate(learner, length / 3))
     limits = {name: statistics.median(rates[1:]) for name, rates in products.items()}
-    precision = str(choose_precision("auto", where)[0]).removeprefix("torch.")
+    precision = str(choose_precision("auto", place)[0]).removeprefix("torch.")
     medians = {key: statistics.median(rates[1:]) for key, rates in trained.items()}
     rows = [
         Speed(
@@ -109,11 +110,11 @@ def bench(
         )
         for (cell, name), learner in learners.items()
     ]
-    return Report(machine(), str(where), precision, torch.get_num_threads(), limits, rows)
+    return Report(machine(), str(place), precision, torch.get_num_threads(), limits, rows)
 
 
 def make_learner(config: Config) -> Learner:
-    """A learner of `config` on a random text of `CHARACTERS`, long enough for one batch."""
+    """Return a learner of `config` on a random text of `CHARACTERS`, long enough for one batch."""
     length = (config.batches.batch_size + 1) * (max(config.batches.seq_len, config.batches.stride) + 1)
     draws = torch.randint(len(CHARACTERS), (2 * length + 100,), generator=torch.Generator().manual_seed(0))
     text = CHARACTERS + "".join(CHARACTERS[i] for i in draws.tolist())
@@ -121,20 +122,20 @@ def make_learner(config: Config) -> Learner:
 
 
 def training_rate(learner: Learner, seconds: float) -> float:
-    """Characters a second in `Learner.step`, on one batch again and again."""
+    """Return the characters per second of `Learner.step`, repeated on one batch."""
     x, y = next(iter(learner.batches.loader(seed=1, epoch=0)))
     return rate(lambda: learner.step(x, y)[1], seconds)
 
 
 def writing_rate(learner: Learner, seconds: float) -> float:
-    """Characters a second in writing one text."""
+    """Return the characters per second of the generation of one text."""
     vocab = learner.corpus.vocab
     prefix = vocab.encode(" ")
-    return rate(lambda: len(list(generate(learner.model, vocab, prefix, _WRITTEN, Sampling()))), seconds)
+    return rate(lambda: len(list(generate(learner.model, vocab, prefix, _GENERATED, Sampling()))), seconds)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Floating-point operations a second of a product of square matrices."""
+    """Return the floating-point operations per second of a product of square matrices."""
     native = dtype == torch.float32 or choose_precision("auto", device)[0] == dtype
     size = _LARGE if native else _SMALL
     a, b = torch.randn(2, size, size, device=device).to(dtype)
@@ -150,20 +151,20 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
 
 
 def rate(work: Callable[[], int], seconds: float) -> float:
-    """How much `work` does a second; it is called until `seconds` have passed, once at least."""
-    done, began = 0, time.perf_counter()
+    """Return the sum of the results of `work` per second, called at least once and until `seconds` pass."""
+    total, start = 0, time.perf_counter()
     while True:
-        done += work()
-        passed = time.perf_counter() - began
-        if passed >= seconds:
-            return done / passed
+        total += work()
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds:
+            return total / elapsed
 
 
 def operations(model: CharLM) -> int:
-    """Floating-point operations that training takes a character: 6 a weight of the matrices.
+    """Return the floating-point operations of training per character: 6 per weight of the matrices.
 
-    A product with a weight is two, once forward and twice backward. The first layer's input weights are not
-    counted: where characters are read, the product can be looked up.
+    A weight is used in one product forward and two backward, of two operations each. The first layer's input
+    weights are not counted, because their product with a character can be looked up.
     """
     return 6 * sum(
         parameter.numel()
@@ -173,12 +174,12 @@ def operations(model: CharLM) -> int:
 
 
 def machine() -> str:
-    """The processor, its cores and instructions, torch's version and the day, for a table's heading."""
+    """Describe the processor, its threads and instructions, torch's version and the date in one line."""
     try:
-        found = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        found = []
-    names = [line.partition(":")[2].strip() for line in found if line.startswith("model name")]
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     instructions = torch.backends.cpu.get_cpu_capability()
     if choose_precision("auto", torch.device("cpu"))[0] == torch.bfloat16:

@@ -1,6 +1,6 @@
-"""Several configurations side by side: the same data, seed and budget, then one table and the curves.
+"""Train several configurations on the same data, seed and budget, and tabulate their metrics.
 
-What is compared is read back from the runs' own files; nothing is measured that a single run does not.
+All metrics are read from the files of the runs.
 """
 
 import csv
@@ -13,9 +13,10 @@ from typing import Literal
 from charlm.config import Config, CorpusConfig
 from charlm.errors import ConfigError
 from charlm.files import json_text
+from charlm.metrics import Score, perplexity
 from charlm.storage import run as run_folders
 from charlm.storage.header import read_header
-from charlm.storage.log import Row, evaluations
+from charlm.storage.log import Row, evaluations, read
 from charlm.storage.run import Run
 from charlm.text.corpus import Corpus
 from charlm.training.reporting import Reporter
@@ -23,7 +24,7 @@ from charlm.training.trainer import Trainer
 
 Format = Literal["markdown", "csv", "json"]
 
-# What must be the same for the figures to be comparable.
+# The keys whose values must be equal for the metrics to be comparable.
 _COMMON = [
     *(("corpus", key) for key in CorpusConfig.model_fields),
     *(("train", key) for key in ("seed", "epochs", "max_steps")),
@@ -32,16 +33,16 @@ _COMMON = [
 
 @dataclass(frozen=True)
 class Comparison:
-    """The figures of one run.
+    """The metrics of one run.
 
-    train_perplexity, val_perplexity, bits_per_character: at the evaluation that was best on val; the first is
-    over the characters trained on since the evaluation before it, the others are val's.
-    best_epoch: when that was; a fraction where evaluations fall within an epoch.
+    train_perplexity, val_perplexity, bits_per_character: at the evaluation with the lowest val loss; the
+        first is over the steps since the previous evaluation, None if all of them were skipped.
+    best_epoch: the epoch of that evaluation, a fraction within an epoch.
     seconds, chars_per_second: of the whole training, without evaluations and saves.
     """
 
     name: str
-    train_perplexity: float
+    train_perplexity: float | None
     val_perplexity: float
     bits_per_character: float
     parameters: int
@@ -51,19 +52,19 @@ class Comparison:
 
 
 def compare(configs: dict[str, Config], runs: dict[str, Run], reporter: Reporter) -> list[Comparison]:
-    """Train each of `configs` in turn, on one corpus, in the folder that `runs` has under its name.
+    """Train each of `configs` on one corpus, in the folder of the run with the same name in `runs`.
 
     Raises `ConfigError` for configurations that differ in corpus, seed or budget, and `CharlmError` as
-    `Trainer` does; the runs finished by then stay.
+    `Trainer` does; the runs finished before the error are kept.
     """
     assert configs.keys() == runs.keys(), "each configuration has a run"
     _refuse_differences(configs)
     corpus = Corpus.load(next(iter(configs.values())).corpus)
     for config in configs.values():
-        Trainer(config, corpus)  # what cannot be trained is found now, not when its turn comes
+        Trainer(config, corpus)  # raises before the first training begins
     rows: list[Comparison] = []
     for name, config in configs.items():
-        # Made when its turn comes: a trainer seeds torch's global generator, from which dropout draws.
+        # Created here: a trainer seeds torch's global generator, from which dropout draws.
         trainer = Trainer(config, corpus)
         reporter.say(f"{name}, {len(rows) + 1} of {len(configs)}: {runs[name].folder}")
         for line in trainer.describe():
@@ -76,7 +77,10 @@ def compare(configs: dict[str, Config], runs: dict[str, Run], reporter: Reporter
 
 
 def table(rows: list[Comparison], format: Format = "markdown") -> str:  # noqa: A002 - as the option is called
-    """`rows` as a text: markdown rounds for the eye, CSV and JSON have every digit."""
+    """Return `rows` as text: rounded in markdown, with all digits in CSV and JSON.
+
+    Raises `ConfigError` for an unknown format.
+    """
     if format == "json":
         return json_text([asdict(row) for row in rows], indent=2, ensure_ascii=False)
     if format == "csv":
@@ -86,13 +90,13 @@ def table(rows: list[Comparison], format: Format = "markdown") -> str:  # noqa: 
         writer.writerows(astuple(row) for row in rows)
         return file.getvalue().rstrip("\n")
     if format != "markdown":
-        raise ConfigError(f"{format!r} is no format for a table; choose markdown, csv or json")
+        raise ConfigError(f"table format {format!r} is invalid; allowed: markdown, csv, json")
     return markdown(
         ["", "train ppl", "val ppl", "bits/char", "parameters", "seconds", "chars/s", "best epoch"],
         [
             [
                 row.name,
-                f"{row.train_perplexity:.2f}",
+                "-" if row.train_perplexity is None else f"{row.train_perplexity:.2f}",
                 f"{row.val_perplexity:.2f}",
                 f"{row.bits_per_character:.3f}",
                 f"{row.parameters:,}",
@@ -106,7 +110,7 @@ def table(rows: list[Comparison], format: Format = "markdown") -> str:  # noqa: 
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table that reads well as it is: the first column to the left, figures to the right."""
+    """Return a markdown table with padded columns, the first aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
@@ -118,47 +122,50 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def at_epochs(run: Run, epochs: Iterable[int]) -> dict[int, Row]:
-    """The evaluations at the ends of `epochs`, by epoch; an epoch without one is absent."""
+    """Return the evaluations at the ends of `epochs` by epoch, without the epochs that have none."""
     rows = {row["epoch"]: row for row in evaluations(run)}
     return {epoch: rows[epoch] for epoch in epochs if epoch in rows}
 
 
 def _refuse_differences(configs: dict[str, Config]) -> None:
-    """Raise `ConfigError` that names all keys which must be the same and are not, with their values."""
+    """Raise `ConfigError` with all keys that must be equal and are not, and their values."""
     if not configs:
-        raise ConfigError("there is nothing to compare: give a configuration or more")
+        raise ConfigError("there is nothing to compare; give at least one configuration")
     filling = [name for name, config in configs.items() if config.model.direction == "both"]
     if filling:
         raise ConfigError(
-            f"{', '.join(filling)} fills in characters: its pseudo-perplexity does not compare with a "
+            f"{', '.join(filling)} has model.direction: both; a pseudo-perplexity is not comparable with a "
             "perplexity; leave it out"
         )
-    problems = []
+    differences = []
     for section, key in _COMMON:
         values = {name: getattr(getattr(config, section), key) for name, config in configs.items()}
         if any(value != next(iter(values.values())) for value in values.values()):
-            each = ", ".join(f"{name}: {value!r}" for name, value in values.items())
-            problems.append(f"{section}.{key} ({each})")
-    if problems:
+            shown = ", ".join(f"{name}: {value!r}" for name, value in values.items())
+            differences.append(f"{section}.{key} ({shown})")
+    if differences:
         raise ConfigError(
-            f"the configurations differ in {' and '.join(problems)}; what is compared must have the same "
-            "corpus, train.seed, train.epochs and train.max_steps: set them for all with --set"
+            f"the configurations differ in {' and '.join(differences)}; set corpus.*, train.seed, "
+            "train.epochs and train.max_steps to the same values for all with --set"
         )
 
 
 def _comparison(name: str, run: Run) -> Comparison:
-    """The figures of a finished run, from its log and its best model's header."""
+    """Return the metrics of a finished run, from its log and the header of its best model."""
     best = read_header(run.best)
+    # The perplexities are computed from the losses, because an infinite one is not stored.
+    loss = Score(best.figures["val_loss"], 1)
+    train_loss = best.figures.get("train_loss")
     seconds, characters = 0.0, 0.0
-    for row in evaluations(run):  # a row's rate is over the time since the row before it
-        # Absent where no step since was fit to be taken.
-        characters += row.get("chars_per_second", 0.0) * (row["seconds"] - seconds)
-        seconds = row["seconds"]
+    for row in read(run):
+        if "seconds" in row:  # chars_per_second is over the time since the previous row, absent without steps
+            characters += row.get("chars_per_second", 0.0) * (row["seconds"] - seconds)
+            seconds = row["seconds"]
     return Comparison(
         name=name,
-        train_perplexity=best.figures["train_perplexity"],
-        val_perplexity=best.figures["val_perplexity"],
-        bits_per_character=best.figures["val_bits_per_character"],
+        train_perplexity=None if train_loss is None else perplexity(train_loss),
+        val_perplexity=loss.perplexity,
+        bits_per_character=loss.bits_per_character,
         parameters=sum(prod(shape) for shape in best.tensors.values()),
         seconds=seconds,
         chars_per_second=characters / seconds,

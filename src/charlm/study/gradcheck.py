@@ -1,4 +1,4 @@
-"""Numeric against analytic gradients of the configured model, parameter by parameter."""
+"""Compare numeric with analytic gradients of the configured model, parameter by parameter."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from charlm.config import Config
 from charlm.nn.cells import cell_of
 from charlm.nn.model import make_model
 
-V, B, MAX_T = 11, 3, 9  # sizes of the batch: enough for every gate to act and every step to reach the next
+V, B, MAX_T = 11, 3, 9  # sizes of the batch: all gates and steps contribute
 
 
 @dataclass(frozen=True)
 class Check:
-    """One parameter's gradient over the entries that were checked: n by differences, a by backpropagation.
+    """The gradient of one parameter over the checked entries: n by differences, a by backpropagation.
 
-    numeric and analytic are the norms ‖n‖ and ‖a‖; relative_error is ‖n - a‖ / (‖n‖ + ‖a‖), 0 where both
-    norms are 0 and infinite where one is not a number.
+    numeric and analytic are the norms ‖n‖ and ‖a‖; relative_error is ‖n - a‖ / (‖n‖ + ‖a‖), 0 if both norms
+    are 0 and infinite if one is NaN.
     """
 
     parameter: str
@@ -31,16 +31,17 @@ class Check:
 def gradcheck(config: Config, entries: int = 10, delta: float = 3e-5, seed: int = 1) -> list[Check]:
     """Check the gradient of the loss for each parameter tensor of the configured model, in float64.
 
-    The loss is the mean cross-entropy over all targets of a random batch, read from a random state, without
-    dropout. Of each tensor, `entries` entries are checked: half are those of largest analytic gradient, half
-    are drawn from the rest. Each takes two forward passes: ∂L/∂w ≈ (L(w + δ) - L(w - δ)) / 2δ, whose error is
-    rounding, of order ε/δ, and curvature, of order δ². At δ = 3e-5 the relative error is some 1e-9 in one and
-    two layers; it grows with depth, as gradients shrink, to 1e-7 in four layers and 1e-5 in eight.
+    The loss is the mean cross-entropy over all targets of a random batch, from a random state, without
+    dropout. Of each tensor, `entries` entries are checked: half of them those with the largest analytic
+    gradients, half drawn from the rest. Each takes two forward passes: ∂L/∂w ≈ (L(w + δ) - L(w - δ)) / 2δ,
+    with a rounding error of order ε/δ and a curvature error of order δ². At δ = 3e-5 the relative error is
+    about 1e-9 with one or two layers; it grows with depth, as gradients shrink, to 1e-7 with four layers and
+    1e-5 with eight.
 
-    The weights are the configuration's first ones, but where `model.init` is ``normal``: matrices of
-    N(0, 0.01²) leave gradients that shrink a hundredfold with each layer, below what differences of the loss
-    resolve, and put rectified units within a step of their kink. The equations are the same at any weights;
-    there they are checked at those of ``default``.
+    The weights are the initial ones, except for `model.init` ``normal``: matrices of N(0, 0.01²) give
+    gradients that shrink a hundredfold per layer, below the resolution of the differences, and place
+    rectified units within a step of their kink. The equations do not depend on the weights, so those of
+    ``default`` are used instead.
     """
     model_config = config.model
     if model_config.init == "normal":
@@ -53,22 +54,22 @@ def gradcheck(config: Config, entries: int = 10, delta: float = 3e-5, seed: int 
     )
 
     def losses() -> Tensor:
-        """The cross-entropy of every target, (B·T,)."""
+        """Return the cross-entropy of every target, (B·T,)."""
         logits, targets, _ = model.predict(x, y, state)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
 
     def slope(weights: Tensor, index: int, step: float) -> float:
-        """The central difference of the loss at one entry of `weights` (N,)."""
+        """Return the central difference of the loss at one entry of `weights` (N,)."""
         before = weights[index].item()
         weights[index] = before + step
         above = losses()
         weights[index] = before - step
         below = losses()
         weights[index] = before
-        return float((above - below).mean()) / (2 * step)  # the difference first: its mean rounds less
+        return float((above - below).mean()) / (2 * step)  # the mean of the differences rounds less
 
-    # A step across a rectified unit's kink gives a mean of two slopes; a smaller one stays on one side.
-    # Taking the nearest difference hides no mistake: a wrong gradient is near none of them.
+    # A step across the kink of a rectified unit gives a mean of two slopes; a smaller step stays on one side.
+    # The nearest difference is taken, which hides no error: a wrong gradient is far from all of them.
     smooth = cell_of(model_config).smooth
     steps = [delta] if smooth else [delta, delta / 10, delta / 100, delta / 1000]
 
@@ -92,7 +93,7 @@ def gradcheck(config: Config, entries: int = 10, delta: float = 3e-5, seed: int 
 
 
 def _compare(name: str, n: Tensor, a: Tensor) -> Check:
-    """The `Check` of numeric against analytic gradients, each of shape (entries,)."""
+    """Return the `Check` of numeric and analytic gradients, both (entries,)."""
     total = float(n.norm() + a.norm())
     error = float((n - a).norm()) / total if total else 0.0
     return Check(name, float(n.norm()), float(a.norm()), math.inf if math.isnan(error) else error)

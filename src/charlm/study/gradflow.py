@@ -1,37 +1,85 @@
-"""How the gradient of the loss vanishes or explodes on its way back through time."""
+"""Measure how the gradient of the loss vanishes or explodes on its way back through time."""
 
+import copy
+import itertools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from charlm.errors import CharlmError
+from charlm import config as configuration
+from charlm.config import CELL_NAMES, Config
+from charlm.errors import CharlmError, ConfigError
 from charlm.files import write_atomically
 from charlm.nn.cells import cell_of, input_product
 from charlm.nn.model import CharLM
+from charlm.text.corpus import Corpus
+from charlm.training.learner import Learner
+
+_SEQUENCES = 32  # stretches of the val split over which the norms are averaged
+
+
+def gradflow_by_cell(config: Config, steps: int, train_steps: int, scale: float) -> dict[str, list[float]]:
+    """Return the `gradflow` of each cell on the val split, by a name for the curve.
+
+    Each cell is measured untrained and, with `train_steps` > 0, after so many training steps; the RNN also
+    with its recurrent weights multiplied by `scale`.
+
+    Raises `ConfigError` for a val split of fewer than `steps` + 2 characters.
+    """
+    corpus = Corpus.load(config.corpus)
+    if len(corpus.val) < steps + 2:
+        raise ConfigError(
+            f"--steps {steps} needs {steps + 2} characters, and the val split has {len(corpus.val)}"
+        )
+    starts = torch.linspace(0, len(corpus.val) - steps - 2, _SEQUENCES).long()
+    ids = corpus.val.unfold(0, steps + 2, 1)[starts].long()
+    curves: dict[str, list[float]] = {}
+
+    def measure(name: str, model: CharLM) -> None:
+        for state, norms in gradflow(model, ids, steps).items():
+            curves[f"{name}, {state}"] = norms
+
+    for cell in CELL_NAMES:
+        changes = {"cell": cell, "direction": "forward", "dropout": "0.0"}
+        overrides = [f"model.{key}={value}" for key, value in changes.items()]
+        learner = Learner(
+            configuration.override(config, [*overrides, f"train.max_steps={max(train_steps, 1)}"]), corpus
+        )
+        measure(cell, learner.model)
+        if cell == "rnn":
+            scaled = copy.deepcopy(learner.model)
+            weights = scaled.state_dict()
+            scaled.load_state_dict({k: weights[k] * (scale if "weight_hh" in k else 1) for k in weights})
+            measure(f"rnn, W_hh × {scale:g}", scaled)
+        if train_steps:
+            for x, y in itertools.islice(learner.remaining_batches(), train_steps):
+                learner.step(x, y)
+            measure(f"{cell}, trained", learner.model)
+    return curves
 
 
 @torch.enable_grad()
 def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
-    """The norm of the loss gradient with respect to the top layer's state, k = 0..`steps` steps back.
+    """Return the norm of the loss gradient with respect to the top layer's state k = 0..`steps` steps back.
 
-    ids (B, T+1): T characters are read from a zero state, without dropout, and ℓ is the cross-entropy of the
-    last one's prediction alone. Entry k of ``"h"`` is the root of the mean over the batch of ‖∂ℓ/∂h_{T-k}‖²,
-    ℓ being each sequence's own loss, so that the figure does not depend on B (Pascanu et al. 2013).
+    ids (B, T+1): T characters are read from a zero state, without dropout; the loss ℓ is the cross-entropy of
+    the last prediction alone. Entry k of ``"h"`` is the root of the mean over the batch of ‖∂ℓ/∂h_{T-k}‖²,
+    where ℓ is the loss of the sequence, so that the norm does not depend on B (Pascanu et al. 2013).
 
-    For the LSTM ``"c"`` gives the same of c_{T-k}. There h_t and c_t are two tensors of one state: ∂ℓ/∂h_t is
-    what reaches ℓ through h_t alone, that is through the gates and the candidate at t + 1 (at T through the
-    head), with c_t held fixed; ∂ℓ/∂c_t is all that c_t does, through h_t = o_t ⊙ tanh(c_t) and through
+    For the LSTM, ``"c"`` is the same for c_{T-k}. h_t and c_t are two tensors of one state: ∂ℓ/∂h_t has the
+    paths through h_t alone, that is through the gates and the candidate at t + 1 (at T through the head),
+    with c_t held fixed; ∂ℓ/∂c_t has all paths from c_t, through h_t = o_t ⊙ tanh(c_t) and through
     c_{t+1} = f_{t+1} ⊙ c_t + ..., the constant error carousel (Hochreiter & Schmidhuber 1997).
 
-    It is computed in float64 on the CPU, by the steps of `cells` with the weights of `model` in whatever
-    implementation; float32 would lose what has vanished.
+    Computed in float64 on the CPU by the steps of `cells`, whatever the implementation of `model`: float32
+    underflows for gradients that have vanished.
 
-    Raises `CharlmError` where T ≤ `steps`.
+    Raises `CharlmError` for T ≤ `steps` and for a fill-in model.
     """
     if model.config.direction == "both":
-        raise CharlmError("a model of direction: both has no last step; look at one of direction: forward")
+        raise CharlmError("model.direction is 'both', which has no last step; allowed: forward, backward")
     B, T = ids.shape[0], ids.shape[1] - 1
     if steps >= T:
         raise CharlmError(
@@ -51,7 +99,7 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
         W_ih, W_hh, b_ih, b_hh = (
             weights[f"recurrent.{name}_l{k}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         )
-        # The weights are constants here; that the state asks for a gradient keeps the graph through time.
+        # The weights are constants; the graph through time comes from the state, which requires a gradient.
         state = tuple(zeros[k].cpu().double().requires_grad_() for zeros in model.initial_state(B))
         states = []
         for a in input_product(y, W_ih, b_ih).unbind(0):
@@ -59,7 +107,7 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
             states.append(state)
         y = torch.stack([state[0] for state in states])
     logits = F.linear(states[-1][0], weights["head.weight"], weights["head.bias"])
-    loss = F.cross_entropy(logits, ids[:, -1], reduction="sum")  # the mean would divide each gradient by B
+    loss = F.cross_entropy(logits, ids[:, -1], reduction="sum")  # a mean would divide each gradient by B
     back = reversed(states[-1 - steps :])
     flow = {}
     for name, tensors in zip(cell.state, zip(*back, strict=True), strict=True):
@@ -69,12 +117,11 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
 
 
 def plot(curves: dict[str, list[float]], path: Path) -> None:
-    """Draw named curves, entry k at k steps back, on a logarithmic scale, into the image file `path`.
+    """Draw named curves, entry k at k steps back, on a logarithmic scale, to the image file `path`.
 
-    A norm of 0 has no logarithm and is left out.
+    Norms of 0 are left out. The suffix of `path` chooses the format; see `charlm.study.plot.check_plot`.
 
-    path: that `plot.check_plot` has nothing against; its ending chooses the format.
-    Raises `CharlmError` where it cannot be written.
+    Raises `CharlmError` for a file that cannot be written.
     """
     from matplotlib.figure import Figure
 

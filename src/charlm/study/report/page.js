@@ -1,12 +1,12 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const characters = data.passage;
-// Isolated, lest a character that is written from right to left turn what stands beside it.
+// Isolated, so that a character written from right to left does not reorder the text beside it.
 const shown = (c) => `\u2068${c === "\n" ? "↵" : c === " " ? "␣" : c === "\t" ? "⇥" : c}\u2069`;
 const find = (id) => document.getElementById(id);
 
-// A text of one span for each character; calls `tell` with the place that is pointed at, tapped or moved to.
-function fill(box, tell) {
+// Fill `box` with a span for each character; call `show` with the index that is pointed at, tapped or moved to.
+function fill(box, show) {
   const parts = document.createDocumentFragment();
   characters.forEach((c, at) => {
     const span = document.createElement("span");
@@ -25,7 +25,7 @@ function fill(box, tell) {
       const top = spans[now].offsetTop;
       if (top < box.scrollTop || top > box.scrollTop + box.clientHeight - 30) box.scrollTop = top - 60;
     }
-    tell(now);
+    show(now);
   };
   const at = (event) => event.target.dataset && event.target.dataset.at;
   const point = (event) => { if (at(event) !== undefined) go(Number(at(event)), false); };
@@ -42,15 +42,15 @@ function fill(box, tell) {
 
 function guesses(at) {
   const bits = data.bits[at];
-  const what = find("what");
+  const surprise = find("surprise");
   const parts = document.createDocumentFragment();
-  what.textContent = bits === null ? `${shown(characters[at])}: without a prediction`
+  surprise.textContent = bits === null ? `${shown(characters[at])}: no prediction`
     : `${shown(characters[at])}: ${bits.toFixed(2)} bits, probability ${(100 * 2 ** -bits).toPrecision(3)}%`;
   (data.guesses[at] || []).forEach(([c, p]) => {
     const row = document.createElement("div");
     const name = document.createElement("span");
     name.textContent = shown(c);
-    if (c === characters[at]) name.className = "was";
+    if (c === characters[at]) name.className = "actual";
     const meter = document.createElement("meter");
     meter.value = p;
     meter.setAttribute("aria-label", "probability");
@@ -61,12 +61,12 @@ function guesses(at) {
   });
   find("guesses").replaceChildren(parts);
 }
-const surprise = fill(find("surprisal"), guesses);
+const letters = fill(find("surprisal"), guesses);
 data.bits.forEach((bits, at) => {
-  surprise[at].style.backgroundColor = `rgba(var(--hot), ${Math.min((bits || 0) / 10, 1) * 0.6})`;
+  letters[at].style.backgroundColor = `rgba(var(--hot), ${Math.min((bits || 0) / 10, 1) * 0.6})`;
 });
 
-// Units: for each a byte for each character, its activation from -127 to 127.
+// For each unit a byte for each character: its activation from -127 to 127.
 const bytes = Uint8Array.from(atob(data.activations), (c) => c.charCodeAt(0));
 const activations = new Int8Array(bytes.buffer);
 let row = 0;

@@ -33,7 +33,7 @@ def test_train_tells_what_it_does_and_how_to_go_on(charlm):
     _, *command = shlex.split(done.err.splitlines()[-1].removeprefix("write"))
     assert charlm(*command).code == 0
     assert {path.name for path in Path("runs/n").iterdir()} == {
-        "config.yaml", "model.safetensors", "last.safetensors", "state.pt", "metrics.jsonl",
+        "config.yaml", "model.safetensors", "last.safetensors", "state.safetensors", "metrics.jsonl",
     }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_resume_goes_on_and_refuses_what_it_cannot(charlm, trained):
     assert done.code == 0 and "at step 3 of 5" in done.err
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 5]
-    before = (trained / "state.pt").read_bytes()
+    before = (trained / "state.safetensors").read_bytes()
     for arguments, part in [
         (["--set", "model.hidden_size=5"], "model.hidden_size"),
         (["--config", "lstm"], "no --config"),
@@ -87,7 +87,7 @@ def test_resume_goes_on_and_refuses_what_it_cannot(charlm, trained):
     ]:
         refused = charlm("train", "--resume", "tiny", *arguments)
         assert refused.code == 2 and part in refused.err
-    assert (trained / "state.pt").read_bytes() == before
+    assert (trained / "state.safetensors").read_bytes() == before
 
 
 def test_generate(charlm, trained):
@@ -281,7 +281,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder, charlm):
         "train", "--name", "c", *settings("corpus.source=corpus.txt", "train.epochs=9999"), cwd=folder
     )
     deadline = time.monotonic() + 60
-    while not (folder / "runs/c/state.pt").exists() and time.monotonic() < deadline:
+    while not (folder / "runs/c/state.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)

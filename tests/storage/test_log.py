@@ -5,14 +5,14 @@ import json
 import pytest
 
 from charlm.errors import CharlmError
-from charlm.storage.log import evaluations, read, write
+from charlm.storage.log import append, evaluations, read, write
 from charlm.storage.run import Run
 
 
 def test_a_row_that_is_being_written_is_none_yet(tmp_path):
     run = Run(tmp_path)
-    run.log({"step": 1, "val_loss": 2.5})
-    run.log({"step": 2, "test_loss": 2.0})
+    append(run, {"step": 1, "val_loss": 2.5})
+    append(run, {"step": 2, "test_loss": 2.0})
     with run.metrics.open("a") as file:
         file.write('{"step": 3, "val_l')
     assert read(run) == [{"step": 1, "val_loss": 2.5}, {"step": 2, "test_loss": 2.0}]

@@ -6,6 +6,7 @@ import torch
 
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError
+from charlm.storage import log
 from charlm.storage import run as runs
 from charlm.storage.run import Run
 
@@ -61,19 +62,19 @@ def test_models_are_found_newest_first(run, folder):
 
 
 def test_the_log_can_be_cut_back(run):
-    size = run.log({"step": 1})
-    run.log({"step": 2})
-    run.cut_log(size)
+    size = log.append(run, {"step": 1})
+    log.append(run, {"step": 2})
+    log.cut(run, size)
     assert run.metrics.read_text() == '{"step": 1}\n'
 
 
 def test_the_log_is_json_whatever_happens(run):
-    run.log({"val_loss": 800.0, "val_perplexity": float("inf")})
+    log.append(run, {"val_loss": 800.0, "val_perplexity": float("inf")})
     assert run.metrics.read_text() == '{"val_loss": 800.0}\n'
 
 
 def test_a_row_that_does_not_fit_is_not_left_in_part(run, monkeypatch):
-    size, real = run.log({"step": 1}), os.fsync
+    size, real = log.append(run, {"step": 1}), os.fsync
 
     def full(descriptor):
         real(descriptor)
@@ -81,7 +82,7 @@ def test_a_row_that_does_not_fit_is_not_left_in_part(run, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CharlmError, match="metrics.jsonl: No space left"):
-        run.log({"step": 2})
+        log.append(run, {"step": 2})
     assert run.metrics.stat().st_size == size
 
 
@@ -116,7 +117,7 @@ def test_checkpoints_are_kept_and_pruned(run):
 
 
 def test_state_round_trip_and_damage(run):
-    with pytest.raises(CharlmError, match="no state.pt"):
+    with pytest.raises(CharlmError, match="no state.safetensors"):
         run.load_state()
     run.save_state({"a": torch.ones(3), "b": [1, "two", None]})
     assert run.load_state()["b"] == [1, "two", None]
@@ -129,7 +130,7 @@ def test_the_log_is_written_nowhere_else(run):
     """A run's folder may come from others, with a link in it that leads to a file of the user's."""
     Path("mine").write_text("mine")
     run.metrics.symlink_to(Path("mine").absolute())
-    for write in (lambda: run.log({"step": 1}), lambda: run.cut_log(0)):
+    for write in (lambda: log.append(run, {"step": 1}), lambda: log.cut(run, 0)):
         with pytest.raises(CharlmError, match="is a link to .*mine, and charlm writes only inside"):
             write()
     assert Path("mine").read_text() == "mine"

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from charlm.errors import CharlmError, ConfigError
+from charlm.storage import log
 from charlm.storage.run import Run
 from charlm.study.plot import curves, draw, plot
 
@@ -74,7 +75,9 @@ def test_a_pseudo_perplexity_is_not_drawn_beside_a_perplexity(tmp_path):
     runs = {name: Run(tmp_path / name) for name in ("a", "b")}
     for name, kind in (("a", ""), ("b", "pseudo_")):
         runs[name].folder.mkdir()
-        runs[name].log({"step": 1, "train_loss": 1.5, "val_loss": 1.0, f"val_{kind}perplexity": math.e})
+        log.append(
+            runs[name], {"step": 1, "train_loss": 1.5, "val_loss": 1.0, f"val_{kind}perplexity": math.e}
+        )
     with pytest.raises(ConfigError, match="b fills in characters"):
         curves(runs)
     _, panel = draw(curves({"b": runs["b"]})).axes
@@ -82,7 +85,7 @@ def test_a_pseudo_perplexity_is_not_drawn_beside_a_perplexity(tmp_path):
 
 
 def test_nothing_to_draw_yet(tmp_path):
-    Run(tmp_path).log({"step": 1})
+    log.append(Run(tmp_path), {"step": 1})
     with pytest.raises(CharlmError, match="the run a has no evaluation"):
         curves({"a": Run(tmp_path)})
 

@@ -295,12 +295,12 @@ def test_a_val_loss_that_is_not_finite_sends_the_run_back(train, tmp_path, monke
 def test_a_run_killed_between_its_writes_is_mended(train, monkeypatch):
     overrides = ["train.max_steps=12", "train.eval_every=4", "train.lr=0.02", "train.schedule=constant"]
     _, run, _ = train(*overrides, name="whole")
-    with monkeypatch.context() as patch:  # after state.pt, before the models
+    with monkeypatch.context() as patch:  # after state.safetensors, before the models
         patch.setattr(saves.Saves, "_write_models", lambda *args: 1 / 0 if args[1].step == 12 else None)
         with pytest.raises(ZeroDivisionError):
             train(*overrides, name="killed")
     left = Run(run.folder.with_name("killed"))
-    (left.folder / ".state.pt.x1y2z3").write_text("half")
+    (left.folder / ".state.safetensors.x1y2z3").write_text("half")
     _, mended, _ = train(*overrides, name="killed", resume=True)
     assert (mended.best.read_bytes(), mended.last.read_bytes()) == (
         run.best.read_bytes(),

@@ -64,7 +64,7 @@ def train(
                 click.echo("\n".join(trainer.describe()))
                 click.echo(
                     f"would write {run.folder}/ with config.yaml, model.safetensors, last.safetensors, "
-                    "state.pt, metrics.jsonl"
+                    "state.safetensors, metrics.jsonl"
                 )
             return
         for line in trainer.describe():
@@ -110,8 +110,8 @@ def _prepare(
         raise ConfigError("--resume goes on with a run's own configuration: give no --config and no --name")
     run = runs.find_run(resume)
     before = run.load_config()
-    if run.begun:
-        sequences = (run if at is None else run.kept(at)).load_state()["sequences"]
+    if run.was_saved:
+        sequences = (run if at is None else run.saved_checkpoint(at)).load_state()["sequences"]
         if sequences % processes:
             raise ConfigError(
                 f"the run {run.folder} reads {sequences} sequences a step, which {processes} processes "

@@ -1,15 +1,13 @@
 """A run is a folder: its configuration, its models, the state to resume from, and its log.
 
-``config.yaml`` (resolved), ``model.safetensors`` (best on val), ``last.safetensors`` and ``state.pt`` (to go
-on from), ``metrics.jsonl``, ``checkpoints/step-N/`` (earlier saves).
+``config.yaml`` (resolved), ``model.safetensors`` (best on val), ``last.safetensors`` and
+``state.safetensors`` (to resume from), ``metrics.jsonl``, ``checkpoints/step-N/`` (earlier saves).
 
-``state.pt`` is what decides: all else is written so that a kill between two writes can be mended from it.
+``state.safetensors`` decides: after a kill between two writes, the other files are restored from it.
 """
 
 import contextlib
 import errno
-import json
-import math
 import os
 import re
 import shutil
@@ -18,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +51,7 @@ class Run:
     @property
     def state(self) -> Path:
         """All that is needed to go on."""
-        return self.folder / "state.pt"
+        return self.folder / "state.safetensors"
 
     @property
     def metrics(self) -> Path:
@@ -66,70 +63,26 @@ class Run:
         return configuration.from_data(configuration.read_yaml(self.config), str(self.config))
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write `state` to ``state.pt``, atomically."""
-        from charlm.storage.state_file import (
-            save_state,  # here: who only looks for a model waits for no torch
-        )
+        """Write `state` to ``state.safetensors``, atomically."""
+        from charlm.storage.state_file import save_state  # imported here, because it imports torch
 
         save_state(self.state, state)
 
     def load_state(self) -> dict[str, Any]:
-        """Read ``state.pt``; only tensors and plain values are, never code."""
+        """Read ``state.safetensors``; raises `CharlmError` for a file that is missing or damaged."""
         from charlm.storage.state_file import load_state
 
-        try:
-            return load_state(self.state)
-        except FileNotFoundError:
+        if not self.state.exists():
             raise CharlmError(
-                f"the run {self.folder} has no state.pt to go on from; restore it, or begin a new run"
-            ) from None
+                f"the run {self.folder} has no {self.state.name} to resume from; "
+                "restore it, or start a new run"
+            )
+        return load_state(self.state)
 
     @property
-    def begun(self) -> bool:
+    def was_saved(self) -> bool:
         """Whether the run was ever saved: before that there is the configuration alone."""
         return any(path.exists() for path in (self.state, self.last, self.best, self.metrics))
-
-    def log(self, row: dict[str, Any]) -> int:
-        """Append a row to the log, without what is infinite, as JSON lacks it; returns the size after it.
-
-        A row that cannot be written whole is not left in part.
-        """
-        finite = {key: value for key, value in row.items() if value not in (math.inf, -math.inf)}
-        line = json.dumps(finite, allow_nan=False) + "\n"
-        try:
-            with self._open_log(os.O_CREAT) as file:
-                begin = file.tell()
-                try:
-                    if file.write(line.encode()) < len(line.encode()):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())  # the state to come counts on it
-                except OSError:
-                    file.truncate(begin)
-                    raise
-                return file.tell()
-        except OSError as error:
-            raise CharlmError(f"cannot write {self.metrics}: {error.strerror}") from None
-
-    def cut_log(self, size: int) -> None:
-        """Take what was logged behind byte `size` back: the steps since will be done again."""
-        with contextlib.suppress(FileNotFoundError), self._open_log() as file:
-            if file.seek(0, os.SEEK_END) > size:
-                file.truncate(size)
-
-    def _open_log(self, flags: int = 0) -> FileIO:
-        """The log, to be appended to; refused where it is a link, which may lead out of the run's folder."""
-        # Elsewhere than on POSIX these flags are not there. A pipe must not be waited for.
-        safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        try:
-            descriptor = os.open(self.metrics, os.O_WRONLY | os.O_APPEND | safe | flags, 0o666)
-            return os.fdopen(descriptor, "ab", buffering=0)
-        except OSError:
-            if self.metrics.is_symlink():
-                raise CharlmError(
-                    f"{self.metrics} is a link to {self.metrics.readlink()}, and charlm writes only inside "
-                    "the run's folder: put a file in its place"
-                ) from None
-            raise
 
     def remove_temporaries(self) -> None:
         """Remove what `write_atomically` was writing when the process was killed."""
@@ -139,10 +92,10 @@ class Run:
                     left.unlink()
 
     def checkpoint(self, step: int) -> "Run":
-        """An earlier save: a folder with a ``last.safetensors`` and a ``state.pt`` of its own."""
+        """An earlier save: a folder with a ``last.safetensors`` and a ``state.safetensors`` of its own."""
         return Run(self.folder / "checkpoints" / f"step-{step:08d}")
 
-    def kept(self, step: int) -> "Run":
+    def saved_checkpoint(self, step: int) -> "Run":
         """The save of `step` that was kept; raises `CharlmError` where it was not."""
         if step not in self.checkpoints():
             has = ", ".join(map(str, self.checkpoints())) or "none; train.keep_last says how many to keep"
@@ -151,7 +104,7 @@ class Run:
 
     def checkpoints(self) -> list[int]:
         """The steps of the saves that are kept, in order."""
-        return sorted(step for step, path in self._checkpoint_folders() if (path / "state.pt").exists())
+        return sorted(step for step, path in self._checkpoint_folders() if Run(path).state.exists())
 
     def _checkpoint_folders(self) -> Iterator[tuple[int, Path]]:
         """The checkpoints' steps and folders; what a user put beside them is none."""

@@ -19,7 +19,10 @@ import pytest
 import torch
 
 from charlm.inference import evaluate as scoring
+from charlm.storage import run as runs
+from charlm.storage import state_file
 from charlm.storage.run import Run
+from charlm.storage.state_file import load_state
 from conftest import process, settings
 
 
@@ -81,13 +84,36 @@ def test_resume_goes_on_and_refuses_what_it_cannot(charlm, trained):
     before = (trained / "state.safetensors").read_bytes()
     for arguments, part in [
         (["--set", "model.hidden_size=5"], "model.hidden_size"),
-        (["--config", "lstm"], "no --config"),
-        (["--name", "x"], "no --name"),
+        (["--config", "lstm"], "--config"),
+        (["--name", "x"], "--name"),
         ([], "by train.max_steps=5"),
     ]:
         refused = charlm("train", "--resume", "tiny", *arguments)
         assert refused.code == 2 and part in refused.err
     assert (trained / "state.safetensors").read_bytes() == before
+
+
+def test_run_is_locked_before_anything_in_it_is_read(charlm, trained):
+    content = {path: path.read_bytes() for path in trained.iterdir()}
+    arguments = ["train", "--resume", "tiny", "--set", "train.max_steps=5"]
+    with runs.lock(Run(trained)):
+        done = charlm(*arguments, "--dry-run")
+        assert done.code == 0 and {path: path.read_bytes() for path in trained.iterdir()} == content
+        (trained / "config.yaml").write_text("half: written: by the other process")
+        done = charlm(*arguments)
+    assert done.code == 1 and "another process" in done.err
+
+
+def test_state_is_read_once_on_resume(charlm, trained, monkeypatch):
+    read = []
+
+    def read_once(path):
+        read.append(path)
+        return load_state(path)
+
+    monkeypatch.setattr(state_file, "load_state", read_once)
+    assert charlm("train", "--resume", "tiny", "--set", "train.max_steps=5").code == 0
+    assert read == [trained / "state.safetensors"]
 
 
 def test_generate(charlm, trained):

@@ -237,7 +237,7 @@ class Trainer:
         self._show(reporter)
 
     def _begin(self, run: Run) -> None:
-        """Save a new run for the first time, so that it can be resumed if it is killed; mend another."""
+        """Save a new run, so that it can be resumed after a kill; restore the files of a resumed one."""
         progress = self.learner.progress
         self.saves = Saves(run, self.learner.scored, self.corpus, self.config)
         progress.concluded = False
@@ -246,7 +246,7 @@ class Trainer:
         if not self.resumed:
             self._save(sound=True)
             return
-        if self.diverged_from_save:  # the save that was good may be of another count of steps, or gone
+        if self.diverged_from_save:  # the save to roll back to may count other steps, or be gone
             progress.rollback_step = progress.step
         state = self._snapshot()
         if self.group.first:
@@ -254,7 +254,7 @@ class Trainer:
         self._agree()
 
     def _save_if_due(self, stop: bool) -> None:
-        """Save where `stop` or ``train.checkpoint_every`` asks for it."""
+        """Save if `stop`, or if ``train.checkpoint_every`` says so."""
         every, progress = self.config.train.checkpoint_steps, self.learner.progress
         if every and progress.step % every == 0:
             sound = not progress.bad_steps_in_a_row and self._is_sound(self._scored(self.val[:1000]))
@@ -263,11 +263,11 @@ class Trainer:
             self._save(keep=not stop)
 
     def _is_sound(self, val: Score) -> bool:
-        """Whether a model with this score is worth going back to: it is not far worse than guessing."""
+        """Return whether a model with this score can be rolled back to: it is not far worse than guessing."""
         return val.loss < 2 * math.log(len(self.corpus.vocab)) + 1
 
     def _save(self, sound: bool = False, keep: bool = True) -> None:
-        """Write state and models; `sound` and `keep` as in `Saves.write`."""
+        """Write the state and the models; `sound` and `keep` as in `Saves.write`."""
         progress = self.learner.progress
         if sound:
             progress.rollback_step = progress.step
@@ -277,7 +277,7 @@ class Trainer:
         self._agree()
 
     def _agree(self) -> None:
-        """Have all processes know what the first has saved and logged."""
+        """Tell all processes what the first has saved and logged."""
         self.saves.step = self.group.told(lambda: self.saves.step)
         self.learner.progress = Progress(**self.group.told(lambda: asdict(self.learner.progress)))
 
@@ -291,36 +291,38 @@ class Trainer:
         return Score(*self.group.told(lambda: astuple(evaluate(self.learner.scored, ids))))
 
     def _snapshot(self) -> dict[str, Any]:
-        """What ``state.safetensors`` holds: the learner's state, and the figures that were saved with it."""
+        """Return the content of ``state.safetensors``: the learner's state and the last save's figures."""
         if self.figures["step"] != self.learner.progress.step:
             self.figures = {"step": self.learner.progress.step}
         return {**self.learner.state(), "figures": self.figures}
 
-    def restore(self, run: Run, step: int | None = None) -> None:
-        """Take up the state that `run` saved last, or the one that it kept of `step`; nothing is written.
+    def restore(self, run: Run, step: int | None = None, state: dict[str, Any] | None = None) -> None:
+        """Restore the state that `run` saved last, or the checkpoint that it kept of `step`; write nothing.
 
-        A run that was never saved begins at step 0. What becomes of another configuration and of other
-        processes, `Learner.load` says.
+        A run that was never saved begins at step 0. `Learner.load` documents what happens when the
+        configuration or the number of processes is another.
+
+        state: the content of that save, if it was read already.
 
         Raises `CharlmError` for a state that is missing, damaged, or of another corpus.
         """
-        source = (
-            run if step is None else run.saved_checkpoint(step) if self.group.first else run.checkpoint(step)
-        )
-        if step is None and not self.group.told(lambda: run.was_saved):
+        source = run
+        if step is not None:
+            source = run.saved_checkpoint(step) if self.group.first else run.checkpoint(step)
+        elif not self.group.told(lambda: run.was_saved):
             return
-        self._load(source)
+        self._load(source, state)
         self.resumed = True
         self.diverged_from_save = self.diverged_from_save or step is not None
 
-    def _load(self, source: Run) -> None:
-        """Take up the state that `source` holds; raises as `restore` does."""
-        state = self.group.state(source.load_state)
+    def _load(self, source: Run, state: dict[str, Any] | None = None) -> None:
+        """Load the state that `source` holds, or `state`, read from there; raises as `restore` does."""
+        state = self.group.state(lambda: source.load_state() if state is None else state)
         try:
             if state["corpus"] != self.corpus.fingerprint:
                 raise CharlmError(
-                    f"the corpus has changed since the run {source.folder} was begun; "
-                    "restore the text, or begin a new run"
+                    f"the corpus has changed since the run {source.folder} was started; "
+                    "restore the text, or start a new run"
                 )
             before = configuration.from_data(state["config"], str(source.state))
             self.diverged_from_save = self.learner.load(state, before)
@@ -329,7 +331,7 @@ class Trainer:
             raise CharlmError(f"{source.state} does not fit the run's configuration: {error}") from None
 
     def _finish(self, run: Run) -> Result:
-        """Score the test split with the best model, log that, and note in the state that this is the end."""
+        """Score the test split with the best model, log the score, and save that the training has ended."""
         result = self._test(run) if self.group.first else Result({}, None)
         self.learner.progress.concluded = True
         state = self._snapshot()

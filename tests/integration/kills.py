@@ -68,7 +68,7 @@ SETTINGS = {
     },
 }
 _FILE_OPERATIONS = {
-    "open", "os.rename", "os.remove", "os.truncate", "os.link", "os.mkdir", "os.rmdir", "tempfile.mkstemp",
+    "open", "os.rename", "os.remove", "os.truncate", "os.link", "os.mkdir", "os.rmdir",
 }  # fmt: skip
 
 

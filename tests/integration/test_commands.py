@@ -190,7 +190,7 @@ BAD = {
     "truncated model": (["generate", "--model", "cut.safetensors"], 1, "damaged: it is cut short"),
     "pickled model": (["generate", "--model", "pickle.pt"], 1, "pickle"),
     "no model": (["generate", "--model", "nothing"], 2, "no model 'nothing'"),
-    "no run": (["train", "--resume", "nothing"], 2, "is no run"),
+    "no run": (["train", "--resume", "nothing"], 2, "'nothing'"),
     "a run that exists": (["train", "--name", "tiny"], 2, "exists"),
     "bad temperature": (["generate", "--temperature", "-1"], 2, "temperature"),
     "nan temperature": (["generate", "--temperature", "nan"], 2, "finite"),
@@ -353,4 +353,4 @@ def test_a_kept_save_is_resumed_from_without_the_last_state(charlm, folder):
     assert charlm("train", "--resume", "kept").code == 1
     assert charlm("train", "--resume", "kept", "--at", "3").code == 0 and run.last.read_bytes() == end
     done = charlm("train", "--resume", "kept", "--at", "4")
-    assert done.code == 1 and "no save of step 4; it has 3, 6" in done.err
+    assert done.code == 1 and "step 4; its saves: 3, 6" in done.err

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class Run:
-    """The paths of a run and what is done with them."""
+    """The files of a run."""
 
     folder: Path
 
@@ -50,7 +49,7 @@ class Run:
 
     @property
     def state(self) -> Path:
-        """All that is needed to go on."""
+        """The state to resume from."""
         return self.folder / "state.safetensors"
 
     @property
@@ -59,7 +58,7 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def load_config(self) -> Config:
-        """The configuration the run was made from."""
+        """Read the configuration of the run."""
         return configuration.from_data(configuration.read_yaml(self.config), str(self.config))
 
     def save_state(self, state: dict[str, Any]) -> None:
@@ -81,69 +80,68 @@ class Run:
 
     @property
     def was_saved(self) -> bool:
-        """Whether the run was ever saved: before that there is the configuration alone."""
+        """Whether the run was ever saved; before its first save it has a configuration only."""
         return any(path.exists() for path in (self.state, self.last, self.best, self.metrics))
 
     def remove_temporaries(self) -> None:
-        """Remove what `write_atomically` was writing when the process was killed."""
+        """Remove the files that `write_atomically` was writing when the process was killed."""
         with contextlib.suppress(OSError):
-            for path in (self.config, self.best, self.last, self.state):
-                for left in self.folder.glob(f".{path.name}.*"):
-                    left.unlink()
+            for folder in (self.folder, *(path for _, path in self._checkpoint_folders())):
+                for path in (self.config, self.best, self.last, self.state):
+                    for temporary in folder.glob(f".{path.name}.*"):
+                        temporary.unlink()
 
     def checkpoint(self, step: int) -> "Run":
-        """An earlier save: a folder with a ``last.safetensors`` and a ``state.safetensors`` of its own."""
+        """Return the place of an earlier save: its own ``last.safetensors`` and ``state.safetensors``."""
         return Run(self.folder / "checkpoints" / f"step-{step:08d}")
 
     def saved_checkpoint(self, step: int) -> "Run":
-        """The save of `step` that was kept; raises `CharlmError` where it was not."""
+        """Return the checkpoint of `step`; raises `CharlmError` if there is none."""
         if step not in self.checkpoints():
-            has = ", ".join(map(str, self.checkpoints())) or "none; train.keep_last says how many to keep"
-            raise CharlmError(f"the run {self.folder} kept no save of step {step}; it has {has}")
+            steps = ", ".join(map(str, self.checkpoints())) or "none; train.keep_last says how many to keep"
+            raise CharlmError(f"the run {self.folder} has no save of step {step}; its saves: {steps}")
         return self.checkpoint(step)
 
     def checkpoints(self) -> list[int]:
-        """The steps of the saves that are kept, in order."""
+        """Return the steps of the checkpoints, in order."""
         return sorted(step for step, path in self._checkpoint_folders() if Run(path).state.exists())
 
     def _checkpoint_folders(self) -> Iterator[tuple[int, Path]]:
-        """The checkpoints' steps and folders; what a user put beside them is none."""
+        """Return the steps and folders of the checkpoints; other files beside them are ignored."""
         for path in (self.folder / "checkpoints").glob("step-*"):
             if re.fullmatch(r"step-\d{8,18}", path.name, re.ASCII):
                 yield int(path.name.removeprefix("step-")), path
 
     def keep(self, step: int) -> None:
-        """Keep the last save, which is of `step`, as a checkpoint: as links, so that it takes no room yet."""
-        kept = self.checkpoint(step)
+        """Keep the last save, which is of `step`, as a checkpoint: as links, which take no space yet."""
+        checkpoint = self.checkpoint(step)
         try:
-            kept.folder.mkdir(parents=True, exist_ok=True)
-            for source, target in ((self.last, kept.last), (self.state, kept.state)):
-                if source.exists():  # it may have been deleted
-                    _link(source, target)
+            checkpoint.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CharlmError(f"cannot write {kept.folder}: {error.strerror}") from None
+            raise CharlmError(f"cannot make {checkpoint.folder}: {error.strerror}") from None
+        for source, target in ((self.last, checkpoint.last), (self.state, checkpoint.state)):
+            if source.exists():  # a user may have deleted it
+                _link(source, target)
 
     def replace_best(self, model: Path) -> None:
-        """Make the model file `model` the best."""
-        try:
-            _link(model, self.best)
-        except OSError as error:
-            raise CharlmError(f"cannot write {self.best}: {error.strerror}") from None
+        """Make the model file `model` the best model."""
+        _link(model, self.best)
 
-    def prune(self, kept: Collection[int]) -> None:
-        """Remove all checkpoints but those of the steps `kept`."""
+    def prune(self, steps: Collection[int]) -> None:
+        """Remove all checkpoints except those of `steps`."""
         for step, path in list(self._checkpoint_folders()):
-            if step not in kept:
+            if step not in steps:
                 shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # there is none, or something is in it
+        with contextlib.suppress(OSError):  # it does not exist, or is not empty
             (self.folder / "checkpoints").rmdir()
 
 
 @contextlib.contextmanager
 def lock(run: Run) -> Iterator[None]:
-    """Hold `run` for this process alone; the system lets go of it when the process ends, however that is.
+    """Lock `run` for this process; the system releases the lock when the process ends, even by a kill.
 
-    Raises `CharlmError` where another process holds it. Where files cannot be locked, nobody is kept out.
+    Raises `CharlmError` if another process holds the lock. On file systems without locks, and on Windows,
+    nothing is locked.
     """
     if sys.platform == "win32":
         yield
@@ -159,7 +157,7 @@ def lock(run: Run) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CharlmError(
-                f"the run {run.folder} is being trained by another process; wait for its end, or stop it"
+                f"the run {run.folder} is being trained by another process; wait until it ends, or stop it"
             ) from None
         except OSError:
             pass
@@ -169,52 +167,51 @@ def lock(run: Run) -> Iterator[None]:
 
 
 def new_run(name: str | None, recipe: str) -> Run:
-    """A run whose folder does not exist yet: ``runs/NAME``, by default ``runs/RECIPE-DATE-TIME``.
+    """Return a run whose folder does not exist yet: ``runs/NAME``, by default ``runs/RECIPE-DATE-TIME``.
 
-    Raises `ConfigError` for a name that is taken or is no name for a folder.
+    Raises `ConfigError` for a name that exists or is invalid.
     """
     if name is None:
         return Run(RUNS / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not re.fullmatch(r"\w[\w.+=-]*", name):
-        raise ConfigError(f"--name {name!r} is no name for a run: use letters, digits and . _ + = - only")
+        raise ConfigError(
+            f"invalid name for a run: --name {name!r}; allowed: letters, digits and . _ + = -, the first a "
+            "letter, digit or _"
+        )
     if (RUNS / name).exists():
         raise ConfigError(
-            f"the run {RUNS / name} exists; choose another --name, or go on with it: --resume {name}"
+            f"the run {RUNS / name} exists; choose another --name, or resume it with --resume {name}"
         )
     return Run(RUNS / name)
 
 
 def create(run: Run, config: Config, rename: bool = False) -> Run:
-    """Make the run's folder with ``config.yaml`` in it: both are there, or neither.
+    """Make the run's folder with ``config.yaml`` in it: both exist afterwards, or neither.
 
-    rename: where the folder is taken, as by a run begun in the same second, number another.
-    Raises `CharlmError` where that cannot be done.
+    rename: add a number to the name if the folder exists, as for a run started in the same second.
+    Raises `CharlmError` if that fails.
     """
-    wanted, number, made = run.folder, 1, None
+    wanted, number = run.folder, 1
+    temporary = wanted.with_name(f".run.{os.urandom(4).hex()}")
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=wanted.parent, prefix=".run."))
-        umask = os.umask(0)
-        os.umask(umask)
-        made.chmod(0o777 & ~umask)  # mkdtemp makes folders that only their owner reads
-        save_config(Run(made), config)
-        while not _moved(made, run.folder):
+        temporary.mkdir(parents=True)
+        save_config(Run(temporary), config)
+        while not _moved(temporary, run.folder):
             if not rename:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             number += 1
             run = Run(wanted.with_name(f"{wanted.name}-{number}"))
     except OSError as error:
         raise CharlmError(
-            f"cannot make the run's folder {run.folder}: {error.strerror}; take another --name or folder"
+            f"cannot make the run's folder {run.folder}: {error.strerror}; choose another --name or folder"
         ) from None
     finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return run
 
 
 def _moved(source: Path, target: Path) -> bool:
-    """Whether the folder `source` could be given the name `target`, which nothing had."""
+    """Rename the folder `source` to `target`; return whether that name was free."""
     if target.exists():
         return False
     try:
@@ -233,21 +230,19 @@ def save_config(run: Run, config: Config) -> None:
 
 
 def find_run(name: str) -> Run:
-    """The run that `name` gives, a folder or a name under ``runs/``; raises `ConfigError` for none."""
+    """Return the run called `name`, a folder or a name under ``runs/``; raises `ConfigError` if not found."""
     for folder in (Path(name), RUNS / name):
         if (folder / "config.yaml").is_file():
             return Run(folder)
-    known = sorted(path.parent.name for path in RUNS.glob("[!.]*/config.yaml"))
-    raise ConfigError(
-        f"{name!r} is no run: " + (f"runs/ has {', '.join(known)}" if known else "there are none in runs/")
-    )
+    names = sorted(path.parent.name for path in RUNS.glob("[!.]*/config.yaml"))
+    raise ConfigError(f"no run named {name!r}; existing runs in {RUNS}/: {', '.join(names) or 'none'}")
 
 
 def find_model(name: str | None) -> Path:
-    """The model file that `name` gives: a file, a run's folder or name, by default the newest run's.
+    """Return the model file that `name` gives: a file, a run's folder or name, by default the newest run's.
 
-    Of a run, the model that was best on val, or the last before there is a best. Raises `ConfigError` where
-    there is none.
+    Of a run, this is the model that was best on val, or the last one before the first evaluation. Raises
+    `ConfigError` if there is none.
     """
     if name is not None:
         with contextlib.suppress(OSError):  # a name that is too long for the file system
@@ -256,11 +251,14 @@ def find_model(name: str | None) -> Path:
                     return path
                 if found := _model_of(Run(path)):
                     return found
-        named = one_line(repr(name))
-        raise ConfigError(f"no model {named}: it is neither a model file nor a run with one in it")
+        raise ConfigError(
+            f"no model {one_line(repr(name))}: it is neither a model file nor a run that has one"
+        )
     models = [model for path in RUNS.glob("*/config.yaml") if (model := _model_of(Run(path.parent)))]
     if not models:
-        raise ConfigError("there is no model in runs/ yet: train one with charlm train, or give --model PATH")
+        raise ConfigError(
+            f"no model in {RUNS}/ yet; train one with charlm train, or give a file with --model PATH"
+        )
     return max(
         models, key=lambda path: max(each.stat().st_mtime for each in path.parent.glob("*.safetensors"))
     )
@@ -271,11 +269,13 @@ def _model_of(run: Run) -> Path | None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Have `target` be the file `source`, atomically."""
-    temporary = target.with_name(f".{target.name}.link")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    """Make `target` the file `source`, atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+
+    write_atomically(target, write)

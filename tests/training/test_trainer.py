@@ -399,6 +399,33 @@ def test_another_corpus_is_not_resumed(train, tmp_path):
         other.restore(Run(tmp_path / "run"))
 
 
+WRONG = {
+    "a batch of another size": lambda state: state.update(sequences=9),
+    "no steps": lambda state: state.update(steps_per_epoch=0),
+    "a step below 0": lambda state: state["progress"].update(step=-1),
+    "a count that is a text": lambda state: state["progress"].update(bad_steps="1"),
+    "figures without a step": lambda state: state.update(figures={}),
+    "a weight for all": lambda state: state["weights"].update({"head.bias": torch.ones(1)}),
+    "a moment of another shape": lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(2)),
+    "a learning rate that is a text": lambda state: state["optimizer"]["param_groups"][0].update(lr="1"),
+    "a plateau that is a list": lambda state: state["plateau"].update(best=[]),
+    "a hidden state for all": lambda state: state.update(carried=(torch.ones(1, 1, 1),) * 2),
+    "half a hidden state": lambda state: state.update(carried=state["carried"][:1]),
+    "a generator of floats": lambda state: state.update(rng=torch.ones(1, 9)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_state_that_does_not_fit_is_refused(train, words, tmp_path, case):
+    overrides = ["train.max_steps=3", "train.schedule=plateau", "batches.sampling=contiguous"]
+    _, run, _ = train(*overrides)
+    state = run.load_state()
+    WRONG[case](state)
+    run.save_state(state)
+    with pytest.raises(CharlmError, match="state.safetensors does not fit"):
+        Trainer(configure(*overrides), Corpus.from_text(words)).restore(run)
+
+
 def test_another_model_is_not_resumed(train, words, tmp_path):
     train("train.max_steps=2")
     other = Trainer(configure("model.cell=rnn"), Corpus.from_text(words))

@@ -11,7 +11,7 @@ import click
 from tqdm import tqdm
 
 from charlm.cli.options import complete_runs, config_option, set_option
-from charlm.errors import ConfigError
+from charlm.errors import CharlmError, ConfigError
 from charlm.metrics import Score, perplexity
 
 if TYPE_CHECKING:
@@ -116,8 +116,11 @@ def _load_run(
 
     before, state = run.load_config(), None
     if run.was_saved:
-        state = (run if at is None else run.saved_checkpoint(at)).load_state()
-        sequences = state["sequences"]
+        source = run if at is None else run.saved_checkpoint(at)
+        state = source.load_state()
+        sequences = state.get("sequences")
+        if not isinstance(sequences, int) or sequences < 1:
+            raise CharlmError(f"{source.state} is not the state of a training")
         if sequences % processes:
             raise ConfigError(
                 f"the run {run.folder} reads {sequences} sequences a step, which {processes} processes "

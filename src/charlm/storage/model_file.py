@@ -98,6 +98,8 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
 
 @torch.no_grad()
 def load_weights(model: CharLM, weights: dict[str, Tensor]) -> None:
-    """Copy `weights`, by parameter name, into `model`."""
+    """Copy `weights`, by parameter name, into `model`; raises `ValueError` for a tensor of another shape."""
     for name, parameter in model.named_parameters():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(f"{name} has the shape {tuple(weights[name].shape)}")
         parameter.copy_(weights[name])

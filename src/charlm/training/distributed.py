@@ -126,7 +126,7 @@ class Group:
         return value
 
     def state(self, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The tensors and plain values that `load`, called on the first process alone, gives there."""
+        """Return the state that `load`, called on the first process only, returns there."""
         if self.size == 1:
             return load()
         buffer, state = io.BytesIO(), load() if self.first else {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from charlm import config as configuration
 from charlm.config import Config
-from charlm.errors import CharlmError, Interrupted
+from charlm.errors import CharlmError, Interrupted, one_line
 from charlm.inference.evaluate import evaluate
 from charlm.inference.sample import generate
 from charlm.metrics import Score, perplexity
@@ -326,9 +326,10 @@ class Trainer:
                 )
             before = configuration.from_data(state["config"], str(source.state))
             self.diverged_from_save = self.learner.load(state, before)
-            self.figures = state["figures"]
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CharlmError(f"{source.state} does not fit the run's configuration: {error}") from None
+            self.figures = {"step": state["figures"]["step"], **state["figures"]}
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            why = one_line(str(error))
+            raise CharlmError(f"{source.state} does not fit the run's configuration: {why}") from None
 
     def _finish(self, run: Run) -> Result:
         """Score the test split with the best model, log the score, and save that the training has ended."""

@@ -1,22 +1,20 @@
-"""Damage done to model and state files by chance: does charlm refuse it, or load something else, or crash?
+"""Random damage to model and state files: does charlm refuse the file, load something else, or crash?
 
     python tests/corruption.py --count 1000 --seed 1
 
 prints how many files of each kind of damage came to which end, and the process's peak memory. The damage is
-to what charlm wrote, by chance; "crafted" files have a value changed and then the right checksums, as only a
-person would make them: they may hold something else, but must not crash. `test_corruption` tries a few.
+done at random to files that charlm wrote. "crafted" files have a value changed and then the right checksums,
+as only a person would make them: they may load as something else, but must not crash. `test_corruption` tries
+a few of each kind.
 """
 
 import argparse
 import copy
 import hashlib
-import io
 import json
 import random
-import re
 import sys
 import tempfile
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -33,55 +31,28 @@ from charlm.text.vocab import Vocab
 ZEROS = "0" * 64
 
 
-def split_model(data):
-    """A model file's header but for the `charlm` entry, that entry, and the tensors' bytes."""
+def split_file(data):
+    """Return a file's header without the `charlm` entry, that entry, and the tensors' bytes."""
     begin = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:begin])
     return entries, json.loads(entries.pop("__metadata__")["charlm"]), data[begin:]
 
 
-def join_model(entries, text, body):
-    """What `split_model` took apart, with whatever checksums `text` has."""
-    header = json.dumps({"__metadata__": {"charlm": json.dumps(text)}, **entries}).encode()
+def join_file(entries, content, body):
+    """Undo `split_file`, with the checksums that `content` has."""
+    header = json.dumps({"__metadata__": {"charlm": json.dumps(content)}, **entries}).encode()
     return len(header).to_bytes(8, "little") + header + body
 
 
-def seal_model(entries, text, body):
-    """The same, with the right checksums, made as README and `checkpoint` say."""
-    text = {**text, "header_sha256": ZEROS, "data_sha256": hashlib.sha256(body).hexdigest()}
-    text["header_sha256"] = hashlib.sha256(join_model(entries, text, b"")[8:]).hexdigest()
-    return join_model(entries, text, body)
-
-
-SEAL = re.compile(rb"charlm state \d+, (\d+) bytes, sha256 \w{64}\n\Z")
-
-
-def unseal_state(data):
-    """The archive in a state file, as torch.save wrote it, and the seal."""
-    found = SEAL.search(data)
-    return data[: int(found[1])] + b"\0\0", found[0]
-
-
-def seal_state(archive):
-    """The state file that holds an archive."""
-    seal = f"charlm state 1, {len(archive) - 2} bytes, sha256 {hashlib.sha256(archive[:-2]).hexdigest()}\n"
-    return archive[:-2] + len(seal).to_bytes(2, "little") + seal.encode()
-
-
-def repack(archive, change):
-    """The archive with the bytes of its entries changed by `change`, a function of {name: bytes}."""
-    with zipfile.ZipFile(io.BytesIO(archive)) as file:
-        parts = {name: file.read(name) for name in file.namelist()}
-    change(parts)
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as file:
-        for name, part in parts.items():
-            file.writestr(name, part)
-    return out.getvalue()
+def seal_file(entries, content, body):
+    """Undo `split_file`, with the right checksums, made as the docstring of `header` says."""
+    content = {**content, "header_sha256": ZEROS, "data_sha256": hashlib.sha256(body).hexdigest()}
+    content["header_sha256"] = hashlib.sha256(join_file(entries, content, b"")[8:]).hexdigest()
+    return join_file(entries, content, body)
 
 
 def place(draw, data):
-    """A place in `data`: half of the time near its beginning or its end, where what describes it stands."""
+    """Return a place in `data`: two times of three near its beginning or its end."""
     return draw.choice([draw.randrange(len(data)), draw.randrange(2000), -draw.randrange(1, 800)]) % len(data)
 
 
@@ -133,57 +104,44 @@ def bytes_appended(draw, data, other):
 
 
 def model_fields_exchanged(draw, data, other):
-    """Two values of a section, two characters of the vocabulary, or two tensors' places."""
-    entries, text, body = split_model(data)
-    what = draw.choice(["config", "figures", "vocab", "offsets", "checksums"])
-    if what == "vocab":
-        vocab = list(text["vocab"])
+    """Exchange two values of a section, two characters of the vocabulary, or two tensors' places."""
+    entries, content, body = split_file(data)
+    where = draw.choice(["config", "figures", "vocab", "offsets", "checksums"])
+    if where == "vocab":
+        vocab = list(content["vocab"])
         i, j = draw.sample(range(len(vocab)), 2)
         vocab[i], vocab[j] = vocab[j], vocab[i]
-        text["vocab"] = "".join(vocab)
-        return join_model(entries, text, body)
-    section, i, j = text, "header_sha256", "data_sha256"
-    if what == "offsets":
+        content["vocab"] = "".join(vocab)
+        return join_file(entries, content, body)
+    section, i, j = content, "header_sha256", "data_sha256"
+    if where == "offsets":
         i, j = draw.sample(sorted(entries), 2)
         section = entries
-    elif what != "checksums":
-        section = text["figures"] if what == "figures" else draw.choice(list(text["config"].values()))
+    elif where != "checksums":
+        section = content["figures"] if where == "figures" else draw.choice(list(content["config"].values()))
         i, j = draw.sample(sorted(section), 2)
     section[i], section[j] = section[j], section[i]
-    return join_model(entries, text, body)
+    return join_file(entries, content, body)
 
 
-def model_tensors_exchanged(draw, data, other):
-    """Two tensors of one size, the header left as it is."""
+def state_fields_exchanged(draw, data, other):
+    """Exchange two values of the state."""
+    entries, content, body = split_file(data)
+    state = content["state"]
+    section = draw.choice([state, state["weights"], state["progress"]])
+    i, j = draw.sample(sorted(section), 2)
+    section[i], section[j] = section[j], section[i]
+    return join_file(entries, content, body)
+
+
+def tensors_exchanged(draw, data, other):
+    """Exchange the bytes of two tensors of one size; the header stays as it is."""
     begin = 8 + int.from_bytes(data[:8], "little")
-    places = [tuple(entry["data_offsets"]) for entry in split_model(data)[0].values()]
+    places = [tuple(entry["data_offsets"]) for entry in split_file(data)[0].values()]
     pairs = [(a, b) for a in places for b in places if a < b and a[1] - a[0] == b[1] - b[0]]
     (a, a_end), (b, b_end) = draw.choice(pairs)
     body = data[begin:]
     return data[:begin] + body[:a] + body[b:b_end] + body[a_end:b] + body[a:a_end] + body[b_end:]
-
-
-def state_fields_exchanged(draw, data, other):
-    """Two values of the state, saved anew under the seal that was."""
-    archive, seal = unseal_state(data)
-    state = torch.load(io.BytesIO(archive), weights_only=True)
-    section = draw.choice([state, state["weights"], state["progress"]])
-    i, j = draw.sample(sorted(section), 2)
-    section[i], section[j] = section[j], section[i]
-    out = io.BytesIO()
-    torch.save(state, out)
-    return out.getvalue()[:-2] + len(seal).to_bytes(2, "little") + seal
-
-
-def state_tensors_exchanged(draw, data, other):
-    """Two tensors of one size inside the archive, everything else left as it is."""
-    archive, _ = unseal_state(data)
-    with zipfile.ZipFile(io.BytesIO(archive)) as file:
-        tensors = [file.read(entry) for entry in file.infolist() if "/data/" in entry.filename]
-    pairs = [(a, b) for a in tensors for b in tensors if a != b and len(a) == len(b) > 16]
-    a, b = draw.choice(pairs)
-    mark = b"\0" * len(a)
-    return data.replace(a, mark[:-1] + b"\1", 1).replace(b, a, 1).replace(mark[:-1] + b"\1", b, 1)
 
 
 ANYWHERE = [
@@ -197,17 +155,18 @@ ANYWHERE = [
     end_of_another,
     bytes_appended,
 ]
-MODEL_DAMAGE = [*ANYWHERE, model_fields_exchanged, model_tensors_exchanged]
-STATE_DAMAGE = [*ANYWHERE, state_fields_exchanged, state_tensors_exchanged]
+MODEL_DAMAGE = [*ANYWHERE, model_fields_exchanged, tensors_exchanged]
+STATE_DAMAGE = [*ANYWHERE, state_fields_exchanged, tensors_exchanged]
 
 NASTY = [None, True, -1, 0, 2, 10**9, 10**30, 1e308, float("nan"), "", "cpu", "\0" * 9, "x" * 3000]
 NASTY += [[], {}, [[]], {"a": 1}, [10**18, 10**18], [0, 2**63], "a]|(x+x+)+y[", "../../x"]
+NASTY += [{"$tensor": "rng"}, {"$tuple": 3}, {"$pairs": [[[], 0]]}, {"$float": "nan", "a": 0}]
 
 
-def crafted_model(draw, data, other):
-    """A value in the header made another, under a right checksum: what a person may do, not an accident."""
-    entries, text, body = split_model(data)
-    section = draw.choice([entries, text])
+def crafted(draw, data, other):
+    """Change a value in the header and make the checksums right: a person may do this, an accident cannot."""
+    entries, content, body = split_file(data)
+    section = draw.choice([entries, content])
     while True:
         key = draw.choice(sorted(section) if isinstance(section, dict) else range(len(section)))
         if not (isinstance(section[key], dict | list) and section[key] and draw.random() < 0.8):
@@ -215,24 +174,14 @@ def crafted_model(draw, data, other):
         section = section[key]
     if isinstance(section, dict) and draw.random() < 0.3:
         value = section.pop(key)
-        section.update({draw.choice(["weights", "x" * 500, "\x1b[2J"]): value})
+        section.update({draw.choice(["weights", "x" * 500, "\x1b[2J", "$tuple"]): value})
     else:
         section[key] = copy.deepcopy(draw.choice(NASTY))
-    return seal_model(entries, text, body)
-
-
-def crafted_state(draw, data, other):
-    """Bits flipped in the archive's pickle, under a right seal."""
-
-    def change(parts):
-        name = next(name for name in parts if name.endswith("data.pkl"))
-        parts[name] = one_bit_flipped(draw, parts[name], other, draw.randint(1, 3))
-
-    return seal_state(repack(unseal_state(data)[0], change))
+    return seal_file(entries, content, body)
 
 
 def make_files(folder):
-    """Two model files and two states, of one shape and different content."""
+    """Make two model files and two states, of the same shapes and with different content."""
     vocab = Vocab("ab \nñ😀")
     for k in (0, 1):
         run = Run(folder / f"run{k}")
@@ -252,7 +201,7 @@ def make_files(folder):
                 "rng": torch.get_rng_state(),
             }
         )
-    return [folder / "run0" / name for name in ("model.safetensors", "state.pt")]
+    return [folder / "run0" / name for name in ("model.safetensors", "state.safetensors")]
 
 
 def model_content(path):
@@ -281,14 +230,14 @@ def same(a, b):
     return type(a) is type(b) and a == b
 
 
-def try_file(path, good, damage, seed):
-    """Put a damaged file at `path` and read it: refused, identical, other or crashed; and what was said.
+def try_file(path, intact, damage, seed):
+    """Put a damaged file at `path` and read it; return refused, identical, other or crashed, and the message.
 
-    good: the file's bytes, and what it holds.
+    intact: the file's bytes, and its content.
     """
-    read = state_content if path.name == "state.pt" else model_content
+    read = state_content if path.name == "state.safetensors" else model_content
     draw = random.Random(f"{damage.__name__} {seed}")
-    data, content = good
+    data, content = intact
     other = (path.parents[1] / "run1" / path.name).read_bytes()
     bad = data
     while bad in (data, other):
@@ -305,34 +254,35 @@ def try_file(path, good, damage, seed):
     return ("identical" if same(found, content) else "other"), ""
 
 
-def read_good(path):
-    """What `try_file` takes as `good`."""
-    read = state_content if path.name == "state.pt" else model_content
+def read_intact(path):
+    """Return the argument `intact` of `try_file`."""
+    read = state_content if path.name == "state.safetensors" else model_content
     return path.read_bytes(), read(path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--count", type=int, default=1000, help="of model files, of states and of crafted ones"
+        "--count", type=int, default=1000, help="how many models, states and crafted files of each"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--show", type=int, default=0, help="so many messages of each kind")
+    parser.add_argument("--show", type=int, default=0, help="how many messages of each kind to print")
     options = parser.parse_args()
     failed = 0
     print(f"{'file':<18} {'damage':<24} {'refused':>8} {'identical':>10} {'other':>6} {'crashed':>8}")
     with tempfile.TemporaryDirectory() as folder:
         model, state = make_files(Path(folder))
-        crafted = [(model, [crafted_model]), (state, [crafted_state])]
-        for path, kinds in [(model, MODEL_DAMAGE), (state, STATE_DAMAGE), *crafted]:
-            good = read_good(path)
+        for path, kinds in [
+            (model, MODEL_DAMAGE), (state, STATE_DAMAGE), (model, [crafted]), (state, [crafted])
+        ]:  # fmt: skip
+            intact = read_intact(path)
             for kind in kinds:
                 ends = Counter()
                 for seed in range(kinds.index(kind), options.count, len(kinds)):
-                    end, message = try_file(path, good, kind, f"{options.seed} {seed}")
+                    end, message = try_file(path, intact, kind, f"{options.seed} {seed}")
                     ends[end] += 1
-                    # A file that a person made, with right checksums, may well hold something else.
-                    if end == "crashed" or (end == "other" and kind not in (crafted_model, crafted_state)):
+                    # A crafted file may load as something else.
+                    if end == "crashed" or (end == "other" and kind is not crafted):
                         failed += 1
                         print(f"  {end}: seed {options.seed} {seed}: {message!r}")
                     elif sum(ends.values()) <= options.show:
@@ -340,7 +290,7 @@ def main():
                 columns = zip(("refused", "identical", "other", "crashed"), (8, 10, 6, 8), strict=True)
                 row = " ".join(f"{ends[end]:>{width}}" for end, width in columns)
                 print(f"{path.name:<18} {kind.__name__:<24} {row}", flush=True)
-            path.write_bytes(good[0])
+            path.write_bytes(intact[0])
     try:
         import resource
 

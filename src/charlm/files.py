@@ -10,7 +10,6 @@ import math
 import os
 import shlex
 import stat
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,37 +27,31 @@ _FIXES = {
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, make it durable, and put it in the place of `path`.
+    """Replace `path` by the file that `write` writes to the path that it is given, durably.
 
-    Raises `CharlmError` where that fails; what stood at `path` is then untouched.
+    The file given to `write` exists, empty; `write` may replace it. Raises `CharlmError` if anything fails;
+    `path` is then as it was.
     """
-    temporary = None
+    temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}"
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        os.close(descriptor)
-        # mkstemp makes files that only their owner reads.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.touch(exist_ok=False)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        if os.name == "posix":  # the rename itself
+        if os.name == "posix":  # make the rename durable too
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # a library may report a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         fix = _FIXES.get(getattr(error, "errno", 0), "free some space or take another folder")
         raise CharlmError(f"cannot write {path}: {reason}; {fix}") from None
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def json_text(data: Any, **options: Any) -> str:
@@ -75,7 +68,7 @@ def _finite(data: Any) -> Any:
 
 
 def sha256(file: io.BufferedIOBase, size: int) -> str:
-    """Return the SHA-256, in hexadecimal, of at most the next `size` bytes of `file`."""
+    """Return the SHA-256, in hexadecimal, of the next `size` bytes of `file`, or of all that there are."""
     digest, chunk = hashlib.sha256(), memoryview(bytearray(min(size, 2**20)))
     while size > 0 and (read := file.readinto(chunk[: min(size, len(chunk))])):
         digest.update(chunk[:read])

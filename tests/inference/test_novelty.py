@@ -3,8 +3,13 @@ import random
 import pytest
 import torch
 
+from charlm.config import from_data
+from charlm.errors import CharlmError
 from charlm.inference import novelty as module
-from charlm.inference.novelty import novelty
+from charlm.inference.novelty import novelty, training_text
+from charlm.nn.model import CharLM
+from charlm.storage.model_file import save_model
+from charlm.text.corpus import Corpus
 
 
 def ids(text):
@@ -51,3 +56,18 @@ def test_a_collision_of_hashes_is_not_a_match(monkeypatch):
         module, "_hashes", lambda ids, size: torch.zeros(len(ids) - size + 1, dtype=torch.long)
     )
     assert novelty(ids("xyz"), ids("abc")).longest == 0
+
+
+def test_training_text_is_recognised_by_the_fingerprint_in_the_model(tmp_path):
+    text, model = tmp_path / "text", tmp_path / "m.safetensors"
+    text.write_text("abc " * 500)
+    config = from_data({}, "", [f"corpus.source={text}", "model.hidden_size=4", "model.embedding_size=4"])
+    corpus = Corpus.load(config.corpus)
+    network, vocab = CharLM(len(corpus.vocab), config.model), corpus.vocab
+    save_model(model, network, vocab, config, {}, corpus.fingerprint)
+    assert training_text(model, config, vocab.characters).fingerprint == corpus.fingerprint
+    text.write_text("abc " * 499 + "acb ")  # of the same vocabulary
+    with pytest.raises(CharlmError, match="--corpus"):
+        training_text(model, config, vocab.characters)
+    save_model(model, network, vocab, config, {})  # as an imported model, whose text is not known
+    training_text(model, config, vocab.characters)

@@ -68,12 +68,12 @@ SETTINGS = {
     },
 }
 _FILE_OPERATIONS = {
-    "open", "os.rename", "os.remove", "os.truncate", "os.link", "os.mkdir", "os.rmdir", "tempfile.mkstemp",
+    "open", "os.rename", "os.remove", "os.truncate", "os.link", "os.mkdir", "os.rmdir",
 }  # fmt: skip
 
 
 class Training:
-    """A training in a process of its own, in `folder`: the whole one, or what is left of it."""
+    """A training in its own process, in `folder`: a new one, or the rest of a killed one."""
 
     def __init__(self, folder, setting, die_at=0, prepare=lambda: None):
         self.run = Run(folder / "runs/k")
@@ -134,7 +134,7 @@ def make_folder(parent):
 
 
 def end_of(run):
-    """All that must be the same at the end."""
+    """Return everything that must be the same at the end."""
     clock = {"seconds", "chars_per_second"}
     rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     state = run.load_state()
@@ -159,7 +159,7 @@ def _sums(thing):
 
 
 def check_loads(run):
-    """Read all that the run has: what is there must be whole."""
+    """Read all files of the run: those that exist must be whole."""
     if run.state.exists():
         run.load_state()
     for path in (run.best, run.last):
@@ -170,7 +170,7 @@ def check_loads(run):
 
 
 def finish(folder, setting):
-    """Let the run end; how it is then."""
+    """Resume the run to its end, and return its files then."""
     training = Training(folder, setting)
     code, line = training.wait()
     assert code == 0 or (code == 2 and "is finished" in line), f"{setting}: exit {code}: {line} ({folder})"
@@ -184,7 +184,7 @@ def compare(expected, found, setting, folder):
 
 
 def measure(parent, setting):
-    """How a run ends that was left alone, and how long it takes."""
+    """Return how an undisturbed run ends, and how many seconds it takes."""
     folder, began = make_folder(parent), time.monotonic()
     expected = finish(folder, setting)
     seconds = time.monotonic() - began
@@ -196,7 +196,7 @@ def measure(parent, setting):
 
 
 def kill(parent, setting, kills, draw):
-    """Train until there were so many kills, and compare how each training ends."""
+    """Train until there were `kills` kills, and compare how each training ends."""
     expected, seconds = measure(parent, setting)
     done, at_files, trainings = 0, 0, 0
     while done < kills:
@@ -208,7 +208,7 @@ def kill(parent, setting, kills, draw):
                 time.sleep(draw.uniform(0, seconds))
                 os.kill(training.pid, signal.SIGKILL)
             code, line = training.wait()
-            if code != 128 + signal.SIGKILL:  # it was faster
+            if code != 128 + signal.SIGKILL:  # it ended before the kill
                 assert code == 0 or "is finished" in line, f"{setting}: exit {code}: {line} ({folder})"
                 continue
             done, at_files = done + 1, at_files + at_a_file
@@ -220,7 +220,7 @@ def kill(parent, setting, kills, draw):
 
 
 def stop(parent, setting, number, times, draw):
-    """Send a signal, sometimes twice, so many times."""
+    """Send the signal `number`, sometimes twice, `times` times."""
     expected, seconds = measure(parent, setting)
     done = saved = twice = 0
     while done < times:
@@ -232,7 +232,7 @@ def stop(parent, setting, number, times, draw):
             time.sleep(draw.uniform(0, 0.01))
             os.kill(training.pid, number)
         code, line = training.wait()
-        if code not in (0, 99):  # neither was it faster nor not yet begun
+        if code not in (0, 99):  # it had neither ended nor not yet started
             assert code == 128 + number, f"{setting}: exit {code}: {line} ({folder})"
             said = f"go on with: charlm train --resume {Path('runs/k')}" in line
             assert said or "interrupted" in line or number == signal.SIGTERM, line
@@ -251,8 +251,8 @@ def _refused(training, *parts):
     assert all(part in line for part in parts), line
 
 
-def _begun(parent, setting="windows builtin"):
-    """A run that was killed at some save."""
+def _killed_run(parent, setting="windows builtin"):
+    """Return a folder with a run that was killed during a save."""
     folder = make_folder(parent)
     training = Training(folder, setting, die_at=45)
     assert training.wait()[0] == 137 and training.run.state.exists()
@@ -261,7 +261,7 @@ def _begun(parent, setting="windows builtin"):
 
 def file_size_limit(parent, expected):
     """No file may grow beyond 20 KB."""
-    folder, run = _begun(parent)
+    folder, run = _killed_run(parent)
     before = run.state.read_bytes()  # the models may be mended before the first save that fails
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     _refused(Training(folder, "windows builtin", prepare=limit), "cannot write", "File too large")
@@ -272,7 +272,7 @@ def file_size_limit(parent, expected):
 
 def full_disk(parent, expected):
     """A file system that is full."""
-    folder, run = _begun(parent)
+    folder, run = _killed_run(parent)
     disk = folder / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) + 500_000
@@ -308,8 +308,8 @@ def _outside(training, folder, errors):
 
 
 def read_only_folder(parent, expected):
-    """The run's folder may not be written to."""
-    folder, run = _begun(parent)
+    """The run's folder is read only."""
+    folder, run = _killed_run(parent)
     run.folder.chmod(0o555)
     (folder / "stderr.txt").chmod(0o666)
     drop = lambda: os.getuid() or os.setuid(65534)  # root may write anywhere
@@ -320,7 +320,7 @@ def read_only_folder(parent, expected):
 
 def folder_gone(parent, expected):
     """The run's folder is moved away under the training."""
-    folder, run = _begun(parent)
+    folder, run = _killed_run(parent)
     training = Training(folder, "windows builtin")
     while "resumed" not in training.errors.read_text(encoding="utf-8"):
         time.sleep(0.001)

@@ -19,7 +19,10 @@ import pytest
 import torch
 
 from charlm.inference import evaluate as scoring
+from charlm.storage import run as runs
+from charlm.storage import state_file
 from charlm.storage.run import Run
+from charlm.storage.state_file import load_state
 from conftest import process, settings
 
 
@@ -33,7 +36,7 @@ def test_train_tells_what_it_does_and_how_to_go_on(charlm):
     _, *command = shlex.split(done.err.splitlines()[-1].removeprefix("write"))
     assert charlm(*command).code == 0
     assert {path.name for path in Path("runs/n").iterdir()} == {
-        "config.yaml", "model.safetensors", "last.safetensors", "state.pt", "metrics.jsonl",
+        "config.yaml", "model.safetensors", "last.safetensors", "state.safetensors", "metrics.jsonl",
     }  # fmt: skip
 
 
@@ -78,16 +81,39 @@ def test_resume_goes_on_and_refuses_what_it_cannot(charlm, trained):
     assert done.code == 0 and "at step 3 of 5" in done.err
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 5]
-    before = (trained / "state.pt").read_bytes()
+    before = (trained / "state.safetensors").read_bytes()
     for arguments, part in [
         (["--set", "model.hidden_size=5"], "model.hidden_size"),
-        (["--config", "lstm"], "no --config"),
-        (["--name", "x"], "no --name"),
+        (["--config", "lstm"], "--config"),
+        (["--name", "x"], "--name"),
         ([], "by train.max_steps=5"),
     ]:
         refused = charlm("train", "--resume", "tiny", *arguments)
         assert refused.code == 2 and part in refused.err
-    assert (trained / "state.pt").read_bytes() == before
+    assert (trained / "state.safetensors").read_bytes() == before
+
+
+def test_run_is_locked_before_anything_in_it_is_read(charlm, trained):
+    content = {path: path.read_bytes() for path in trained.iterdir()}
+    arguments = ["train", "--resume", "tiny", "--set", "train.max_steps=5"]
+    with runs.lock(Run(trained)):
+        done = charlm(*arguments, "--dry-run")
+        assert done.code == 0 and {path: path.read_bytes() for path in trained.iterdir()} == content
+        (trained / "config.yaml").write_text("half: written: by the other process")
+        done = charlm(*arguments)
+    assert done.code == 1 and "another process" in done.err
+
+
+def test_state_is_read_once_on_resume(charlm, trained, monkeypatch):
+    read = []
+
+    def read_once(path):
+        read.append(path)
+        return load_state(path)
+
+    monkeypatch.setattr(state_file, "load_state", read_once)
+    assert charlm("train", "--resume", "tiny", "--set", "train.max_steps=5").code == 0
+    assert read == [trained / "state.safetensors"]
 
 
 def test_generate(charlm, trained):
@@ -164,7 +190,7 @@ BAD = {
     "truncated model": (["generate", "--model", "cut.safetensors"], 1, "damaged: it is cut short"),
     "pickled model": (["generate", "--model", "pickle.pt"], 1, "pickle"),
     "no model": (["generate", "--model", "nothing"], 2, "no model 'nothing'"),
-    "no run": (["train", "--resume", "nothing"], 2, "is no run"),
+    "no run": (["train", "--resume", "nothing"], 2, "'nothing'"),
     "a run that exists": (["train", "--name", "tiny"], 2, "exists"),
     "bad temperature": (["generate", "--temperature", "-1"], 2, "temperature"),
     "nan temperature": (["generate", "--temperature", "nan"], 2, "finite"),
@@ -281,7 +307,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder, charlm):
         "train", "--name", "c", *settings("corpus.source=corpus.txt", "train.epochs=9999"), cwd=folder
     )
     deadline = time.monotonic() + 60
-    while not (folder / "runs/c/state.pt").exists() and time.monotonic() < deadline:
+    while not (folder / "runs/c/state.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
@@ -327,4 +353,4 @@ def test_a_kept_save_is_resumed_from_without_the_last_state(charlm, folder):
     assert charlm("train", "--resume", "kept").code == 1
     assert charlm("train", "--resume", "kept", "--at", "3").code == 0 and run.last.read_bytes() == end
     done = charlm("train", "--resume", "kept", "--at", "4")
-    assert done.code == 1 and "no save of step 4; it has 3, 6" in done.err
+    assert done.code == 1 and "step 4; its saves: 3, 6" in done.err

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from charlm.cli.train import _prepare
+from charlm.cli.train import _load_run
 from charlm.errors import ConfigError
 from charlm.storage.run import Run
 from conftest import settings
@@ -44,8 +44,8 @@ def test_a_run_of_two_processes_goes_on_as_one(folder, charlm):
     assert steps == sorted(steps) and steps[-1] == step + 3
 
 
-def test_a_resumed_run_keeps_the_sequences_of_its_steps(trained):
-    data, _ = _prepare(None, (), None, "tiny", None, False, 2)
-    assert data["batches"]["batch_size"] == 2
-    with pytest.raises(ConfigError, match="reads 4 sequences a step, which 3 processes cannot share"):
-        _prepare(None, (), None, "tiny", None, False, 3)
+def test_resumed_run_keeps_the_sequences_of_its_steps(trained):
+    config, state = _load_run(Run(trained), (), None, False, 2)
+    assert config.batches.batch_size == 2 and state["sequences"] == 4
+    with pytest.raises(ConfigError, match="4 sequences a step.*3 processes"):
+        _load_run(Run(trained), (), None, False, 3)

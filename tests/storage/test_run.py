@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def run(folder):
     return run
 
 
-def test_a_new_run_takes_no_name_that_is_taken(run, monkeypatch):
+def test_new_run_needs_a_free_name(run, monkeypatch):
     assert run.load_config() == Config()
     with pytest.raises(ConfigError, match="runs/a exists.*--resume a"):
         runs.new_run("a", "lstm")
@@ -31,69 +32,46 @@ def test_a_new_run_takes_no_name_that_is_taken(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "/tmp/x"])
-def test_names_that_would_lead_out_of_runs(folder, name):
-    with pytest.raises(ConfigError, match="no name for a run"):
+def test_invalid_names_are_refused(folder, name):
+    with pytest.raises(ConfigError, match=re.escape(repr(name))):
         runs.new_run(name, "lstm")
 
 
-def test_runs_are_found_by_name_and_by_folder(run, folder):
+def test_run_is_found_by_name_and_by_folder(run, folder):
     assert runs.find_run("a") == runs.find_run("runs/a") == run
     assert runs.find_run(str(folder / "runs/a")).folder == folder / "runs/a"
-    with pytest.raises(ConfigError, match="'b' is no run: runs/ has a"):
+    with pytest.raises(ConfigError, match="'b'.*: a$"):
         runs.find_run("b")
 
 
-def test_models_are_found_newest_first(run, folder):
-    with pytest.raises(ConfigError, match="no model in runs/ yet"):
+def test_newest_model_is_found_first(run, folder):
+    with pytest.raises(ConfigError, match="--model PATH"):
         runs.find_model(None)
     runs.create(Run(Path("runs/b")), Config())
     for name, time in (("a", 2000), ("b", 1000)):
         Run(Path("runs", name)).best.write_bytes(b"")
         os.utime(Run(Path("runs", name)).best, (time, time))
-    begun = runs.create(Run(Path("runs/begun")), Config())
+    unevaluated = runs.create(Run(Path("runs/unevaluated")), Config())
     assert runs.find_model(None) == Path("runs/a/model.safetensors")
     assert runs.find_model("b") == runs.find_model("runs/b") == Path("runs/b/model.safetensors")
     assert runs.find_model("runs/b/model.safetensors") == Path("runs/b/model.safetensors")
-    begun.last.write_bytes(b"")
-    assert runs.find_model(None) == runs.find_model("begun") == begun.last, "a run that has no best yet"
-    with pytest.raises(ConfigError, match="no model 'c'"):
+    unevaluated.last.write_bytes(b"")
+    assert runs.find_model(None) == runs.find_model("unevaluated") == unevaluated.last, (
+        "a run without a best model"
+    )
+    with pytest.raises(ConfigError, match="'c'"):
         runs.find_model("c")
 
 
-def test_the_log_can_be_cut_back(run):
-    size = run.log({"step": 1})
-    run.log({"step": 2})
-    run.cut_log(size)
-    assert run.metrics.read_text() == '{"step": 1}\n'
-
-
-def test_the_log_is_json_whatever_happens(run):
-    run.log({"val_loss": 800.0, "val_perplexity": float("inf")})
-    assert run.metrics.read_text() == '{"val_loss": 800.0}\n'
-
-
-def test_a_row_that_does_not_fit_is_not_left_in_part(run, monkeypatch):
-    size, real = run.log({"step": 1}), os.fsync
-
-    def full(descriptor):
-        real(descriptor)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CharlmError, match="metrics.jsonl: No space left"):
-        run.log({"step": 2})
-    assert run.metrics.stat().st_size == size
-
-
-def test_a_run_is_trained_by_one_process_at_a_time(run):
-    with runs.lock(run), pytest.raises(CharlmError, match="being trained by another"), runs.lock(run):
+def test_run_is_locked_by_one_process_at_a_time(run):
+    with runs.lock(run), pytest.raises(CharlmError, match="runs/a.*another process"), runs.lock(run):
         pass
     with runs.lock(run):
         pass
     assert [path.name for path in run.folder.iterdir()] == ["config.yaml"]
 
 
-def test_a_run_that_cannot_be_made_leaves_nothing(folder, monkeypatch):
+def test_run_that_cannot_be_created_leaves_nothing(folder, monkeypatch):
     def fail(run, config):
         raise CharlmError("full")
 
@@ -115,30 +93,37 @@ def test_checkpoints_are_kept_and_pruned(run):
     assert not (run.folder / "checkpoints").exists()
 
 
-def test_state_round_trip_and_damage(run):
-    with pytest.raises(CharlmError, match="no state.pt"):
+def test_state_is_saved_and_loaded(run):
+    with pytest.raises(CharlmError, match="runs/a.*state.safetensors"):
         run.load_state()
+    Path("mine").write_text("mine")
+    run.state.symlink_to(Path("mine").absolute())
     run.save_state({"a": torch.ones(3), "b": [1, "two", None]})
     assert run.load_state()["b"] == [1, "two", None]
-    run.state.write_bytes(run.state.read_bytes()[:-200])
-    with pytest.raises(CharlmError, match="damaged"):
-        run.load_state()
-
-
-def test_the_log_is_written_nowhere_else(run):
-    """A run's folder may come from others, with a link in it that leads to a file of the user's."""
-    Path("mine").write_text("mine")
-    run.metrics.symlink_to(Path("mine").absolute())
-    for write in (lambda: run.log({"step": 1}), lambda: run.cut_log(0)):
-        with pytest.raises(CharlmError, match="is a link to .*mine, and charlm writes only inside"):
-            write()
-    assert Path("mine").read_text() == "mine"
-    run.state.symlink_to(Path("mine").absolute())
-    run.save_state({})
     assert Path("mine").read_text() == "mine" and not run.state.is_symlink()
 
 
-def test_a_configuration_cannot_run_code(run):
+def test_temporary_files_of_a_killed_process_are_removed(run):
+    run.state.write_text("5")
+    run.keep(5)
+    left = [folder / f".{run.state.name}.0123abcd" for folder in (run.folder, run.checkpoint(5).folder)]
+    for path in left:
+        path.write_text("half")
+    run.remove_temporaries()
+    assert not any(path.exists() for path in left) and run.checkpoint(5).state.exists()
+
+
+def test_checkpoint_is_copied_where_there_are_no_links(run, monkeypatch):
+    def fail(source, target):
+        raise OSError("no links")
+
+    monkeypatch.setattr(os, "link", fail)
+    run.state.write_text("5")
+    run.keep(5)
+    assert run.checkpoint(5).state.read_text() == "5"
+
+
+def test_configuration_cannot_run_code(run):
     run.config.write_text("model: !!python/object/apply:os.mkdir [harmed]\n")
     with pytest.raises(CharlmError, match="not valid YAML at line 1.*python/object"):
         run.load_config()

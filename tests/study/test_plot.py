@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from charlm.errors import CharlmError, ConfigError
+from charlm.storage import log
 from charlm.storage.run import Run
 from charlm.study.plot import curves, draw, plot
 
@@ -52,7 +53,7 @@ def test_train_curve_has_the_rows_between_evaluations():
 def test_curves_have_no_rows_that_a_rollback_took_back(tmp_path):
     rows = [{"step": k, "train_loss": 2.0, "val_loss": 2.0} for k in (5, 10)]
     for row in [*rows, {"step": 5, "event": "rollback", "from_step": 12}, rows[1]]:
-        Run(tmp_path).log(row)
+        log.append(Run(tmp_path), row)
     assert curves({"a": Run(tmp_path)}) == {"a": rows}
 
 
@@ -93,7 +94,9 @@ def test_fill_in_model_is_not_drawn_with_others(tmp_path):
     runs = {name: Run(tmp_path / name) for name in ("a", "b")}
     for name, kind in (("a", ""), ("b", "pseudo_")):
         runs[name].folder.mkdir()
-        runs[name].log({"step": 1, "train_loss": 1.5, "val_loss": 1.0, f"val_{kind}perplexity": math.e})
+        log.append(
+            runs[name], {"step": 1, "train_loss": 1.5, "val_loss": 1.0, f"val_{kind}perplexity": math.e}
+        )
     with pytest.raises(ConfigError, match="b .*model.direction: both"):
         curves(runs)
     _, panel = draw(curves({"b": runs["b"]})).axes
@@ -101,7 +104,7 @@ def test_fill_in_model_is_not_drawn_with_others(tmp_path):
 
 
 def test_run_without_an_evaluation_is_refused(tmp_path):
-    Run(tmp_path).log({"step": 1, "train_loss": 2.0})
+    log.append(Run(tmp_path), {"step": 1, "train_loss": 2.0})
     with pytest.raises(CharlmError, match="run a .*train.eval_every"):
         curves({"a": Run(tmp_path)})
 

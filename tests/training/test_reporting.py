@@ -43,11 +43,11 @@ def test_rows_and_samples(charlm):
 
 def test_steps_that_are_done_again_stand_once(charlm, trained):
     """A run killed after it has logged more than it has saved, then resumed."""
-    saved = (trained / "state.pt").read_bytes()
+    saved = (trained / "state.safetensors").read_bytes()
     more = ["--resume", "tiny", "--set", ON, "--set", "train.max_steps=9"]
     assert charlm("train", *more).code == 0
     assert points(trained, "loss/val") != []
-    (trained / "state.pt").write_bytes(saved)
+    (trained / "state.safetensors").write_bytes(saved)
     first = (trained / "model.safetensors").read_bytes()
     assert charlm("train", *more).code == 0
     assert [step for step, _ in points(trained, "loss/val")] == [9]

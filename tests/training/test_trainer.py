@@ -295,12 +295,12 @@ def test_a_val_loss_that_is_not_finite_sends_the_run_back(train, tmp_path, monke
 def test_a_run_killed_between_its_writes_is_mended(train, monkeypatch):
     overrides = ["train.max_steps=12", "train.eval_every=4", "train.lr=0.02", "train.schedule=constant"]
     _, run, _ = train(*overrides, name="whole")
-    with monkeypatch.context() as patch:  # after state.pt, before the models
+    with monkeypatch.context() as patch:  # after state.safetensors, before the models
         patch.setattr(saves.Saves, "_write_models", lambda *args: 1 / 0 if args[1].step == 12 else None)
         with pytest.raises(ZeroDivisionError):
             train(*overrides, name="killed")
     left = Run(run.folder.with_name("killed"))
-    (left.folder / ".state.pt.x1y2z3").write_text("half")
+    (left.folder / ".state.safetensors.01234567").write_text("half")
     _, mended, _ = train(*overrides, name="killed", resume=True)
     assert (mended.best.read_bytes(), mended.last.read_bytes()) == (
         run.best.read_bytes(),
@@ -354,7 +354,7 @@ def test_a_run_can_go_back_to_the_saves_that_it_kept(train, words):
     end, own = run.last.read_bytes(), run.checkpoint(9).folder.with_name("step-00000009-mine")
     own.mkdir()
     again = Trainer(configure(*overrides), Corpus.from_text(words))
-    with pytest.raises(CharlmError, match="no save of step 3; it has 9, 12"):
+    with pytest.raises(CharlmError, match="step 3; its saves: 9, 12"):
         again.restore(run, 3)
     again.restore(run, 9)
     again.train(run, Silent())
@@ -397,6 +397,33 @@ def test_another_corpus_is_not_resumed(train, tmp_path):
     other = Trainer(configure("train.max_steps=4"), Corpus.from_text("another text altogether " * 50))
     with pytest.raises(CharlmError, match="corpus has changed"):
         other.restore(Run(tmp_path / "run"))
+
+
+WRONG = {
+    "a batch of another size": lambda state: state.update(sequences=9),
+    "no steps": lambda state: state.update(steps_per_epoch=0),
+    "a step below 0": lambda state: state["progress"].update(step=-1),
+    "a count that is a text": lambda state: state["progress"].update(bad_steps="1"),
+    "figures without a step": lambda state: state.update(figures={}),
+    "a weight for all": lambda state: state["weights"].update({"head.bias": torch.ones(1)}),
+    "a moment of another shape": lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(2)),
+    "a learning rate that is a text": lambda state: state["optimizer"]["param_groups"][0].update(lr="1"),
+    "a plateau that is a list": lambda state: state["plateau"].update(best=[]),
+    "a hidden state for all": lambda state: state.update(carried=(torch.ones(1, 1, 1),) * 2),
+    "half a hidden state": lambda state: state.update(carried=state["carried"][:1]),
+    "a generator of floats": lambda state: state.update(rng=torch.ones(1, 9)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_state_that_does_not_fit_is_refused(train, words, tmp_path, case):
+    overrides = ["train.max_steps=3", "train.schedule=plateau", "batches.sampling=contiguous"]
+    _, run, _ = train(*overrides)
+    state = run.load_state()
+    WRONG[case](state)
+    run.save_state(state)
+    with pytest.raises(CharlmError, match="state.safetensors does not fit"):
+        Trainer(configure(*overrides), Corpus.from_text(words)).restore(run)
 
 
 def test_another_model_is_not_resumed(train, words, tmp_path):

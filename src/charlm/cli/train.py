@@ -5,14 +5,18 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
 
 from charlm.cli.options import complete_runs, config_option, set_option
-from charlm.errors import ConfigError
+from charlm.errors import CharlmError, ConfigError
 from charlm.metrics import Score, perplexity
+
+if TYPE_CHECKING:
+    from charlm.config import Config
+    from charlm.storage.run import Run
 
 
 @click.command()
@@ -41,6 +45,10 @@ def train(
     """
     if not resume and (at is not None or allow_changes):
         raise ConfigError("--at and --allow-changes go with --resume RUN")
+    if resume and (recipe or name):
+        raise ConfigError(
+            "--resume takes the run's own configuration and name; leave out --config and --name"
+        )
 
     from charlm import config as configuration
     from charlm.storage import run as runs
@@ -49,9 +57,16 @@ def train(
     from charlm.training.trainer import Trainer
 
     with joined() as group, contextlib.ExitStack() as held:
-        data, folder = group.told(
-            lambda: _prepare(recipe, overrides, name, resume, at, allow_changes, group.size)
-        )
+        state: dict[str, Any] | None = None
+        if group.first and resume:
+            run = runs.find_run(resume)
+            if not dry_run:  # before anything in it is read: another process may be writing
+                held.enter_context(runs.lock(run))
+            config, state = _load_run(run, overrides, at, allow_changes, group.size)
+        elif group.first:
+            config = configuration.load(recipe, overrides)
+            run = runs.new_run(name, Path(recipe).stem if recipe else config.model.cell)
+        data, folder = group.told(lambda: (config.model_dump(mode="json"), str(run.folder)))
         config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
         display = TrainingDisplay(silent=not group.first)
         corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading))
@@ -64,7 +79,7 @@ def train(
                 click.echo("\n".join(trainer.describe()))
                 click.echo(
                     f"would write {run.folder}/ with config.yaml, model.safetensors, last.safetensors, "
-                    "state.pt, metrics.jsonl"
+                    "state.safetensors, metrics.jsonl"
                 )
             return
         for line in trainer.describe():
@@ -72,10 +87,11 @@ def train(
         if not resume:
             folder = group.told(lambda: str(runs.create(run, config, rename=name is None).folder))
             run = runs.Run(Path(folder))
-        if group.first:
-            held.enter_context(runs.lock(run))
-        if resume:
-            trainer.restore(run, at)
+            if group.first:
+                held.enter_context(runs.lock(run))
+        else:
+            trainer.restore(run, at, state)
+            del state  # the training does not need the memory twice
             if learner.progress.concluded and learner.finished:
                 raise ConfigError(
                     f"the run {run.folder} is finished, at step {learner.progress.step}, "
@@ -88,30 +104,23 @@ def train(
             display.finished(result.best, result.test, run.folder, trainer.suggested_prefix)
 
 
-def _prepare(
-    recipe: str | None,
-    overrides: tuple[str, ...],
-    name: str | None,
-    resume: str | None,
-    at: int | None,
-    allow_changes: bool,
-    processes: int,
-) -> tuple[dict[str, Any], str]:
-    """The configuration to train with, as data, and the run's folder."""
+def _load_run(
+    run: "Run", overrides: tuple[str, ...], at: int | None, allow_changes: bool, processes: int
+) -> tuple["Config", dict[str, Any] | None]:
+    """Return the configuration to resume `run` with, and the state that it saved last or at the step `at`.
+
+    The state is None for a run that was never saved.
+    """
     from charlm import config as configuration
-    from charlm.storage import run as runs
     from charlm.training.learner import refuse_changes
 
-    if not resume:
-        config = configuration.load(recipe, overrides)
-        run = runs.new_run(name, Path(recipe).stem if recipe else config.model.cell)
-        return config.model_dump(mode="json"), str(run.folder)
-    if recipe or name:
-        raise ConfigError("--resume goes on with a run's own configuration: give no --config and no --name")
-    run = runs.find_run(resume)
-    before = run.load_config()
-    if run.begun:
-        sequences = (run if at is None else run.kept(at)).load_state()["sequences"]
+    before, state = run.load_config(), None
+    if run.was_saved:
+        source = run if at is None else run.saved_checkpoint(at)
+        state = source.load_state()
+        sequences = state.get("sequences")
+        if not isinstance(sequences, int) or sequences < 1:
+            raise CharlmError(f"{source.state} is not the state of a training")
         if sequences % processes:
             raise ConfigError(
                 f"the run {run.folder} reads {sequences} sequences a step, which {processes} processes "
@@ -120,7 +129,7 @@ def _prepare(
         before = configuration.override(before, [f"batches.batch_size={sequences // processes}"])
     config = configuration.override(before, overrides)
     refuse_changes(before, config, allow_changes)
-    return config.model_dump(mode="json"), str(run.folder)
+    return config, state
 
 
 _BAR = "{desc} |{bar}| {remaining} left"  # fits 60 columns

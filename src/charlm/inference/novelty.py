@@ -6,7 +6,6 @@ compared character by character, so that a collision is never reported.
 n characters of the text, N of the known text.
 """
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from charlm.config import Config
 from charlm.errors import CharlmError
-from charlm.storage.run import Run
+from charlm.storage.header import read_header
 from charlm.text.corpus import Corpus
 
 SIZES = (8, 16, 32)  # characters of a passage
@@ -73,8 +72,8 @@ def training_text(path: Path, config: Config, vocab: str, source: str | None = N
     """The corpus that the model file at `path` was trained on.
 
     source: where its text is now, if not where `config` has it.
-    Raises `CharlmError` where it is not there, or another: by the fingerprint in the run's ``state.pt``,
-    and by the vocabulary, which is in the order of the characters' counts.
+    Raises `CharlmError` for a text that is not found, and for another text: its fingerprint is not the one in
+    the model's header, or its vocabulary, which is in the order of the characters' counts, is another.
     """
     corpus_config = config.corpus.model_copy(update={"source": source} if source else {})
     try:
@@ -83,10 +82,7 @@ def training_text(path: Path, config: Config, vocab: str, source: str | None = N
         raise CharlmError(
             f"this takes the text that the model was trained on: {error}; say where it is now: --corpus PATH"
         ) from None
-    known = None
-    with contextlib.suppress(CharlmError):  # a model without its run's folder is as good
-        known = Run(path.parent).load_state().get("corpus")
-    if corpus.vocab.characters != vocab or known not in (None, corpus.fingerprint):
+    if corpus.vocab.characters != vocab or read_header(path).fingerprint not in ("", corpus.fingerprint):
         raise CharlmError(
             f"{corpus_config.source} is not, or no longer, the text that {path} was trained on; "
             "say where that is: --corpus PATH"

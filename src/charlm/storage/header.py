@@ -1,157 +1,288 @@
-"""What a model file says of itself, read without its weights and without torch: at once, whatever its size.
+"""The container of model and state files, and the header of a model file; nothing here imports torch.
 
-A safetensors file is the length of its header in eight bytes, the header in JSON, and the tensors' bytes. The
-header's ``charlm`` entry, JSON in a string, has the format version, checksums, the configuration, the
-vocabulary and figures. ``header_sha256`` is of the header's bytes with zeros in its own place,
-``data_sha256`` of the tensors' bytes: the one is checked here, the other where these are loaded.
+The container is a safetensors file: the length of the header in eight bytes, the header in JSON, and the
+bytes of the tensors. The header's ``__metadata__`` has one entry, ``charlm``: JSON in a string, with the
+version of the format, the kind of file ("model" or "state"), two checksums and the content. ``data_sha256``
+is the checksum of the tensors' bytes. ``header_sha256`` is the checksum of the header with zeros in its own
+place.
+
+The header is read and checked before any tensor is allocated. A file whose size is not exactly what its
+header says is refused, so that the tensors take no more memory than the file has bytes.
 """
 
+import ctypes
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from charlm import config as configuration
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError, one_line
+from charlm.files import json_text
 
-FORMAT = 2  # 1 had no checksums, and was never released
-NO_DIGEST = "0" * 64  # stands for a checksum that is not known yet
+if TYPE_CHECKING:
+    from torch import Tensor
 
-_MAX_HEADER = 2**24  # bytes: all of Unicode as a vocabulary takes 15.6 MB, escaped
+FORMAT = 3  # 1 and 2 were never released
+NO_DIGEST = "0" * 64  # in place of a checksum that is not known yet
+
+_MAX_HEADER = 2**24  # bytes: a vocabulary of all of Unicode takes 15.6 MB, escaped
+_MAX_DIMENSIONS = 4
+_CHUNK = 2**22  # bytes that are read and hashed at a time
+_TYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "I64": ("int64", 8), "U8": ("uint8", 1)}
+_CODES = {f"torch.{name}": code for code, (name, _) in _TYPES.items()}
+
+
+class Layout(NamedTuple):
+    """The type of a tensor, as torch names it ("float32"), and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Container:
+    """The header of a model or state file.
+
+    content: the JSON that was saved.
+    tensors: the layout of each tensor, by name, in the order of their bytes.
+    data_sha256: the checksum of those bytes, in hexadecimal.
+    """
+
+    content: dict[str, Any]
+    tensors: dict[str, Layout]
+    data_sha256: str
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a model file says of itself.
+    """The header of a model file.
 
-    figures: what training knew when it was saved: step, epoch, val_loss and so on.
-    tensors: name to shape, in the order of their bytes.
-    data_sha256: of those bytes, in hexadecimal.
+    figures: what the training had measured when it saved the model: step, epoch, val_loss and so on.
+    fingerprint: SHA-256 of the training text; empty where it is not known, as for an imported model.
+    tensors: the shape of each tensor, by name.
     """
 
     config: Config
     vocab: str
     figures: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    data_sha256: str = NO_DIGEST
 
 
 def read_header(path: Path) -> Header:
-    """What the file at `path` holds, without its weights, which are not looked at.
+    """Read and check the header of the model file at `path`; its weights are not read.
 
-    Raises `CharlmError` for what is no model file of charlm's, is damaged, or is of a newer format.
+    Raises `CharlmError` for a file that is not a charlm model, is damaged, or has another format.
     """
     with opened(path) as file:
-        return read_opened(file, path)
+        return model_header(read_container(file, path, "model"), path)
+
+
+def model_header(container: Container, path: Path) -> Header:
+    """Return the model header that `container` holds; raises as `read_header` does."""
+    with checking(path):
+        content = container.content
+        vocab, figures, fingerprint = content["vocab"], content["figures"], content["fingerprint"]
+        if not (isinstance(vocab, str) and vocab and len(set(vocab)) == len(vocab)):
+            raise ValueError("invalid vocabulary")
+        if not (isinstance(figures, dict) and isinstance(fingerprint, str)):
+            raise ValueError("invalid figures or fingerprint")
+        for name, layout in container.tensors.items():
+            if layout.dtype != "float32":
+                raise ValueError(f"the tensor {one_line(name)} is not float32")
+        config = configuration.from_data(content["config"], str(path))
+        shapes = {name: layout.shape for name, layout in container.tensors.items()}
+        return Header(config, vocab, figures, fingerprint, shapes)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[io.BufferedReader]:
-    """The model file at `path`, open for reading."""
+    """Open the file at `path` for reading; raises `CharlmError` where that fails."""
     try:
         file = path.open("rb")
     except OSError as error:
-        raise CharlmError(f"cannot read the model {path}: {error.strerror}") from None
+        raise CharlmError(f"cannot read {path}: {error.strerror}") from None
     with file:
         yield file
 
 
-def read_opened(file: io.BufferedReader, path: Path) -> Header:
-    """The header of the model in `file`, checked; `file` is then where the tensors' bytes begin."""
+def write_container(
+    file: BinaryIO, kind: str, content: dict[str, Any], tensors: Mapping[str, "Tensor"]
+) -> None:
+    """Write a file of this `kind` to `file`; its bytes depend on the arguments alone.
+
+    content: JSON values; floats that are not finite become null.
+    tensors: float64, float32, int64 or uint8, not empty.
+    """
+    # Larger types first, so that each tensor is aligned, as the safetensors library does it.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    on_cpu = [tensors[name].detach().cpu().contiguous() for name in names]
+    entries: dict[str, Any] = {}
+    digest, end = hashlib.sha256(), 0
+    for name, tensor in zip(names, on_cpu, strict=True):
+        digest.update(_memory(tensor))
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _CODES[str(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    about = {
+        "format": FORMAT,
+        "kind": kind,
+        "header_sha256": NO_DIGEST,
+        "data_sha256": digest.hexdigest(),
+        **content,
+    }
+    header = json_text(
+        {"__metadata__": {"charlm": json_text(about)}, **entries}, separators=(",", ":")
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    header = header.replace(NO_DIGEST.encode(), hashlib.sha256(header).hexdigest().encode(), 1)
+    file.write(len(header).to_bytes(8, "little") + header)
+    for tensor in on_cpu:
+        file.write(_memory(tensor))
+
+
+def read_container(file: BinaryIO, path: Path, kind: str) -> Container:
+    """Read and check the header of a file of this `kind`; `file` is then at the tensors' bytes.
+
+    Raises `CharlmError` as `read_header` does.
+    """
     raw = _raw_header(file, path)
-    try:
-        entries = json.loads(raw, object_pairs_hook=_once)
+    with checking(path):
+        entries = _parse(raw)
         metadata = entries.pop("__metadata__", {})
         if "charlm" not in metadata:
             raise CharlmError(f"{path} was not written by charlm: its header has no 'charlm' entry")
-        text = json.loads(metadata["charlm"], object_pairs_hook=_once)
-        version = text["format"]
-        if type(version) is not int or version < 1:
-            raise ValueError("its format is no number")
-        if version != FORMAT:
-            raise _other_format(path, version)
-        claimed = text["header_sha256"].encode()
+        content = _parse(metadata["charlm"])
+        _check_format(path, content.pop("format"))
+        claimed = content.pop("header_sha256").encode()
         before, _, after = raw.partition(claimed)
         if hashlib.sha256(before + NO_DIGEST.encode() + after).hexdigest().encode() != claimed:
             raise damaged(path, "the checksum of its header does not match")
-        tensors, vocab, figures = _shapes(entries), text["vocab"], text["figures"]
-        expected = file.tell() + 4 * sum(map(prod, tensors.values()))
-        found = os.fstat(file.fileno()).st_size
+        if (found_kind := content.pop("kind")) != kind:
+            raise CharlmError(f"{path} is a {one_line(str(found_kind))} file, not a {kind} file")
+        tensors = _layouts(entries)
+        size = sum(prod(shape) * _itemsize(dtype) for dtype, shape in tensors.values())
+        expected, found = file.tell() + size, _size(file)
         if found != expected:
             cut = "it is cut short: " if found < expected else ""
             raise damaged(path, f"{cut}it has {found:,} bytes, not {expected:,}")
-        if not (
-            isinstance(vocab, str) and vocab and len(set(vocab)) == len(vocab) and isinstance(figures, dict)
-        ):
-            raise ValueError("its vocabulary or its figures are malformed")
-        config = configuration.from_data(text["config"], str(path))
-        return Header(config, vocab, figures, tensors, str(text["data_sha256"]))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as error:
-        raise CharlmError(
-            f"{path} is damaged: its header does not make sense ({one_line(str(error))})"
-        ) from None
+        return Container(content, tensors, str(content.pop("data_sha256")))
 
 
-def _raw_header(file: io.BufferedReader, path: Path) -> bytes:
-    """The header's JSON, once its length is known to be right for a file of charlm's."""
+def read_tensors(file: BinaryIO, path: Path, container: Container, tensors: Mapping[str, "Tensor"]) -> None:
+    """Fill `tensors`, which have the layouts of `container` and are on the CPU, and check their checksum."""
+    digest = hashlib.sha256()
+    for name in container.tensors:
+        view = _memory(tensors[name])
+        for start in range(0, len(view), _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            digest.update(chunk[: file.readinto(chunk)])  # type: ignore[attr-defined]
+    if digest.hexdigest() != container.data_sha256:
+        raise damaged(path, "the checksum of its tensors does not match")
+
+
+@contextmanager
+def checking(path: Path) -> Iterator[None]:
+    """Raise `CharlmError` for what an invalid header makes its readers raise."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise damaged(path, f"its header is invalid ({one_line(str(error))})") from None
+    except ConfigError as error:
+        raise damaged(path, f"its configuration is invalid ({one_line(str(error))})") from None
+
+
+def damaged(path: Path, why: str) -> CharlmError:
+    """Return the error for a file that is not as it was saved."""
+    return CharlmError(f"{path} is damaged: {why}; restore it or train again")
+
+
+def _raw_header(file: BinaryIO, path: Path) -> bytes:
+    """Read the JSON of the header, once its length is known to be possible."""
     start = file.read(9)
     if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{":
         raise CharlmError(
-            f"{path} is a pickle or a torch.save file, which can run code when it is read; "
-            "charlm reads safetensors model files only"
+            f"{path} is a torch.save file, which can run code when it is read; charlm reads safetensors "
+            "files, and other programs' models with charlm import"
         )
     if start[8:] != b"{":
-        raise CharlmError(
-            f"{path} is no model file, or it is damaged: it does not begin as a safetensors file"
-        )
-    size, found = int.from_bytes(start[:8], "little"), os.fstat(file.fileno()).st_size
+        raise CharlmError(f"{path} is not a safetensors file, or its beginning is damaged")
+    size, found = int.from_bytes(start[:8], "little"), _size(file)
     if size > _MAX_HEADER:
-        raise damaged(path, f"its header would take {size:,} bytes, and no more than {_MAX_HEADER:,} may be")
+        raise damaged(path, f"its header would take {size:,} bytes; the limit is {_MAX_HEADER:,}")
     if 8 + size > found:
         raise damaged(path, f"it is cut short: it has {found:,} bytes, and its header ends at {8 + size:,}")
     file.seek(8)
     return file.read(size)
 
 
-def _shapes(entries: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors' shapes, in the order of their bytes; `ValueError` where these leave gaps or overlap."""
-    shapes, end = {}, 0
+def _layouts(entries: dict[str, Any]) -> dict[str, Layout]:
+    """Return the tensors' layouts in the order of their bytes; `ValueError` for gaps and overlaps."""
+    layouts, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         shape, (begin, stop) = entry["shape"], entry["data_offsets"]
-        numbers = [begin, stop, *shape]
-        if entry["dtype"] != "F32" or len(numbers) > 4 or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"{one_line(name)} is no matrix or vector of float32")
-        if begin != end or stop - begin != 4 * prod(shape):
-            raise ValueError(
-                f"the bytes of {one_line(name)} are not as many as its shape needs, or misplaced"
-            )
-        shapes[name], end = tuple(shape), stop
-    return shapes
+        if len(shape) > _MAX_DIMENSIONS or any(type(n) is not int or n < 1 for n in (stop, *shape)):
+            raise ValueError(f"the shape or the place of {one_line(name)} is invalid")
+        dtype, itemsize = _TYPES[entry["dtype"]]
+        if type(begin) is not int or begin != end or stop - begin != itemsize * prod(shape):
+            raise ValueError(f"the bytes of {one_line(name)} do not fit its shape, or are misplaced")
+        layouts[name], end = Layout(dtype, tuple(shape)), stop
+    return layouts
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, no key of which may stand twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice in it")
+def _parse(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object strictly: no key twice, no NaN or Infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    found = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
     return found
 
 
-def damaged(path: Path, why: str) -> CharlmError:
-    """What to raise for a file that is not what was saved."""
-    return CharlmError(f"{path} is damaged: {why}; restore it or train again")
-
-
-def _other_format(path: Path, version: int) -> CharlmError:
+def _check_format(path: Path, version: Any) -> None:
+    if type(version) is not int or version < 1:
+        raise ValueError("invalid format")
     if version > FORMAT:
-        why = f"newer than this charlm reads ({FORMAT}); upgrade charlm"
-    else:
-        why = "of a charlm before its first release, whose files had no checksums; train again"
-    return CharlmError(f"{path} has format {version}, {why}")
+        raise CharlmError(
+            f"{path} has format {version}, newer than this charlm reads ({FORMAT}); upgrade charlm"
+        )
+    if version < FORMAT:
+        raise CharlmError(f"{path} has format {version}, of a charlm before its first release; train again")
+
+
+def _size(file: BinaryIO) -> int:
+    """Return the size of `file`, whose position stays."""
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return size
+
+
+def _itemsize(dtype: str) -> int:
+    return dict(_TYPES.values())[dtype]
+
+
+def _memory(tensor: "Tensor") -> memoryview:
+    """Return the bytes of `tensor`, contiguous and on the CPU; they are valid as long as the tensor is."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")

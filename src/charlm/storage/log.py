@@ -1,8 +1,13 @@
-"""A run's log, read back: as rows, as CSV, as JSON lines."""
+"""The log of a run, ``metrics.jsonl``: a JSON object a line, written by the training and read by the rest."""
 
 import csv
+import errno
 import json
+import math
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from io import FileIO
 from typing import Any, Literal, TextIO
 
 from charlm.errors import CharlmError
@@ -12,11 +17,61 @@ from charlm.storage.run import Run
 Row = dict[str, Any]
 
 
-def read(run: Run) -> list[Row]:
-    """The rows of the run's log, oldest first.
+def append(run: Run, row: Row) -> int:
+    """Append `row` to the log of `run`, without floats that are not finite; return the log's size.
 
-    A last line without its line end, as a killed run or one that is writing just now leaves, is no row yet.
-    Raises `CharlmError` for a log that is missing or damaged.
+    The row is on the disk when this returns. A row that cannot be written whole is removed. Raises
+    `CharlmError` for a log that cannot be written.
+    """
+    finite = {
+        key: value
+        for key, value in row.items()
+        if not (isinstance(value, float) and not math.isfinite(value))
+    }
+    line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+    try:
+        with _open(run, os.O_CREAT) as file:
+            begin = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())  # the next saved state depends on it
+            except OSError:
+                file.truncate(begin)
+                raise
+            return file.tell()
+    except OSError as error:
+        raise CharlmError(f"cannot write {run.metrics}: {error.strerror}") from None
+
+
+def cut(run: Run, size: int) -> None:
+    """Truncate the log of `run` to `size` bytes, if it is longer: the steps since are repeated."""
+    with suppress(FileNotFoundError), _open(run) as file:
+        if file.seek(0, os.SEEK_END) > size:
+            file.truncate(size)
+
+
+def _open(run: Run, flags: int = 0) -> FileIO:
+    """Open the log for appending; refuse a link, which may lead out of the run's folder."""
+    # O_NONBLOCK: opening a pipe must not wait. Outside POSIX these flags do not exist.
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(run.metrics, os.O_WRONLY | os.O_APPEND | safe | flags, 0o666)
+        return os.fdopen(descriptor, "ab", buffering=0)
+    except OSError:
+        if run.metrics.is_symlink():
+            raise CharlmError(
+                f"{run.metrics} is a link to {run.metrics.readlink()}, and charlm writes only inside the "
+                "run's folder; replace the link by a file"
+            ) from None
+        raise
+
+
+def read(run: Run) -> list[Row]:
+    """Return the rows of the run's log, oldest first.
+
+    A last line without a line end, which a killed or a running training leaves, is ignored. Raises
+    `CharlmError` for a log that is missing or damaged.
     """
     try:
         text = run.metrics.read_text(encoding="utf-8")
@@ -50,14 +105,14 @@ def evaluations(run: Run) -> list[Row]:
 
 
 def named_rows(runs: dict[str, Run]) -> Iterator[Row]:
-    """The rows of all `runs`, each beginning with its run's name; raises as `read` does."""
+    """Return the rows of all `runs`, each beginning with its run's name; raises as `read` does."""
     return ({"run": name, **row} for name, run in runs.items() for row in read(run))
 
 
 def write(rows: list[Row], form: Literal["csv", "jsonl"], file: TextIO) -> None:
     """Write `rows` to `file`.
 
-    CSV has a column for each key, in the order in which they first come, empty where a row lacks it.
+    CSV has a column for each key, in the order in which they first occur, empty where a row lacks the key.
     """
     if form == "jsonl":
         file.writelines(json_text(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,57 +1,56 @@
-"""The model file: weights and all that is needed to use them, in one safetensors file.
+"""The model file: weights and all that is needed to use them, in the container of `header`.
 
-What stands in its header, and how that is read and checked, is `header`'s; the tensors' checksum is checked
-when they are loaded. Nothing in a safetensors file can run code. Files are written whole or not at all, and
-read through one open file: a training may put a newer one in its place meanwhile.
+Files are written whole or not at all, and read through one open file: a training may replace it meanwhile.
 """
 
-import ctypes
-import hashlib
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from charlm import config as configuration
 from charlm.config import Config
-from charlm.errors import CharlmError, one_line
+from charlm.errors import one_line
 from charlm.files import write_atomically
 from charlm.nn.device import Uninitialised
 from charlm.nn.model import CharLM, make_model
-from charlm.storage.header import FORMAT, NO_DIGEST, damaged, opened, read_opened
+from charlm.storage.header import (
+    damaged,
+    model_header,
+    opened,
+    read_container,
+    read_tensors,
+    write_container,
+)
 from charlm.text.vocab import Vocab
 
-_CHUNK = 2**22  # bytes that are read and summed at once
 
+def save_model(
+    path: Path,
+    model: CharLM,
+    vocab: Vocab,
+    config: Config,
+    figures: dict[str, Any],
+    fingerprint: str = "",
+) -> None:
+    """Write `model` and what it needs to `path`, atomically; the bytes depend on the arguments alone.
 
-def save_model(path: Path, model: CharLM, vocab: Vocab, config: Config, figures: dict[str, Any]) -> None:
-    """Write `model` and what belongs to it to `path`, atomically; the bytes depend on the arguments alone."""
-    text = {
-        "format": FORMAT,
-        "header_sha256": NO_DIGEST,
-        "data_sha256": NO_DIGEST,
+    figures: JSON values; floats that are not finite become null.
+    fingerprint: SHA-256 of the training text, if it is known.
+    """
+    content = {
         "config": config.model_dump(mode="json"),
         "vocab": vocab.characters,
         "figures": figures,
+        "fingerprint": fingerprint,
     }
-    # named_parameters gives a tied weight once.
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()}
-    whole = memoryview(save(tensors, {"charlm": json.dumps(text)}))
-    begin = 8 + int.from_bytes(whole[:8], "little")
-    zeros, data = NO_DIGEST.encode(), whole[begin:]
-    first, second, third = bytes(whole[8:begin]).split(zeros, 2)
-    second += hashlib.sha256(data).hexdigest().encode()
-    digest = hashlib.sha256(first + zeros + second + third).hexdigest().encode()
+    tensors = dict(model.named_parameters())  # a tied weight occurs once
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            file.write(bytes(whole[:8]) + first + digest + second + third)
-            file.write(data)
+            write_container(file, "model", content, tensors)
 
     write_atomically(path, write)
 
@@ -69,52 +68,38 @@ class Loaded:
 def load_model(path: Path, implementation: str | None = None, device: str | torch.device = "cpu") -> Loaded:
     """Read a model file, in its own or another implementation.
 
-    Raises `CharlmError` as `header.read_header` does, for tensors that are missing, left over or of wrong
-    shape, and for weights that are not those that were saved.
+    Raises `CharlmError` as `header.read_header` does, for tensors that are missing, unknown or of the wrong
+    shape, and for weights whose checksum does not match.
     """
     with opened(path) as file:
-        header = read_opened(file, path)
+        container = read_container(file, path, "model")
+        header = model_header(container, path)
         config = header.config
         if implementation:
             data = config.model_dump(mode="json")
             data["model"]["implementation"] = implementation
             config = configuration.from_data(data, str(path))
-        with Uninitialised(), torch.device("meta"):  # sizes are checked before memory is taken
+        with Uninitialised(), torch.device("meta"):  # check the shapes before memory is allocated
             model = make_model(len(header.vocab), config.model, torch.device(device))
         shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
         if shapes != header.tensors:
-            wrong = [
-                name
-                for name in sorted(shapes.keys() | header.tensors)
-                if shapes.get(name) != header.tensors.get(name)
-            ]
+            names = sorted(shapes.keys() | header.tensors)
+            wrong = [name for name in names if shapes.get(name) != header.tensors.get(name)]
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise CharlmError(
-                f"{path} is damaged: its tensors do not fit its configuration "
-                f"({', '.join(map(one_line, wrong[:4]))}{more})"
+            raise damaged(
+                path,
+                f"its tensors do not fit its configuration ({', '.join(map(one_line, wrong[:4]))}{more})",
             )
-        with Uninitialised(), torch.device("cpu"):  # the file's bytes go there, whatever torch's defaults are
+        with Uninitialised(), torch.device("cpu"):  # whatever torch's default device is
             model = make_model(len(header.vocab), config.model, torch.device(device)).float()
-        parameters = dict(model.named_parameters())
-        digest = hashlib.sha256()
-        for name in header.tensors:
-            _read_tensor(file, parameters[name], digest)
-    if digest.hexdigest() != header.data_sha256:
-        raise damaged(path, "the checksum of its weights does not match")
+        read_tensors(file, path, container, dict(model.named_parameters()))
     return Loaded(model.to(device).eval(), Vocab(header.vocab), config, header.figures)
 
 
 @torch.no_grad()
 def load_weights(model: CharLM, weights: dict[str, Tensor]) -> None:
-    """Copy `weights`, by parameter name, into `model`."""
+    """Copy `weights`, by parameter name, into `model`; raises `ValueError` for a tensor of another shape."""
     for name, parameter in model.named_parameters():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(f"{name} has the shape {tuple(weights[name].shape)}")
         parameter.copy_(weights[name])
-
-
-def _read_tensor(file: io.BufferedReader, tensor: Tensor, digest: Any) -> None:
-    """Fill `tensor`, float32, contiguous and on the CPU, from `file`; its bytes go into `digest`."""
-    place = (ctypes.c_ubyte * (4 * tensor.numel())).from_address(tensor.data_ptr())
-    view = memoryview(place).cast("B")
-    for start in range(0, len(view), _CHUNK):
-        chunk = view[start : start + _CHUNK]
-        digest.update(chunk[: file.readinto(chunk)])

@@ -1,24 +1,20 @@
 """A run is a folder: its configuration, its models, the state to resume from, and its log.
 
-``config.yaml`` (resolved), ``model.safetensors`` (best on val), ``last.safetensors`` and ``state.pt`` (to go
-on from), ``metrics.jsonl``, ``checkpoints/step-N/`` (earlier saves).
+``config.yaml`` (resolved), ``model.safetensors`` (best on val), ``last.safetensors`` and
+``state.safetensors`` (to resume from), ``metrics.jsonl``, ``checkpoints/step-N/`` (earlier saves).
 
-``state.pt`` is what decides: all else is written so that a kill between two writes can be mended from it.
+``state.safetensors`` decides: after a kill between two writes, the other files are restored from it.
 """
 
 import contextlib
 import errno
-import json
-import math
 import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +28,7 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class Run:
-    """The paths of a run and what is done with them."""
+    """The files of a run."""
 
     folder: Path
 
@@ -53,8 +49,8 @@ class Run:
 
     @property
     def state(self) -> Path:
-        """All that is needed to go on."""
-        return self.folder / "state.pt"
+        """The state to resume from."""
+        return self.folder / "state.safetensors"
 
     @property
     def metrics(self) -> Path:
@@ -62,135 +58,90 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def load_config(self) -> Config:
-        """The configuration the run was made from."""
+        """Read the configuration of the run."""
         return configuration.from_data(configuration.read_yaml(self.config), str(self.config))
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write `state` to ``state.pt``, atomically."""
-        from charlm.storage.state_file import (
-            save_state,  # here: who only looks for a model waits for no torch
-        )
+        """Write `state` to ``state.safetensors``, atomically."""
+        from charlm.storage.state_file import save_state  # imported here, because it imports torch
 
         save_state(self.state, state)
 
     def load_state(self) -> dict[str, Any]:
-        """Read ``state.pt``; only tensors and plain values are, never code."""
+        """Read ``state.safetensors``; raises `CharlmError` for a file that is missing or damaged."""
         from charlm.storage.state_file import load_state
 
-        try:
-            return load_state(self.state)
-        except FileNotFoundError:
+        if not self.state.exists():
             raise CharlmError(
-                f"the run {self.folder} has no state.pt to go on from; restore it, or begin a new run"
-            ) from None
+                f"the run {self.folder} has no {self.state.name} to resume from; "
+                "restore it, or start a new run"
+            )
+        return load_state(self.state)
 
     @property
-    def begun(self) -> bool:
-        """Whether the run was ever saved: before that there is the configuration alone."""
+    def was_saved(self) -> bool:
+        """Whether the run was ever saved; before its first save it has a configuration only."""
         return any(path.exists() for path in (self.state, self.last, self.best, self.metrics))
 
-    def log(self, row: dict[str, Any]) -> int:
-        """Append a row to the log, without what is infinite, as JSON lacks it; returns the size after it.
-
-        A row that cannot be written whole is not left in part.
-        """
-        finite = {key: value for key, value in row.items() if value not in (math.inf, -math.inf)}
-        line = json.dumps(finite, allow_nan=False) + "\n"
-        try:
-            with self._open_log(os.O_CREAT) as file:
-                begin = file.tell()
-                try:
-                    if file.write(line.encode()) < len(line.encode()):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())  # the state to come counts on it
-                except OSError:
-                    file.truncate(begin)
-                    raise
-                return file.tell()
-        except OSError as error:
-            raise CharlmError(f"cannot write {self.metrics}: {error.strerror}") from None
-
-    def cut_log(self, size: int) -> None:
-        """Take what was logged behind byte `size` back: the steps since will be done again."""
-        with contextlib.suppress(FileNotFoundError), self._open_log() as file:
-            if file.seek(0, os.SEEK_END) > size:
-                file.truncate(size)
-
-    def _open_log(self, flags: int = 0) -> FileIO:
-        """The log, to be appended to; refused where it is a link, which may lead out of the run's folder."""
-        # Elsewhere than on POSIX these flags are not there. A pipe must not be waited for.
-        safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        try:
-            descriptor = os.open(self.metrics, os.O_WRONLY | os.O_APPEND | safe | flags, 0o666)
-            return os.fdopen(descriptor, "ab", buffering=0)
-        except OSError:
-            if self.metrics.is_symlink():
-                raise CharlmError(
-                    f"{self.metrics} is a link to {self.metrics.readlink()}, and charlm writes only inside "
-                    "the run's folder: put a file in its place"
-                ) from None
-            raise
-
     def remove_temporaries(self) -> None:
-        """Remove what `write_atomically` was writing when the process was killed."""
+        """Remove the files that `write_atomically` was writing when the process was killed."""
         with contextlib.suppress(OSError):
-            for path in (self.config, self.best, self.last, self.state):
-                for left in self.folder.glob(f".{path.name}.*"):
-                    left.unlink()
+            for folder in (self.folder, *(path for _, path in self._checkpoint_folders())):
+                for path in (self.config, self.best, self.last, self.state):
+                    for temporary in folder.glob(f".{path.name}.*"):
+                        temporary.unlink()
 
     def checkpoint(self, step: int) -> "Run":
-        """An earlier save: a folder with a ``last.safetensors`` and a ``state.pt`` of its own."""
+        """Return the place of an earlier save: its own ``last.safetensors`` and ``state.safetensors``."""
         return Run(self.folder / "checkpoints" / f"step-{step:08d}")
 
-    def kept(self, step: int) -> "Run":
-        """The save of `step` that was kept; raises `CharlmError` where it was not."""
+    def saved_checkpoint(self, step: int) -> "Run":
+        """Return the checkpoint of `step`; raises `CharlmError` if there is none."""
         if step not in self.checkpoints():
-            has = ", ".join(map(str, self.checkpoints())) or "none; train.keep_last says how many to keep"
-            raise CharlmError(f"the run {self.folder} kept no save of step {step}; it has {has}")
+            steps = ", ".join(map(str, self.checkpoints())) or "none; train.keep_last says how many to keep"
+            raise CharlmError(f"the run {self.folder} has no save of step {step}; its saves: {steps}")
         return self.checkpoint(step)
 
     def checkpoints(self) -> list[int]:
-        """The steps of the saves that are kept, in order."""
-        return sorted(step for step, path in self._checkpoint_folders() if (path / "state.pt").exists())
+        """Return the steps of the checkpoints, in order."""
+        return sorted(step for step, path in self._checkpoint_folders() if Run(path).state.exists())
 
     def _checkpoint_folders(self) -> Iterator[tuple[int, Path]]:
-        """The checkpoints' steps and folders; what a user put beside them is none."""
+        """Return the steps and folders of the checkpoints; other files beside them are ignored."""
         for path in (self.folder / "checkpoints").glob("step-*"):
             if re.fullmatch(r"step-\d{8,18}", path.name, re.ASCII):
                 yield int(path.name.removeprefix("step-")), path
 
     def keep(self, step: int) -> None:
-        """Keep the last save, which is of `step`, as a checkpoint: as links, so that it takes no room yet."""
-        kept = self.checkpoint(step)
+        """Keep the last save, which is of `step`, as a checkpoint: as links, which take no space yet."""
+        checkpoint = self.checkpoint(step)
         try:
-            kept.folder.mkdir(parents=True, exist_ok=True)
-            for source, target in ((self.last, kept.last), (self.state, kept.state)):
-                if source.exists():  # it may have been deleted
-                    _link(source, target)
+            checkpoint.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CharlmError(f"cannot write {kept.folder}: {error.strerror}") from None
+            raise CharlmError(f"cannot make {checkpoint.folder}: {error.strerror}") from None
+        for source, target in ((self.last, checkpoint.last), (self.state, checkpoint.state)):
+            if source.exists():  # a user may have deleted it
+                _link(source, target)
 
     def replace_best(self, model: Path) -> None:
-        """Make the model file `model` the best."""
-        try:
-            _link(model, self.best)
-        except OSError as error:
-            raise CharlmError(f"cannot write {self.best}: {error.strerror}") from None
+        """Make the model file `model` the best model."""
+        _link(model, self.best)
 
-    def prune(self, kept: Collection[int]) -> None:
-        """Remove all checkpoints but those of the steps `kept`."""
+    def prune(self, steps: Collection[int]) -> None:
+        """Remove all checkpoints except those of `steps`."""
         for step, path in list(self._checkpoint_folders()):
-            if step not in kept:
+            if step not in steps:
                 shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # there is none, or something is in it
+        with contextlib.suppress(OSError):  # it does not exist, or is not empty
             (self.folder / "checkpoints").rmdir()
 
 
 @contextlib.contextmanager
 def lock(run: Run) -> Iterator[None]:
-    """Hold `run` for this process alone; the system lets go of it when the process ends, however that is.
+    """Lock `run` for this process; the system releases the lock when the process ends, even by a kill.
 
-    Raises `CharlmError` where another process holds it. Where files cannot be locked, nobody is kept out.
+    Raises `CharlmError` if another process holds the lock. On file systems without locks, and on Windows,
+    nothing is locked.
     """
     if sys.platform == "win32":
         yield
@@ -206,7 +157,7 @@ def lock(run: Run) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CharlmError(
-                f"the run {run.folder} is being trained by another process; wait for its end, or stop it"
+                f"the run {run.folder} is being trained by another process; wait until it ends, or stop it"
             ) from None
         except OSError:
             pass
@@ -216,52 +167,51 @@ def lock(run: Run) -> Iterator[None]:
 
 
 def new_run(name: str | None, recipe: str) -> Run:
-    """A run whose folder does not exist yet: ``runs/NAME``, by default ``runs/RECIPE-DATE-TIME``.
+    """Return a run whose folder does not exist yet: ``runs/NAME``, by default ``runs/RECIPE-DATE-TIME``.
 
-    Raises `ConfigError` for a name that is taken or is no name for a folder.
+    Raises `ConfigError` for a name that exists or is invalid.
     """
     if name is None:
         return Run(RUNS / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not re.fullmatch(r"\w[\w.+=-]*", name):
-        raise ConfigError(f"--name {name!r} is no name for a run: use letters, digits and . _ + = - only")
+        raise ConfigError(
+            f"invalid name for a run: --name {name!r}; allowed: letters, digits and . _ + = -, the first a "
+            "letter, digit or _"
+        )
     if (RUNS / name).exists():
         raise ConfigError(
-            f"the run {RUNS / name} exists; choose another --name, or go on with it: --resume {name}"
+            f"the run {RUNS / name} exists; choose another --name, or resume it with --resume {name}"
         )
     return Run(RUNS / name)
 
 
 def create(run: Run, config: Config, rename: bool = False) -> Run:
-    """Make the run's folder with ``config.yaml`` in it: both are there, or neither.
+    """Make the run's folder with ``config.yaml`` in it: both exist afterwards, or neither.
 
-    rename: where the folder is taken, as by a run begun in the same second, number another.
-    Raises `CharlmError` where that cannot be done.
+    rename: add a number to the name if the folder exists, as for a run started in the same second.
+    Raises `CharlmError` if that fails.
     """
-    wanted, number, made = run.folder, 1, None
+    wanted, number = run.folder, 1
+    temporary = wanted.with_name(f".run.{os.urandom(4).hex()}")
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=wanted.parent, prefix=".run."))
-        umask = os.umask(0)
-        os.umask(umask)
-        made.chmod(0o777 & ~umask)  # mkdtemp makes folders that only their owner reads
-        save_config(Run(made), config)
-        while not _moved(made, run.folder):
+        temporary.mkdir(parents=True)
+        save_config(Run(temporary), config)
+        while not _moved(temporary, run.folder):
             if not rename:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             number += 1
             run = Run(wanted.with_name(f"{wanted.name}-{number}"))
     except OSError as error:
         raise CharlmError(
-            f"cannot make the run's folder {run.folder}: {error.strerror}; take another --name or folder"
+            f"cannot make the run's folder {run.folder}: {error.strerror}; choose another --name or folder"
         ) from None
     finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return run
 
 
 def _moved(source: Path, target: Path) -> bool:
-    """Whether the folder `source` could be given the name `target`, which nothing had."""
+    """Rename the folder `source` to `target`; return whether that name was free."""
     if target.exists():
         return False
     try:
@@ -280,21 +230,19 @@ def save_config(run: Run, config: Config) -> None:
 
 
 def find_run(name: str) -> Run:
-    """The run that `name` gives, a folder or a name under ``runs/``; raises `ConfigError` for none."""
+    """Return the run called `name`, a folder or a name under ``runs/``; raises `ConfigError` if not found."""
     for folder in (Path(name), RUNS / name):
         if (folder / "config.yaml").is_file():
             return Run(folder)
-    known = sorted(path.parent.name for path in RUNS.glob("[!.]*/config.yaml"))
-    raise ConfigError(
-        f"{name!r} is no run: " + (f"runs/ has {', '.join(known)}" if known else "there are none in runs/")
-    )
+    names = sorted(path.parent.name for path in RUNS.glob("[!.]*/config.yaml"))
+    raise ConfigError(f"no run named {name!r}; existing runs in {RUNS}/: {', '.join(names) or 'none'}")
 
 
 def find_model(name: str | None) -> Path:
-    """The model file that `name` gives: a file, a run's folder or name, by default the newest run's.
+    """Return the model file that `name` gives: a file, a run's folder or name, by default the newest run's.
 
-    Of a run, the model that was best on val, or the last before there is a best. Raises `ConfigError` where
-    there is none.
+    Of a run, this is the model that was best on val, or the last one before the first evaluation. Raises
+    `ConfigError` if there is none.
     """
     if name is not None:
         with contextlib.suppress(OSError):  # a name that is too long for the file system
@@ -303,11 +251,14 @@ def find_model(name: str | None) -> Path:
                     return path
                 if found := _model_of(Run(path)):
                     return found
-        named = one_line(repr(name))
-        raise ConfigError(f"no model {named}: it is neither a model file nor a run with one in it")
+        raise ConfigError(
+            f"no model {one_line(repr(name))}: it is neither a model file nor a run that has one"
+        )
     models = [model for path in RUNS.glob("*/config.yaml") if (model := _model_of(Run(path.parent)))]
     if not models:
-        raise ConfigError("there is no model in runs/ yet: train one with charlm train, or give --model PATH")
+        raise ConfigError(
+            f"no model in {RUNS}/ yet; train one with charlm train, or give a file with --model PATH"
+        )
     return max(
         models, key=lambda path: max(each.stat().st_mtime for each in path.parent.glob("*.safetensors"))
     )
@@ -318,11 +269,13 @@ def _model_of(run: Run) -> Path | None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Have `target` be the file `source`, atomically."""
-    temporary = target.with_name(f".{target.name}.link")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    """Make `target` the file `source`, atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+
+    write_atomically(target, write)

@@ -4,7 +4,7 @@ Each process holds the whole model and reads its share of every batch; `Distribu
 gradients, so that all take the same step. ``torchrun`` starts the processes and says in the environment who
 they are. A single process is a group of one, for which nothing here does anything.
 
-Figures and states go through gloo, gradients through gloo or, on CUDA, NCCL. Nothing is pickled.
+Figures and states go through gloo, gradients through gloo or, on CUDA, NCCL.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from charlm.errors import CharlmError, ConfigError, Told
 from charlm.nn.device import choose_device
+from charlm.storage.state_file import read_state, write_state
 from charlm.text.batches import mix
 
 Value = TypeVar("Value")
@@ -124,13 +126,14 @@ class Group:
         return value
 
     def state(self, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The tensors and plain values that `load`, called on the first process alone, gives there."""
+        """Return the state that `load`, called on the first process only, returns there."""
         if self.size == 1:
             return load()
         buffer, state = io.BytesIO(), load() if self.first else {}
-        torch.save(state, buffer)
+        if self.first:
+            write_state(buffer, state)
         data = self._spread(buffer.getvalue())
-        return state if self.first else torch.load(io.BytesIO(data), weights_only=True)
+        return state if self.first else read_state(io.BytesIO(data), Path("the first process's state"))
 
     def _spread(self, data: bytes) -> bytes:
         """The first process's bytes."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from charlm.config import Config, ModelConfig, TrainConfig
-from charlm.errors import ConfigError
+from charlm.errors import ConfigError, one_line
 from charlm.nn.cells import State
 from charlm.nn.device import autocast, choose_precision
 from charlm.nn.kernels.native import keep_memory
@@ -153,10 +153,10 @@ class Learner:
         return self.batches.sequences(self.progress.step % self.steps_per_epoch)
 
     def state(self) -> dict[str, Any]:
-        """All that the training depends on from here, of all processes: to be called by all.
+        """Return everything that the rest of the training depends on; all processes must call this.
 
-        sequences: a step's. carried: their states, side by side (L, sequences, H).
-        rng, cuda_rng: the states of the processes' generators, a row each.
+        sequences: how many sequences a step reads. carried: their hidden states (L, sequences, H).
+        rng, cuda_rng: the states of the random generators, a row for each process.
         """
         cuda = self.device.type == "cuda"
         return {
@@ -175,17 +175,19 @@ class Learner:
         }
 
     def load(self, state: dict[str, Any], config: Config) -> bool:
-        """Take up a `state` made under `config`; whether training goes on otherwise than it would have.
+        """Load a `state` that was saved under `config`; return whether the training continues differently.
 
-        Where this learner's configuration is another, its own holds; where its batches are others, the epoch
-        is begun again. Another number of processes may take a state up: each step reads the same sequences,
-        and a process that was not there before begins with dropout of its own.
+        If this learner's configuration is another, its own is used; if its batches are others, the epoch
+        restarts. The number of processes may be another: each step reads the same sequences, and a process
+        without a saved random generator gets a new seed.
 
-        A state that does not fit raises what its reading meets: AttributeError, IndexError, KeyError,
-        TypeError, ValueError or RuntimeError.
+        Raises AttributeError, ArithmeticError, LookupError, TypeError, ValueError or RuntimeError for a state
+        that does not fit.
         """
+        _check_types(state, {"sequences": 1, "steps_per_epoch": 1})
+        _check_types(state["progress"], asdict(Progress()))
         changed = set(differences(config, self.config))
-        # Other processes may share the same steps, or as many others.
+        # Another number of processes can read the same sequences in each step.
         changed -= {"batches.batch_size"}
         if state["sequences"] != self.config.batches.batch_size * self.group.size:
             changed |= {"batches.batch_size"}
@@ -193,10 +195,15 @@ class Learner:
         load_weights(self.model, state["weights"])
         if self.config.train.ema:
             load_weights(self.scored, state["average"] or state["weights"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         if self.plateau and state["plateau"]:
+            own = self.plateau.state_dict()
+            _check_types(state["plateau"], {key: own[key] for key in own.keys() & state["plateau"]})
             load_plateau(self.plateau, state["plateau"])
-        if changed & {"train.lr", "train.schedule"}:  # asked for now: not to be halved for what was
+        if changed & {
+            "train.lr",
+            "train.schedule",
+        }:  # set now: without the halvings of earlier rollbacks
             self.progress.rollbacks = 0
             set_lr(self.optimizer, self.config.train.lr)
         self._load_processes(state)
@@ -204,9 +211,23 @@ class Learner:
             self._begin_epoch_again(state["steps_per_epoch"])
         return bool(changed)
 
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Load the optimiser's moments, each of which has its parameter's shape or none."""
+        load_optimizer(self.optimizer, state)
+        for group in self.optimizer.param_groups:
+            _check_types(group, {"lr": 0.0})
+            for parameter in group["params"]:
+                for name, tensor in self.optimizer.state[parameter].items():
+                    if tensor.shape not in (torch.Size(), parameter.shape):
+                        raise ValueError(f"the optimiser's {name} has the shape {tuple(tensor.shape)}")
+
     def _load_processes(self, state: dict[str, Any]) -> None:
-        """Take up what differs between the processes."""
+        """Load the part of the state that differs between the processes."""
         rank, carried = self.group.rank, state["carried"]
+        if carried:
+            for tensor, zeros in zip(carried, self.model.initial_state(1), strict=True):
+                if tensor.shape != (len(zeros), state["sequences"], zeros.shape[2]):
+                    raise ValueError(f"a carried hidden state has the shape {tuple(tensor.shape)}")
         own = rank_slice(state["sequences"], rank, self.group.size)
         self.carried = carried and tuple(tensor[:, own].contiguous().to(self.device) for tensor in carried)
         if rank < len(state["rng"]):
@@ -217,7 +238,7 @@ class Learner:
             torch.manual_seed(mix(self.config.train.seed, rank, self.progress.step))
 
     def _begin_epoch_again(self, steps_per_epoch: int) -> None:
-        """Go from a step counted in other batches to the beginning of its epoch, counted in these."""
+        """Set the step, counted in other batches, to the beginning of its epoch, counted in these."""
         progress = self.progress
         progress.step = progress.step // steps_per_epoch * self.steps_per_epoch
         progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
@@ -242,6 +263,13 @@ class Prediction(nn.Module):
             return self.model.predict(x, y, state)
         logits, state = scheduled_forward(self.model, x, state, true_share)
         return logits, y, state
+
+
+def _check_types(found: dict[str, Any], example: dict[str, Any]) -> None:
+    """Raise `TypeError` unless `found` has values of the types of `example`, no negative integer."""
+    for key, value in example.items():
+        if type(found[key]) is not type(value) or (type(value) is int and found[key] < 0):
+            raise TypeError(f"{key} is {one_line(repr(found[key]))}")
 
 
 def _weights(model: CharLM) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ class Progress:
     seconds: time spent in steps, in all.
     lr, grad_norm: of the last step, and of the last that was taken.
     bad_steps: steps that were passed over, in all and in a row up to now.
-    rollbacks: how often the run went back to `good_step`, the last save known to be good; each halves the
+    rollbacks: how often the run went back to `rollback_step`, the last save known to be good; each halves the
         learning rate.
     concluded: the end was reached and logged.
     """
@@ -31,5 +31,5 @@ class Progress:
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
     rollbacks: int = 0
-    good_step: int = 0
+    rollback_step: int = 0
     concluded: bool = False

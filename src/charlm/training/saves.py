@@ -1,6 +1,7 @@
-"""The saves of a training: when there are some, what is written in which order, and which are kept.
+"""The saves of a training: when they are due, in which order files are written, and which saves are kept.
 
-``state.pt`` is written first and decides: after a kill between two writes the rest is made from it.
+``state.safetensors`` is written first and decides: after a kill between two writes, the other files are
+restored from it.
 """
 
 import math
@@ -11,92 +12,95 @@ from typing import Any
 from charlm.config import Config
 from charlm.errors import CharlmError
 from charlm.nn.model import CharLM
+from charlm.storage import log
 from charlm.storage.header import read_header
 from charlm.storage.model_file import save_model
 from charlm.storage.run import Run
-from charlm.text.vocab import Vocab
+from charlm.text.corpus import Corpus
 from charlm.training.progress import Progress
 
 
 class Saves:
-    """What a training writes into `run`'s folder, but for the log's lines.
+    """The files that a training writes into the folder of `run`, except for the rows of the log.
 
     scored: the model that is saved for use.
+    step: the step of the last save.
     """
 
-    def __init__(self, run: Run, scored: CharLM, vocab: Vocab, config: Config):
-        self.run, self.scored, self.vocab, self.config = run, scored, vocab, config
-        self.step, self.at = -1, time.monotonic()  # of the last save
+    def __init__(self, run: Run, scored: CharLM, corpus: Corpus, config: Config):
+        self.run, self.scored, self.corpus, self.config = run, scored, corpus, config
+        self.step, self.saved_at = -1, time.monotonic()
 
     def due(self) -> bool:
-        """Whether ``train.checkpoint_every`` is a time and has passed since the last save."""
+        """Return whether ``train.checkpoint_every`` is a time that has passed since the last save."""
         seconds = self.config.train.checkpoint_seconds
-        return seconds is not None and time.monotonic() - self.at >= seconds
+        return seconds is not None and time.monotonic() - self.saved_at >= seconds
 
-    def write(self, progress: Progress, state: dict[str, Any], good: bool, keep: bool) -> None:
-        """Write ``state.pt`` and the models of `progress.step`.
+    def write(self, progress: Progress, state: dict[str, Any], sound: bool, keep: bool) -> None:
+        """Write ``state.safetensors`` and the models of `progress.step`.
 
-        good: the run may go back to this save. What depends on the clock or on a signal is never good: the
-            save to go back to, which it takes the place of, is put aside.
-        keep: it is one of the ``train.keep_last``.
+        sound: the run can roll back to this save. A save that depends on the clock or on a signal is never
+            sound; the sound save that it replaces is kept as a checkpoint.
+        keep: this is one of the saves that ``train.keep_last`` counts.
         """
         run, keep_last = self.run, self.config.train.keep_last
-        if not good and self.step == progress.good_step:
-            run.keep(progress.good_step)
+        if not sound and self.step == progress.rollback_step:
+            run.keep(progress.rollback_step)
         run.save_state(state)
-        self.step, self.at = progress.step, time.monotonic()
+        self.step, self.saved_at = progress.step, time.monotonic()
         self._write_models(progress, state["figures"])
         if keep and keep_last > 1:
             run.keep(progress.step)
         self._prune(progress)
 
-    def resume(self, progress: Progress, state: dict[str, Any], branched: bool) -> None:
-        """Make the folder what it was when `state` was saved, and take what was logged since back.
+    def resume(self, progress: Progress, state: dict[str, Any], diverged_from_save: bool) -> None:
+        """Restore the folder to what it was when `state` was saved, and remove later rows from the log.
 
-        branched: `state` is not what ``state.pt`` says, and is saved now.
+        diverged_from_save: `state` differs from ``state.safetensors``, and is saved now.
         """
         run, train = self.run, self.config.train
         if progress.best_step not in (0, progress.step) and not _is_best(run.best, progress):
-            # The best model is gone, or from a time that the run was taken back from: it is found anew.
-            kept = run.checkpoint(progress.best_step).last
-            if _is_best(kept, progress):
-                run.replace_best(kept)
+            # The best model is missing, or is of a step after the one that is resumed from.
+            checkpoint = run.checkpoint(progress.best_step).last
+            if _is_best(checkpoint, progress):
+                run.replace_best(checkpoint)
             else:
                 progress.best_loss = math.inf
-        if branched:
-            self.write(progress, state, good=True, keep=True)
+        if diverged_from_save:
+            self.write(progress, state, sound=True, keep=True)
         else:
             self.step = progress.step
             self._write_models(progress, state["figures"])
-            if train.keep_last > 1 and progress.good_step == progress.step:
+            if train.keep_last > 1 and progress.rollback_step == progress.step:
                 run.keep(progress.step)
-        run.cut_log(progress.log_size)
+        log.cut(run, progress.log_size)
         self._prune(progress)
 
-    def good(self, progress: Progress) -> Run:
-        """Where the state of `progress.good_step` is."""
-        return self.run if self.step == progress.good_step else self.run.checkpoint(progress.good_step)
+    def rollback_source(self, progress: Progress) -> Run:
+        """Return where the state of `progress.rollback_step` is."""
+        saved_last = self.step == progress.rollback_step
+        return self.run if saved_last else self.run.checkpoint(progress.rollback_step)
 
     def _write_models(self, progress: Progress, figures: dict[str, Any]) -> None:
-        """The last model, and the best if that is the one and is not there yet."""
+        """Write the last model, and the best if this is the best and is not there yet."""
         best = figures.get("val_loss") == progress.best_loss and not _is_best(self.run.best, progress)
         for path in [self.run.best, self.run.last] if best else [self.run.last]:
-            save_model(path, self.scored, self.vocab, self.config, figures)
+            save_model(path, self.scored, self.corpus.vocab, self.config, figures, self.corpus.fingerprint)
 
     def _prune(self, progress: Progress) -> None:
-        """Remove the checkpoints that are too many, and those of a time that the run was taken back from."""
+        """Remove the checkpoints beyond ``train.keep_last``, and those of later steps."""
         keep_last = self.config.train.keep_last
-        kept = [step for step in self.run.checkpoints() if step <= progress.step]
-        kept = kept[-keep_last:] if keep_last > 1 else []
-        if self.step != progress.good_step:
-            kept.append(progress.good_step)
-        self.run.prune(kept)
+        steps = [step for step in self.run.checkpoints() if step <= progress.step]
+        steps = steps[-keep_last:] if keep_last > 1 else []
+        if self.step != progress.rollback_step:
+            steps.append(progress.rollback_step)
+        self.run.prune(steps)
 
 
 def _is_best(model: Path, progress: Progress) -> bool:
-    """Whether `model` is the file of the model that `progress` knows as the best."""
+    """Return whether `model` is the file of the best model according to `progress`."""
     try:
         figures = read_header(model).figures
-    except CharlmError:  # there is none, or it is damaged
+    except CharlmError:  # missing or damaged
         return False
     return (figures.get("step"), figures.get("val_loss")) == (progress.best_step, progress.best_loss)

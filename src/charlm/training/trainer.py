@@ -10,12 +10,13 @@ from torch import Tensor
 
 from charlm import config as configuration
 from charlm.config import Config
-from charlm.errors import CharlmError, Interrupted
+from charlm.errors import CharlmError, Interrupted, one_line
 from charlm.inference.evaluate import evaluate
 from charlm.inference.sample import Sampling, generate
 from charlm.metrics import Score, perplexity
 from charlm.nn.layers import choose_implementation
 from charlm.nn.model import num_parameters
+from charlm.storage import log
 from charlm.storage.log import Row
 from charlm.storage.model_file import load_model
 from charlm.storage.run import Run
@@ -62,7 +63,9 @@ class Trainer:
         # What fills in characters has a pseudo-likelihood; its figures are not to be taken for the others'.
         self.kind = "pseudo_" if config.model.direction == "both" else ""
         self.figures: Row = {"step": 0}  # of the last save
-        self.resumed = self.branched = False  # from a save; otherwise than that save would have gone on
+        self.resumed = self.diverged_from_save = (
+            False  # from a save; otherwise than that save would have gone on
+        )
 
     def describe(self) -> list[str]:
         """What is trained on what, in short lines."""
@@ -177,7 +180,7 @@ class Trainer:
         progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
         self._log(run, row)
         self.figures = _without(row, "seconds", "chars_per_second", "sample")
-        self._save(good=self._is_sound(val))
+        self._save(sound=self._is_sound(val))
         reporter.evaluated(row, best)
         if "sample" in row:
             reporter.sample(row["sample"])
@@ -216,7 +219,7 @@ class Trainer:
                 f"training diverged after step {left.step}: {why}{tried}; "
                 "take a smaller train.lr or train.clip: norm"
             )
-        source = self.saves.good(left)
+        source = self.saves.rollback_source(left)
         self._load(source)
         progress = learner.progress
         progress.rollbacks, progress.bad_steps = left.rollbacks + 1, left.bad_steps
@@ -225,7 +228,7 @@ class Trainer:
             set_lr(learner.optimizer, learner.optimizer.param_groups[0]["lr"] / 2)
         what = {"event": "rollback", "from_step": left.step, "why": why, "rollbacks": progress.rollbacks}
         self._log(run, {"step": progress.step, **what, "bad_steps": progress.bad_steps})
-        self._save(good=True)
+        self._save(sound=True)
         reporter.say(
             f"back from step {left.step} to {progress.step}: {why}; the learning rate is now half of what it "
             f"was ({progress.rollbacks} of {train.max_rollbacks} times)"
@@ -234,97 +237,102 @@ class Trainer:
         self._show(reporter)
 
     def _begin(self, run: Run) -> None:
-        """Save a new run for the first time, so that it can be resumed if it is killed; mend another."""
+        """Save a new run, so that it can be resumed after a kill; restore the files of a resumed one."""
         progress = self.learner.progress
-        self.saves = Saves(run, self.learner.scored, self.corpus.vocab, self.config)
+        self.saves = Saves(run, self.learner.scored, self.corpus, self.config)
         progress.concluded = False
         if self.group.first:
             run.remove_temporaries()
         if not self.resumed:
-            self._save(good=True)
+            self._save(sound=True)
             return
-        if self.branched:  # the save that was good may be of another count of steps, or gone
-            progress.good_step = progress.step
+        if self.diverged_from_save:  # the save to roll back to may count other steps, or be gone
+            progress.rollback_step = progress.step
         state = self._snapshot()
         if self.group.first:
-            self.saves.resume(progress, state, self.branched)
+            self.saves.resume(progress, state, self.diverged_from_save)
         self._agree()
 
     def _save_if_due(self, stop: bool) -> None:
-        """Save where `stop` or ``train.checkpoint_every`` asks for it."""
+        """Save if `stop`, or if ``train.checkpoint_every`` says so."""
         every, progress = self.config.train.checkpoint_steps, self.learner.progress
         if every and progress.step % every == 0:
             sound = not progress.bad_steps_in_a_row and self._is_sound(self._scored(self.val[:1000]))
-            self._save(good=sound)
+            self._save(sound=sound)
         elif stop or (self.config.train.checkpoint_seconds and self.group.told(self.saves.due)):
             self._save(keep=not stop)
 
     def _is_sound(self, val: Score) -> bool:
-        """Whether a model with this score is worth going back to: it is not far worse than guessing."""
+        """Return whether a model with this score can be rolled back to: it is not far worse than guessing."""
         return val.loss < 2 * math.log(len(self.corpus.vocab)) + 1
 
-    def _save(self, good: bool = False, keep: bool = True) -> None:
-        """Write state and models; `good` and `keep` as in `Saves.write`."""
+    def _save(self, sound: bool = False, keep: bool = True) -> None:
+        """Write the state and the models; `sound` and `keep` as in `Saves.write`."""
         progress = self.learner.progress
-        if good:
-            progress.good_step = progress.step
+        if sound:
+            progress.rollback_step = progress.step
         state = self._snapshot()
         if self.group.first:
-            self.saves.write(progress, state, good, keep)
+            self.saves.write(progress, state, sound, keep)
         self._agree()
 
     def _agree(self) -> None:
-        """Have all processes know what the first has saved and logged."""
+        """Tell all processes what the first has saved and logged."""
         self.saves.step = self.group.told(lambda: self.saves.step)
         self.learner.progress = Progress(**self.group.told(lambda: asdict(self.learner.progress)))
 
     def _log(self, run: Run, row: Row) -> None:
         """Add a row to the log, which the first process writes."""
         if self.group.first:
-            self.learner.progress.log_size = run.log(row)
+            self.learner.progress.log_size = log.append(run, row)
 
     def _scored(self, ids: Tensor) -> Score:
         """The score of `ids` (N,), by the first process: in pieces, it would have other figures."""
         return Score(*self.group.told(lambda: astuple(evaluate(self.learner.scored, ids))))
 
     def _snapshot(self) -> dict[str, Any]:
-        """What ``state.pt`` holds: the learner's state, and the figures that were saved with it."""
+        """Return the content of ``state.safetensors``: the learner's state and the last save's figures."""
         if self.figures["step"] != self.learner.progress.step:
             self.figures = {"step": self.learner.progress.step}
         return {**self.learner.state(), "figures": self.figures}
 
-    def restore(self, run: Run, step: int | None = None) -> None:
-        """Take up the state that `run` saved last, or the one that it kept of `step`; nothing is written.
+    def restore(self, run: Run, step: int | None = None, state: dict[str, Any] | None = None) -> None:
+        """Restore the state that `run` saved last, or the checkpoint that it kept of `step`; write nothing.
 
-        A run that was never saved begins at step 0. What becomes of another configuration and of other
-        processes, `Learner.load` says.
+        A run that was never saved begins at step 0. `Learner.load` documents what happens when the
+        configuration or the number of processes is another.
+
+        state: the content of that save, if it was read already.
 
         Raises `CharlmError` for a state that is missing, damaged, or of another corpus.
         """
-        source = run if step is None else run.kept(step) if self.group.first else run.checkpoint(step)
-        if step is None and not self.group.told(lambda: run.begun):
+        source = run
+        if step is not None:
+            source = run.saved_checkpoint(step) if self.group.first else run.checkpoint(step)
+        elif not self.group.told(lambda: run.was_saved):
             return
-        self._load(source)
+        self._load(source, state)
         self.resumed = True
-        self.branched = self.branched or step is not None
+        self.diverged_from_save = self.diverged_from_save or step is not None
 
-    def _load(self, source: Run) -> None:
-        """Take up the state that `source` holds; raises as `restore` does."""
-        state = self.group.state(source.load_state)
+    def _load(self, source: Run, state: dict[str, Any] | None = None) -> None:
+        """Load the state that `source` holds, or `state`, read from there; raises as `restore` does."""
+        state = self.group.state(lambda: source.load_state() if state is None else state)
         try:
             if state["corpus"] != self.corpus.fingerprint:
                 raise CharlmError(
-                    f"the corpus has changed since the run {source.folder} was begun; "
-                    "restore the text, or begin a new run"
+                    f"the corpus has changed since the run {source.folder} was started; "
+                    "restore the text, or start a new run"
                 )
             before = configuration.from_data(state["config"], str(source.state))
-            self.branched = self.learner.load(state, before)
-            self.figures = state["figures"]
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CharlmError(f"{source.state} does not fit the run's configuration: {error}") from None
+            self.diverged_from_save = self.learner.load(state, before)
+            self.figures = {"step": state["figures"]["step"], **state["figures"]}
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            why = one_line(str(error))
+            raise CharlmError(f"{source.state} does not fit the run's configuration: {why}") from None
 
     def _finish(self, run: Run) -> Result:
-        """Score the test split with the best model, log that, and note in the state that this is the end."""
+        """Score the test split with the best model, log the score, and save that the training has ended."""
         result = self._test(run) if self.group.first else Result({}, None)
         self.learner.progress.concluded = True
         state = self._snapshot()
@@ -339,7 +347,7 @@ class Trainer:
         if test:
             figures = {"test_loss": test.loss, f"test_{self.kind}perplexity": test.perplexity}
             figures[f"test_{self.kind}bits_per_character"] = test.bits_per_character
-            run.log({"step": progress.step, "best_step": progress.best_step, **figures})
+            log.append(run, {"step": progress.step, "best_step": progress.best_step, **figures})
         return Result(best.figures, test)
 
 

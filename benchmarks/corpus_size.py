@@ -72,10 +72,12 @@ def measure(path, steps):
     import torch
 
     from charlm.config import Config, CorpusConfig, TrainConfig
+    from charlm.nn.kernels.native import keep_memory
     from charlm.text.corpus import Corpus
     from charlm.training.learner import Learner
 
     torch.set_num_threads(1)
+    keep_memory()
     config = Config(
         corpus=CorpusConfig(source=str(path)), train=TrainConfig(device="cpu", precision="float32")
     )

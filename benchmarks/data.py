@@ -17,6 +17,7 @@ import torch
 from common import heading, record
 
 from charlm.config import BatchesConfig, Config, CorpusConfig, ModelConfig, TrainConfig
+from charlm.nn.kernels.native import keep_memory
 from charlm.study.bench import rate
 from charlm.study.compare import markdown
 from charlm.text import read
@@ -88,6 +89,7 @@ def loader_share(sampling, seconds):
 
 
 def main():
+    keep_memory()
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument(
         "--text", type=Path, help="repeated up to --megabytes; default: the bundled corpus"

@@ -13,6 +13,7 @@ from common import heading, record
 from charlm.config import BatchesConfig, Config, CorpusConfig, ModelConfig, TrainConfig
 from charlm.inference.evaluate import evaluate
 from charlm.nn.device import choose_precision
+from charlm.nn.kernels.native import keep_memory
 from charlm.study.compare import markdown
 from charlm.text.corpus import Corpus
 from charlm.training.learner import Learner
@@ -39,6 +40,7 @@ def main():
     hidden = options.hidden_size or (256 if native else 32)
     steps = options.steps or (600 if native else 100)
     corpus = Corpus.load(CorpusConfig(source=options.text))
+    keep_memory()
     rows, differences = [], []
     for seed in range(1, options.seeds + 1):
         config = Config(

@@ -13,7 +13,7 @@ from charlm.errors import CharlmError, Interrupted
 from charlm.storage import run as runs
 from charlm.storage.run import Run
 from charlm.text.corpus import Corpus
-from charlm.training.distributed import ALONE, joined
+from charlm.training.distributed import ALONE, end_process, joined
 from charlm.training.trainer import Trainer
 from conftest import TINY
 
@@ -57,6 +57,9 @@ class Recorder:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def begin(self, *_):
+        pass
+
+    def logged(self, *_):
         pass
 
     def evaluated(self, *_):
@@ -103,7 +106,7 @@ def main(folder):
         except Interrupted as error:
             (folder / f"signalled.{group.rank}").write_text(f"{error.exit_code} {error}")
         (folder / f"agreed.{group.rank}").write_text(
-            f"{group.largest(3 + group.rank)} {group.sum(0.25)} {group.told(lambda: ['é', 0.1, None])}"
+            f"{group.largest(3 + group.rank)} {group.sum(0.25)} {group.from_first(lambda: ['é', 0.1, None])}"
         )
         try:
             group.check_same("text", str(group.rank))
@@ -115,7 +118,10 @@ def main(folder):
 
 
 if __name__ == "__main__":
+    code = 0
     try:
         main(Path(sys.argv[1]))
     except CharlmError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        code = 1
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    end_process(code)

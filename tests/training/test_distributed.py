@@ -128,7 +128,7 @@ def test_what_the_processes_tell_each_other(two):
 
 def test_an_error_of_one_process_ends_both_and_is_said_once(two):
     assert two.codes == [1, 1]
-    assert two.errors == ["Told: \n", "CharlmError: the disk is full\n"]
+    assert two.errors == ["EndedElsewhere: \n", "CharlmError: the disk is full\n"]
 
 
 ENVIRONMENTS = {
@@ -168,8 +168,8 @@ def test_processes_have_a_gpu_each_or_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert [str(group.device(name)) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
-    with pytest.raises(ConfigError, match="'cuda:0'.*a GPU of its own"):
+    with pytest.raises(ConfigError, match="'cuda:0'"):
         group.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="4 processes need as many GPUs, and this machine has 2"):
+    with pytest.raises(ConfigError, match="4 processes .* this machine has 2"):
         group.device("auto")

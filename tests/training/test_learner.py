@@ -26,7 +26,7 @@ def test_bfloat16_trains_float32_weights(words):
     losses = []
     for x, y in learner.batches.loader(1, 0):
         learner.step(x, y)
-        losses.append(learner.progress.train_nats / learner.progress.train_characters)
+        losses.append(learner.progress.since_evaluation.nats / learner.progress.since_evaluation.characters)
     assert losses[-1] < losses[0]
     assert all(parameter.dtype == torch.float32 for parameter in learner.model.parameters())
 

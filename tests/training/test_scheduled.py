@@ -4,7 +4,7 @@ import torch
 from charlm.config import ModelConfig, TrainConfig
 from charlm.nn.model import CharLM
 from charlm.training import learner as scheduled
-from charlm.training.learner import share_fed_true
+from charlm.training.learner import true_character_probability
 
 SHAPES = ["linear", "exponential", "inverse_sigmoid"]
 
@@ -12,18 +12,21 @@ SHAPES = ["linear", "exponential", "inverse_sigmoid"]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_share_falls_from_one_to_its_end(shape):
     config = TrainConfig(teacher_forcing=0.25, teacher_forcing_schedule=shape)
-    shares = [share_fed_true(k / 100, config) for k in range(101)]
+    shares = [true_character_probability(k / 100, config) for k in range(101)]
     assert shares[0] == pytest.approx(1) and shares[-1] == pytest.approx(0.25)
     assert shares == sorted(shares, reverse=True)
 
 
 def test_the_shapes_are_those_of_the_paper():
     middle = {
-        s: share_fed_true(0.5, TrainConfig(teacher_forcing=0.0, teacher_forcing_schedule=s)) for s in SHAPES
+        s: true_character_probability(0.5, TrainConfig(teacher_forcing=0.0, teacher_forcing_schedule=s))
+        for s in SHAPES
     }
     assert middle["linear"] == pytest.approx(0.5) == middle["inverse_sigmoid"]
     assert middle["exponential"] < 0.1
-    early = share_fed_true(0.2, TrainConfig(teacher_forcing=0.0, teacher_forcing_schedule="inverse_sigmoid"))
+    early = true_character_probability(
+        0.2, TrainConfig(teacher_forcing=0.0, teacher_forcing_schedule="inverse_sigmoid")
+    )
     assert early > 0.95, "flat at first"
 
 

@@ -41,11 +41,20 @@ def main(args: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # a fault of charlm's
+        if not _is_out_of_memory(error):
+            raise  # a bug, which needs its traceback
         return _fail(
-            "out of memory; take a smaller model.hidden_size, batches.batch_size or batches.seq_len", 1
+            "out of memory; use a smaller model.hidden_size, batches.batch_size or batches.seq_len", 1
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: torch's allocator for the CPU raises a bare RuntimeError."""
+    torch = sys.modules.get("torch")  # not imported here, so that --help starts fast
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    message = str(error)
+    return "DefaultCPUAllocator" in message and "memory" in message
 
 
 def _prepare_streams() -> None:

@@ -86,11 +86,13 @@ def gradflow(
     recurrent weights are too large.
     """
     from charlm import config as configuration
+    from charlm.nn.kernels.native import keep_memory
     from charlm.study import plot as plotting
     from charlm.study.gradflow import gradflow_by_cell, plot
 
     if picture:
         plotting.check_plot(Path(picture))
+    keep_memory()
     curves = gradflow_by_cell(configuration.load(recipe, overrides), steps, train_steps, scale)
     shown = [k for k in (0, 1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 200) if k <= steps]
     click.echo(f"{'steps back':<20}" + "".join(f"{k:>10}" for k in shown))
@@ -118,6 +120,7 @@ def compare(
     """
     from charlm import config as configuration
     from charlm.cli.train import TrainingDisplay
+    from charlm.nn.kernels.native import keep_memory
     from charlm.storage import run as runs
     from charlm.study import compare as comparison
     from charlm.study import plot as plotting
@@ -136,6 +139,7 @@ def compare(
         name: configuration.load(recipe, overrides) for name, recipe in zip(names, chosen, strict=True)
     }
     folders = {name: runs.new_run(None, name) for name in names}
+    keep_memory()
     rows = comparison.compare(configs, folders, TrainingDisplay())
     click.echo(comparison.table(rows, form))  # type: ignore[arg-type]
     if picture:
@@ -181,9 +185,11 @@ def bench(
     figures are medians of three rounds. Run nothing else at the same time.
     """
     from charlm.config import BatchesConfig, ModelConfig
+    from charlm.nn.kernels.native import keep_memory
     from charlm.study import bench as benchmark
     from charlm.study.compare import markdown
 
+    keep_memory()
     report = benchmark.bench(
         cells or CELL_NAMES,
         ModelConfig(hidden_size=hidden_size, num_layers=num_layers),

@@ -1,4 +1,4 @@
-"""The command that trains."""
+"""The command `train`, and the display of a training on the terminal, which `compare` uses too."""
 
 import contextlib
 import math
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 @config_option()
 @set_option()
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: RECIPE-DATE-TIME]")
-@click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Go on with a run that stopped.")
-@click.option("--at", type=click.IntRange(min=0), metavar="STEP", help="Resume at an earlier, kept save.")
-@click.option("--allow-changes", is_flag=True, help="Resume with other settings, as far as they fit.")
-@click.option("--dry-run", is_flag=True, help="Show what would be trained and written; do nothing.")
+@click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Continue a run that stopped.")
+@click.option("--at", type=click.IntRange(min=0), metavar="STEP", help="Resume from an earlier save.")
+@click.option("--allow-changes", is_flag=True, help="Resume with changed settings, as far as possible.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained and written, and exit.")
 def train(
     recipe: str | None,
     overrides: tuple[str, ...],
@@ -38,24 +38,27 @@ def train(
 ) -> None:
     """Train a model on a text.
 
-    With no --config, an LSTM on the bundled Spanish corpus. The models, the log and the state to resume from
-    are in runs/RUN. Ctrl-C finishes the step, saves and says how to go on; a second one stops at once.
+    Without --config, trains an LSTM on the bundled Spanish corpus. The models, the log and the state to
+    resume from are written to runs/RUN. Ctrl-C finishes the step, saves and shows how to resume; a second
+    Ctrl-C stops at once.
 
-    torchrun --nproc-per-node 2 -m charlm train ... trains with two processes, each on its share of the data.
+    torchrun --nproc-per-node 2 -m charlm train ... trains with two processes, each on its slice of the data.
     """
     if not resume and (at is not None or allow_changes):
-        raise ConfigError("--at and --allow-changes go with --resume RUN")
+        raise ConfigError("--at and --allow-changes need --resume RUN")
     if resume and (recipe or name):
         raise ConfigError(
             "--resume takes the run's own configuration and name; leave out --config and --name"
         )
 
     from charlm import config as configuration
+    from charlm.nn.kernels.native import keep_memory
     from charlm.storage import run as runs
     from charlm.text.corpus import Corpus
     from charlm.training.distributed import joined
     from charlm.training.trainer import Trainer
 
+    keep_memory()
     with joined() as group, contextlib.ExitStack() as held:
         state: dict[str, Any] | None = None
         if group.first and resume:
@@ -66,7 +69,7 @@ def train(
         elif group.first:
             config = configuration.load(recipe, overrides)
             run = runs.new_run(name, Path(recipe).stem if recipe else config.model.cell)
-        data, folder = group.told(lambda: (config.model_dump(mode="json"), str(run.folder)))
+        data, folder = group.from_first(lambda: (config.model_dump(mode="json"), str(run.folder)))
         config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
         display = TrainingDisplay(silent=not group.first)
         corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading))
@@ -85,7 +88,7 @@ def train(
         for line in trainer.describe():
             display.say(line)
         if not resume:
-            folder = group.told(lambda: str(runs.create(run, config, rename=name is None).folder))
+            folder = group.from_first(lambda: str(runs.create(run, config, rename=name is None).folder))
             run = runs.Run(Path(folder))
             if group.first:
                 held.enter_context(runs.lock(run))
@@ -95,9 +98,9 @@ def train(
             if learner.progress.concluded and learner.finished:
                 raise ConfigError(
                     f"the run {run.folder} is finished, at step {learner.progress.step}, "
-                    f"by {learner.finished}; to train on, raise that with --set"
+                    f"by {learner.finished}; to train longer, raise it with --set"
                 )
-            group.told(lambda: runs.save_config(run, config))
+            group.from_first(lambda: runs.save_config(run, config))
             display.say(f"resumed  {run.folder} at step {learner.progress.step} of {learner.total_steps}")
         result = trainer.train(run, display)
         if group.first:
@@ -132,56 +135,53 @@ def _load_run(
     return config, state
 
 
-_BAR = "{desc} |{bar}| {remaining} left"  # fits 60 columns
-_LONG = 2**26  # bytes; what is shorter is read in a moment
+_SHORT = 2**26  # bytes that are read in a moment, without a bar
+
+
+def bar(total: int, **options: Any) -> "tqdm[Any] | None":
+    """Return a progress bar on stderr that removes itself at its end, or None if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    shape = "{desc} |{bar}| {remaining} left"  # fits 60 columns
+    return tqdm(total=total, bar_format=shape, dynamic_ncols=True, leave=False, file=sys.stderr, **options)
 
 
 class TrainingDisplay:
-    """Shows the loop on stderr; there is a bar only where stderr is a terminal.
+    """A `Reporter` that prints on stderr, with a bar if stderr is a terminal.
 
-    silent: show nothing, as the second and later of several processes do.
+    silent: print nothing, as the processes after the first do.
     """
 
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
         self.bar: tqdm[Any] | None = None
-        self.steps_per_epoch = 1
+        self.steps_per_epoch = self.epochs = 1
         self.chars_per_second = 0.0
 
     def say(self, line: str = "") -> None:
-        """Print a line, above the bar if there is one. Training goes on when nobody is left to read it."""
+        """Print a line, above the bar if there is one; the training continues if stderr is closed."""
         if self.silent:
             return
         with contextlib.suppress(BrokenPipeError):
             tqdm.write(line, file=sys.stderr)
 
     def reading(self, count: int, total: int) -> None:
-        """So many bytes more of the corpus were read, of `total`; a long one has a bar."""
-        if self.bar is None and total > _LONG and sys.stderr.isatty() and not self.silent:
-            self.bar = tqdm(
-                total=total, desc="reading", bar_format=_BAR, dynamic_ncols=True, leave=False, file=sys.stderr
-            )
+        """Show that `count` more bytes of the corpus, of `total`, were read; a short corpus has no bar."""
+        if self.bar is None and total > _SHORT and not self.silent:
+            self.bar = bar(total, desc="reading")
         if self.bar is not None:
             self.bar.update(count)
-            if self.bar.n >= total:  # the last of it, or a file must be read again
+            if self.bar.n >= total:  # the end, or a file is read a second time
                 self.end()
 
     def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Show the bar at `step`."""
         self.steps_per_epoch = steps_per_epoch
         self.epochs = -(-total_steps // steps_per_epoch)
-        if sys.stderr.isatty() and not self.silent:
-            self.bar = tqdm(
-                total=total_steps,
-                initial=step,
-                bar_format=_BAR,
-                dynamic_ncols=True,
-                leave=False,
-                file=sys.stderr,
-            )
+        self.bar = None if self.silent else bar(total_steps, initial=step)
 
     def step(self, loss: float, characters: int, seconds: float) -> None:
-        """Move the bar one step on."""
+        """Advance the bar by a step and show its figures."""
         if self.bar is None:
             return
         rate = characters / seconds
@@ -193,10 +193,13 @@ class TrainingDisplay:
         )
         self.bar.update()
 
+    def logged(self, row: dict[str, Any]) -> None:
+        """Print nothing: the bar shows the loss."""
+
     def evaluated(self, row: dict[str, Any], best: bool) -> None:
-        """Print the row's figures; a star marks the best val loss so far."""
+        """Print the metrics of the row; a star marks the best val loss so far."""
         val = row["val_loss"]
-        # Absent where no step since the last evaluation was fit to be taken.
+        # Absent if all steps since the last evaluation were skipped.
         train = f"{row['train_loss']:.3f}" if "train_loss" in row else "-"
         grad = f"{row['grad_norm']:.2f}" if "grad_norm" in row else "-"
         self.say(
@@ -206,35 +209,35 @@ class TrainingDisplay:
         )
 
     def sample(self, text: str) -> None:
-        """Print a text by the model, indented."""
+        """Print a text of the model, indented."""
         self.say("".join(f"    | {line}\n" for line in text.strip("\n").split("\n")).rstrip("\n"))
 
     def finished(self, best: dict[str, Any], test: Score | None, folder: Path, prefix: str) -> None:
-        """Print the figures of the best model, where it is, and how to write with it."""
+        """Print the metrics of the best model, its file, and a command that generates with it."""
         self.say()
-        self.say(f"best     val {_figures(best['val_loss'], _kind(best))}, at epoch {best['epoch']:g}")
+        self.say(f"best     val {_metrics(best['val_loss'], _kind(best))}, at epoch {best['epoch']:g}")
         if test:
-            self.say(f"test     {_figures(test.loss, _kind(best))}")
+            self.say(f"test     {_metrics(test.loss, _kind(best))}")
         self.say(f"model    {folder / 'model.safetensors'}")
-        where, start = shlex.quote(str(folder)), shlex.quote(prefix)
+        model = shlex.quote(str(folder))
         if _kind(best):
-            self.say(f"fill in  charlm fill --model {where} {shlex.quote(prefix.strip() + '_')}")
+            self.say(f"fill in  charlm fill --model {model} {shlex.quote(prefix.strip() + '_')}")
         else:
-            self.say(f"write    charlm generate --model {where} --prefix {start}")
+            self.say(f"write    charlm generate --model {model} --prefix {shlex.quote(prefix)}")
 
     def end(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
 
 def _kind(row: dict[str, Any]) -> str:
-    """What the figures of a model that fills in characters are called, lest they be taken for the others'."""
+    """The prefix of a metric's name: a model that fills in characters has a pseudo-perplexity."""
     return "pseudo-" if "val_pseudo_perplexity" in row else ""
 
 
-def _figures(loss: float, kind: str) -> str:
+def _metrics(loss: float, kind: str) -> str:
     return (
         f"{kind}perplexity {perplexity(loss):.2f}, {loss / math.log(2):.3f} {kind}bits per character, "
         f"{loss:.4f} nats"

@@ -1,60 +1,62 @@
-"""Several processes that train one model together, on one machine or many: data-parallel training.
+"""Data-parallel training: several processes, on one machine or many, train one model together.
 
-Each process holds the whole model and reads its share of every batch; `DistributedDataParallel` averages the
-gradients, so that all take the same step. ``torchrun`` starts the processes and says in the environment who
-they are. A single process is a group of one, for which nothing here does anything.
+Each process holds the whole model and reads its slice of every batch; `DistributedDataParallel` averages the
+gradients, so that all processes take the same step. ``torchrun`` starts the processes and describes the group
+in environment variables. A single process is a group of one, whose methods communicate with nobody.
 
-Figures and states go through gloo, gradients through gloo or, on CUDA, NCCL.
+Metrics and states go through gloo, gradients through gloo or, on CUDA, NCCL.
 """
 
+import atexit
 import contextlib
 import io
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from charlm.errors import CharlmError, ConfigError, Told
+from charlm.errors import CharlmError, ConfigError, EndedElsewhere
 from charlm.nn.device import choose_device
 from charlm.storage.state_file import read_state, write_state
 from charlm.text.batches import mix
 
 Value = TypeVar("Value")
 
-# The others wait while the first process scores val. One that dies is noticed at once all the same: its
-# connections close.
-_PATIENCE = timedelta(hours=24)
+# The others wait while the first process scores val. A process that dies is noticed at once in spite of this,
+# because its connections close.
+_TIMEOUT = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train together; this is number `rank` of `size`, and `local_rank` on its machine.
+    """The processes that train together, seen from process `rank` of `size`, `local_rank` on its machine.
 
-    What is called on one process of a group has to be called on all: each waits for the others.
+    A method that communicates waits for the other processes: all of them have to call it.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    figures: "dist.ProcessGroup | None" = None  # gloo, on CUDA too
+    gloo: "dist.ProcessGroup | None" = None  # for numbers and states, on CUDA too
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and shows."""
+        """Whether this process writes the files and shows the progress."""
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """The device called `name`, as `choose_device` has it; on CUDA each process of a machine has its own.
+        """Return the device `name`, as `choose_device` does; with CUDA, each process takes another GPU.
 
         Raises `ConfigError` for too few GPUs and for a device that processes cannot share.
         """
@@ -64,65 +66,65 @@ class Group:
             return torch.device("cpu")
         if name not in ("auto", "cuda"):
             raise ConfigError(
-                f"train.device is {name!r}; with several processes it must be auto, cuda or cpu: "
-                "each takes a GPU of its own"
+                f"train.device is {name!r}; allowed with several processes: auto, cuda, cpu "
+                "(each process takes another GPU)"
             )
         choose_device("cuda")
         if self.local_size > torch.cuda.device_count():
             raise ConfigError(
-                f"{self.local_size} processes need as many GPUs, and this machine has "
-                f"{torch.cuda.device_count()}; lower --nproc-per-node, or take train.device=cpu"
+                f"{self.local_size} processes need {self.local_size} GPUs, and this machine has "
+                f"{torch.cuda.device_count()}; lower --nproc-per-node or set train.device=cpu"
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
     def seed(self, seed: int) -> int:
-        """The seed of this process's dropout: the first process's is `seed` itself."""
+        """Return the seed of this process's dropout, which for the first process is `seed`."""
         return mix(seed, self.rank) if self.rank else seed
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """`module`, its gradients averaged over the processes in every backward pass."""
+        """Return `module` with its gradients averaged over the processes in every backward pass."""
         if self.size == 1:
             return module
-        # A bucket for each parameter. With more in one, the first step would sum in another order than those
-        # that follow it, once the buckets are in the order of the gradients: of three processes or more a
-        # resumed run would not end with the same bits. The models have some ten parameters, mostly large.
+        # One bucket per parameter. After the first step, DistributedDataParallel rebuilds larger buckets in
+        # the order of the gradients and then sums in another order: with three processes or more, a resumed
+        # run would not end with the same bits. The models have about ten parameters, most of them large.
         return DistributedDataParallel(module, bucket_cap_mb=1e-6, gradient_as_bucket_view=True)
 
     def sum(self, number: float) -> float:
-        """The sum of the processes' numbers, in float64."""
+        """Return the sum of the processes' numbers, in float64."""
         return self._reduced(number, torch.float64, dist.ReduceOp.SUM)
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """Return the largest of the processes' numbers."""
         return int(self._reduced(number, torch.int64, dist.ReduceOp.MAX))
 
-    def _reduced(self, number: float, dtype: torch.dtype, how: Any) -> float:
+    def _reduced(self, number: float, dtype: torch.dtype, operation: Any) -> float:
         if self.size == 1:
             return number
         tensor = torch.tensor([number], dtype=dtype)
-        dist.all_reduce(tensor, how, self.figures)
+        dist.all_reduce(tensor, operation, self.gloo)
         return tensor.item()
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """The processes' tensors, all of one shape (...), as (size, ...), on the CPU."""
+        """Return the processes' tensors, all of one shape (...), as one tensor (size, ...) on the CPU."""
         tensor = tensor.detach().cpu().contiguous()
         if self.size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor, self.figures)
+        dist.all_gather(parts, tensor, self.gloo)
         return torch.stack(parts)
 
     def side_by_side(self, tensor: Tensor) -> Tensor:
-        """The processes' tensors (L, B, H), all of one shape, as one (L, size · B, H), on the CPU."""
+        """Return the processes' tensors, all of shape (L, B, H), as one (L, size · B, H) on the CPU."""
         return torch.cat(list(self.gathered(tensor)), 1)
 
-    def told(self, find: Callable[[], Value]) -> Value:
-        """What `find`, called on the first process alone, gives there: a value that JSON holds."""
+    def from_first(self, find: Callable[[], Value]) -> Value:
+        """Return the result of `find`, a JSON value, which only the first process calls."""
         if self.size == 1:
             return find()
         data = json.dumps(find()).encode() if self.first else b""
-        value: Value = json.loads(self._spread(data))
+        value: Value = json.loads(self._broadcast(data))
         return value
 
     def state(self, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -132,37 +134,37 @@ class Group:
         buffer, state = io.BytesIO(), load() if self.first else {}
         if self.first:
             write_state(buffer, state)
-        data = self._spread(buffer.getvalue())
+        data = self._broadcast(buffer.getvalue())
         return state if self.first else read_state(io.BytesIO(data), Path("the first process's state"))
 
-    def _spread(self, data: bytes) -> bytes:
-        """The first process's bytes."""
+    def _broadcast(self, data: bytes) -> bytes:
+        """Return the first process's bytes."""
         size = torch.tensor([len(data)])
-        dist.broadcast(size, 0, self.figures)
+        dist.broadcast(size, 0, self.gloo)
         buffer = torch.empty(int(size), dtype=torch.uint8)
         if self.first:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, 0, self.figures)
+        dist.broadcast(buffer, 0, self.gloo)
         return buffer.numpy().tobytes()
 
     def in_turn(self, load: Callable[[], Value]) -> Value:
-        """What `load` gives, called first on one process of each machine, then on the others.
+        """Return the result of `load`, called on one process of each machine first, then on the others.
 
-        What the one leaves on the disk, the others find.
+        The others find the files that the first call leaves on the disk.
         """
         value = load() if self.local_rank == 0 else None
         self.wait()
         return load() if value is None else value
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         self.largest(0)
 
-    def check_same(self, what: str, value: str) -> None:
-        """Raise `CharlmError` unless all processes have the same `value`."""
-        different = self.told(lambda: value) != value
+    def check_same(self, name: str, value: str) -> None:
+        """Raise `CharlmError` unless all processes have the same `value`; `name` says what it is."""
+        different = self.from_first(lambda: value) != value
         if self.largest(int(different)):
-            raise CharlmError(f"the processes have different {what}; give every machine the same files")
+            raise CharlmError(f"the processes have different {name}; give every machine the same files")
 
 
 ALONE = Group()
@@ -170,11 +172,13 @@ ALONE = Group()
 
 @contextlib.contextmanager
 def joined() -> Iterator[Group]:
-    """The group that ``torchrun``'s environment tells of, while the context lasts.
+    """Join the group that ``torchrun``'s environment variables describe, for as long as the context lasts.
 
-    Of the processes that an error ends, the first that meets it raises it, and from the others it comes as
-    `Told`. Raises `ConfigError` for an environment that makes no sense, and `CharlmError` where the others
-    cannot be reached or one of them is lost.
+    When an error ends the group, the first process that meets it raises it, and the others raise
+    `EndedElsewhere`. Raises `ConfigError` for environment variables that contradict each other, and
+    `CharlmError` if the other processes cannot be reached or one of them is lost.
+
+    A program that uses this calls `end_process` at its end.
     """
     rank, size, local_rank, local_size = _from_environment()
     if size == 1:
@@ -186,23 +190,37 @@ def joined() -> Iterator[Group]:
         store = next(rendezvous("env://", rank, size, timeout=timedelta(minutes=10)))[0]
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        figures = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        gloo = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise CharlmError(f"process {rank} of {size} cannot join the others: {_line(error)}") from None
     try:
-        yield Group(rank, size, local_rank, local_size, figures)
+        yield Group(rank, size, local_rank, local_size, gloo)
     except BaseException as error:
-        raise _first_told(error, rank, size, store) from None
+        raise _first_to_end(error, rank, size, store) from None
     dist.destroy_process_group()
 
 
+def end_process(code: int) -> NoReturn:
+    """End a process of a group with the exit code `code`, without the interpreter's finalization.
+
+    The threads of gloo release tensors, for which they need the interpreter's lock. If they ask for it during
+    the finalization, Python ends the thread, and with it the process is aborted. The threads cannot be joined
+    first: they may be in an operation that another process, ending too, never completes.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def _from_environment() -> tuple[int, int, int, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; of a process alone where there are none."""
+    """Return RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or those of a single process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     found = {name: os.environ.get(name) for name in names}
     if not (found["RANK"] or found["WORLD_SIZE"]):
         return 0, 1, 0, 1
-    where = ", ".join(f"{name}={value}" for name, value in found.items())
+    variables = ", ".join(f"{name}={value}" for name, value in found.items())
     try:
         rank, size = int(found["RANK"] or ""), int(found["WORLD_SIZE"] or "")
         local_rank, local_size = int(found["LOCAL_RANK"] or rank), int(found["LOCAL_WORLD_SIZE"] or size)
@@ -210,29 +228,29 @@ def _from_environment() -> tuple[int, int, int, int]:
             raise ValueError
     except ValueError:
         raise ConfigError(
-            f"the environment says {where}, which is no place among several processes; "
-            "start them with torchrun, or unset RANK and WORLD_SIZE"
+            f"invalid environment variables {variables}; "
+            "start several processes with torchrun, or unset RANK and WORLD_SIZE"
         ) from None
     return rank, size, local_rank, local_size
 
 
-def _first_told(error: BaseException, rank: int, size: int, store: Any) -> BaseException:
-    """`error` itself on the process that is the first to meet one, on the others `Told`."""
+def _first_to_end(error: BaseException, rank: int, size: int, store: Any) -> BaseException:
+    """Return the error to raise: on the first process to meet one its own, on the others `EndedElsewhere`."""
     lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
     try:
         first = store.add("charlm/ended", 1) == 1
     except RuntimeError:  # the process that held the store is gone
         first = True
     if not first:
-        return Told(error.exit_code if isinstance(error, CharlmError) else 1)
+        return EndedElsewhere(error.exit_code if isinstance(error, CharlmError) else 1)
     if lost:
         return CharlmError(
             f"process {rank} of {size} lost the others: {_line(error)}; "
-            "one of them was killed, or the network failed; go on from the last save with --resume"
+            "one of them was killed or the network failed; continue from the last save with --resume"
         )
     return error
 
 
 def _line(error: BaseException) -> str:
-    """What `error` says, without where in torch's source and its advice to look at the logs."""
+    """Return the message of `error` without torch's source line and its advice to look at the logs."""
     return re.sub(r"^\[\S+\] ", "", str(error).split("\n")[0]).split(". This is")[0]

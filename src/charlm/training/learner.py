@@ -1,4 +1,8 @@
-"""A model that learns: its steps over a corpus, and all that these depend on, to be saved and taken up."""
+"""The training step: a model, its batches and its optimiser, with a state that can be saved and loaded.
+
+`Learner` takes steps; it neither writes files nor prints. `scheduled_forward` is the forward pass of
+scheduled sampling. `refuse_changes` says which settings can change when a run is resumed.
+"""
 
 import copy
 import math
@@ -15,7 +19,6 @@ from charlm.config import Config, ModelConfig, TrainConfig
 from charlm.errors import ConfigError, one_line
 from charlm.nn.cells import State
 from charlm.nn.device import autocast, choose_precision
-from charlm.nn.kernels.native import keep_memory
 from charlm.nn.layers import one_sequence
 from charlm.nn.model import CharLM, make_model
 from charlm.storage.model_file import load_weights
@@ -32,22 +35,23 @@ from charlm.training.optim import (
     set_lr,
     update_average,
 )
-from charlm.training.progress import Progress
+from charlm.training.progress import Progress, Sums
 
 
 class Learner:
-    """A model in training, a step at a time; nothing is written and nothing shown.
+    """A model in training, one step at a time.
 
-    model: what is trained.
-    scored: what is scored, sampled from and saved: `model`, or with ``train.ema`` its average.
-    carried: the state (L, B, H) that the next batch begins from; None where it begins afresh.
-    problem: what was not finite in the last step; None where it was taken.
+    model: the model that is trained.
+    scored: the model that is evaluated, sampled from and saved: `model`, or with ``train.ema`` its average.
+    carried: the state (L, B, H) that the next batch starts from; None for zeros.
+    skip_reason: why the last step was skipped, or None if it was taken.
 
-    Of the processes of a `group` each makes one, and calls what the others call.
+    Each process of a `group` makes a learner and calls the same methods.
 
-    Making one has the process keep the memory that it frees (`native.keep_memory`).
+    A learner leaves the process's allocator alone. A program that trains on Linux calls `native.keep_memory`
+    once before: without it, a step takes up to a third longer, because its memory is mapped anew each time.
 
-    Raises `CharlmError` for a device that is not here and a corpus too short for the batches.
+    Raises `CharlmError` for a device that is not available and for a corpus too short for the batches.
     """
 
     def __init__(self, config: Config, corpus: Corpus, group: Group = ALONE):
@@ -61,7 +65,6 @@ class Learner:
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         torch.manual_seed(group.seed(config.train.seed))  # dropout draws from torch's global generators
-        keep_memory()
         model = make_model(len(corpus.vocab), config.model, self.device)
         self.model = model.initialise(config.train.seed).to(self.device)
         self.prediction = group.parallel(Prediction(self.model))
@@ -70,11 +73,12 @@ class Learner:
         self.plateau = make_plateau(self.optimizer, config.train)
         self.progress = Progress()
         self.carried: State | None = None
-        self.problem: str | None = None
+        self.skip_reason: str | None = None
+        self._batch_seconds = 0.0  # that the batch of the next step took to make
 
     @property
     def finished(self) -> str | None:
-        """The setting that ended the training, with its value; None while there is more to do."""
+        """The setting that ended the training, with its value, or None if the training is not finished."""
         train, progress = self.config.train, self.progress
         if train.early_stopping and progress.evaluations_since_best >= train.early_stopping:
             return f"train.early_stopping={train.early_stopping}"
@@ -83,71 +87,75 @@ class Learner:
         return f"train.max_steps={train.max_steps}" if train.max_steps else f"train.epochs={train.epochs}"
 
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from `progress.step` on, epoch after epoch; where that was set back, from there."""
+        """Yield the batches from `progress.step` on, epoch after epoch; follow a step that was set back."""
         while not self.finished:
+            started = time.perf_counter()
             epoch, start = divmod(self.progress.step, self.steps_per_epoch)
             if start == 0:
                 self.carried = None
             expected = self.progress.step
             for batch in self.batches.loader(self.config.train.seed, epoch, start):
+                self._batch_seconds = time.perf_counter() - started
                 yield batch
+                started = time.perf_counter()
                 expected += 1
                 if self.progress.step < expected:
                     break
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int, float]:
-        """One optimiser step on a batch (B, T), this process's share of one.
+        """Take an optimiser step on a batch (B, T), of which this process has its slice.
 
-        Where the loss or the gradient is not finite, `problem` says so and nothing is learned from the batch.
+        If the loss or the gradient is not finite, the weights stay as they are and `skip_reason` is set.
 
-        Returns the loss, over how many characters of all processes, in how many seconds.
+        Returns the loss (nats per character), the number of characters, both over all processes, and the
+        seconds, with those that `remaining_batches` took to make the batch.
         """
-        began, progress, train = time.perf_counter(), self.progress, self.config.train
+        started, progress, train = time.perf_counter(), self.progress, self.config.train
         if self.plateau is None:
             factor = lr_factor(progress.step, train, self.total_steps, self.steps_per_epoch)
             set_lr(self.optimizer, train.lr * factor * 0.5**progress.rollbacks)
         sequences = self._sequences(len(x))
-        part = len(x) / sequences  # of the mean over all processes' characters
-        if not part:  # its gradients are awaited all the same, and count for nothing
+        weight = len(x) / sequences  # of this process in the mean over all processes' characters
+        if not weight:  # the other processes wait for its gradients, which count nothing
             x = y = x.new_zeros(1, x.shape[1])
         x, y = x.to(self.device), y.to(self.device)
         state = self.carried or self.model.initial_state(len(x))
         self.model.train()
-        true_share = None
+        true_probability = None
         if train.teacher_forcing < 1:
-            true_share = share_fed_true(progress.step / self.total_steps, train)
+            true_probability = true_character_probability(progress.step / self.total_steps, train)
         with autocast(self.device, self.precision):
-            logits, y, state = self.prediction(x, y, state, true_share)
+            logits, y, state = self.prediction(x, y, state, true_probability)
         if train.loss_on == "last":
             logits, y = logits[:, -1:], y[:, -1:]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         self.optimizer.zero_grad()
-        # Of the gradients of this the processes take the mean.
-        (loss * (part * self.group.size)).backward()  # type: ignore[no-untyped-call]
+        # The processes take the mean of the gradients.
+        (loss * (weight * self.group.size)).backward()  # type: ignore[no-untyped-call]
         norm = clip_gradients(self.model, train).item()
-        nats, characters = self.group.sum(loss.item() * part), sequences * y.shape[1]
+        nats, characters = self.group.sum(loss.item() * weight), sequences * y.shape[1]
         finite = math.isfinite(nats) and math.isfinite(norm)
-        self.problem = None if finite else f"the loss is {nats:.4g}, the gradient's norm {norm:.4g}"
+        self.skip_reason = None if finite else f"the loss is {nats:.4g}, the norm of the gradient {norm:.4g}"
         if finite:
             self.optimizer.step()
             if train.ema:
                 update_average(self.scored, self.model, train.ema, progress.step)
-            progress.train_nats += nats * characters
-            progress.train_characters += characters
             progress.grad_norm = norm
         if self.batches.carries_state:
             self.carried = tuple(tensor.detach().float() for tensor in state) if finite else None
-        seconds = time.perf_counter() - began
+        seconds = self._batch_seconds + time.perf_counter() - started
+        self._batch_seconds = 0.0
         progress.step += 1
         progress.lr = self.optimizer.param_groups[0]["lr"]
         progress.bad_steps += not finite
         progress.bad_steps_in_a_row = 0 if finite else progress.bad_steps_in_a_row + 1
-        progress.train_seconds += seconds
         progress.seconds += seconds
+        for sums in (progress.since_evaluation, progress.since_row):
+            sums.add(nats if finite else 0.0, characters if finite else 0, seconds)
         return nats, characters, seconds
 
     def _sequences(self, own: int) -> int:
-        """How many sequences all processes together read in this step, `own` of them this process."""
+        """Return how many sequences all processes together read in this step; this process reads `own`."""
         if self.group.size == 1:
             return own
         return self.batches.sequences(self.progress.step % self.steps_per_epoch)
@@ -241,27 +249,27 @@ class Learner:
         """Set the step, counted in other batches, to the beginning of its epoch, counted in these."""
         progress = self.progress
         progress.step = progress.step // steps_per_epoch * self.steps_per_epoch
-        progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
+        progress.since_evaluation, progress.since_row = Sums(), Sums()
         self.carried = None
 
 
 class Prediction(nn.Module):
-    """A model's forward pass in training, as a module, for several processes to run together."""
+    """The forward pass of a model in training, as the module that `Group.parallel` wraps."""
 
     def __init__(self, model: CharLM):
         super().__init__()
         self.model = model
 
     def forward(
-        self, x: Tensor, y: Tensor, state: State, true_share: float | None
+        self, x: Tensor, y: Tensor, state: State, true_probability: float | None
     ) -> tuple[Tensor, Tensor, State]:
-        """Logits (B, T, V) on a batch x, y (B, T), the ids that they predict, and the state after.
+        """Return the logits (B, T, V) on a batch x, y (B, T), the ids that they predict, and the last state.
 
-        true_share: of scheduled sampling; None where every character fed is a true one.
+        true_probability: as in `scheduled_forward`; None without scheduled sampling.
         """
-        if true_share is None:
+        if true_probability is None:
             return self.model.predict(x, y, state)
-        logits, state = scheduled_forward(self.model, x, state, true_share)
+        logits, state = scheduled_forward(self.model, x, state, true_probability)
         return logits, y, state
 
 
@@ -276,11 +284,11 @@ def _weights(model: CharLM) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 
-def share_fed_true(done: float, config: TrainConfig) -> float:
-    """The share of true characters to feed once `done` (0 to 1) of the training is over.
+def true_character_probability(progress: float, config: TrainConfig) -> float:
+    """Return the probability of feeding the true character at `progress`, 0 to 1, of the training.
 
-    It falls from 1 to ``teacher_forcing`` along a line, an exponential, or an inverse sigmoid: the paper's
-    three shapes (section 2.4), scaled to begin and end there.
+    It falls from 1 to ``teacher_forcing`` along a line, an exponential or an inverse sigmoid: the three
+    schedules of Bengio et al. 2015 (section 2.4), scaled to these two ends.
     """
     shapes: dict[str, Callable[[float], float]] = {
         "linear": lambda d: 1 - d,
@@ -288,57 +296,62 @@ def share_fed_true(done: float, config: TrainConfig) -> float:
         "inverse_sigmoid": lambda d: 1 / (1 + math.exp(10 * (d - 0.5))),
     }
     shape = shapes[config.teacher_forcing_schedule]
-    left = (shape(done) - shape(1.0)) / (shape(0.0) - shape(1.0))
-    return config.teacher_forcing + (1 - config.teacher_forcing) * left
+    remaining = (shape(progress) - shape(1.0)) / (shape(0.0) - shape(1.0))
+    return config.teacher_forcing + (1 - config.teacher_forcing) * remaining
 
 
-@one_sequence()  # though it is read a character at a time
-def scheduled_forward(model: CharLM, x: Tensor, state: State, share: float) -> tuple[Tensor, State]:
-    """As ``model(x, state)``, but for what is fed: each character x_t, t > 0, is the true one with
-    probability `share`, else drawn from the model's own prediction of it.
+@one_sequence()  # although the model reads one character at a time
+def scheduled_forward(
+    model: CharLM, x: Tensor, state: State, true_probability: float
+) -> tuple[Tensor, State]:
+    """Return ``model(x, state)`` with scheduled sampling (Bengio et al. 2015).
 
-    x (B, T) and a state give logits (B, T, V) and the state after; no gradient flows through the drawing.
-    Chance comes from torch's global generator.
-    """  # noqa: D205
+    Each character x_t, t > 0, is fed with probability `true_probability`; otherwise a character drawn from
+    the model's prediction of x_t is fed. No gradient flows through the draw, which uses torch's global
+    generator.
+
+    x (B, T) and a state give logits (B, T, V) and the last state.
+    """
     fed, outputs = x[:, :1], []
     for t in range(x.shape[1]):
         logits, state = model(fed, state)
         outputs.append(logits)
         if t + 1 < x.shape[1]:
-            # What is no number is not drawn from; the loss tells of it.
+            # multinomial refuses NaN; the loss reports it.
             p = logits[:, 0].detach().float().softmax(-1).nan_to_num(1.0)
             drawn = torch.multinomial(p, 1)
-            truly = torch.rand(len(x), 1, device=x.device) < share
-            fed = torch.where(truly, x[:, t + 1 : t + 2], drawn)
+            is_true = torch.rand(len(x), 1, device=x.device) < true_probability
+            fed = torch.where(is_true, x[:, t + 1 : t + 2], drawn)
     return torch.cat(outputs, 1), state
 
 
-# A run goes on as it began, but for its budget, its device, and where its text now is.
+# The settings that a resumed run can change without --allow-changes: its budget, its device, its reports and
+# the place of its text.
 FREE = (
     *("train.epochs", "train.max_steps", "train.early_stopping", "train.device", "train.tensorboard"),
-    "corpus.source",
+    *("train.log_every", "corpus.source"),
 )
 
-# Steps are not the same steps after these: the epoch is begun again.
+# After a change of these, a step reads other characters: the epoch is restarted.
 REORDERING = {
     *(f"batches.{key}" for key in ("sampling", "batch_size", "seq_len", "stride", "shuffle", "truncation")),
     "batches.max_train_windows",
     "train.seed",
 }
 
-_ADAPTABLE = {  # of the model's keys, those that another value can go on from
+_ADAPTABLE = {  # the keys of the model that can change with --allow-changes
     f"model.{key}"
     for key in ("implementation", "dropout", "locked_dropout", "weight_dropout", "embedding_dropout")
 }
 _IMPOSSIBLE = {
-    **{f"model.{key}": "the weights are those of another model" for key in ModelConfig.model_fields},
-    **{f"model.{key}": "it takes effect at the beginning only" for key in ("init", "forget_bias")},
-    "train.optimizer": "what one optimiser has gathered is nothing to another",
+    **{f"model.{key}": "the weights would not fit the model" for key in ModelConfig.model_fields},
+    **{f"model.{key}": "it affects the initial weights only" for key in ("init", "forget_bias")},
+    "train.optimizer": "the state of one optimiser does not fit another",
 }
 
 
 def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys, as section.key, in which two configurations differ, each with its two values."""
+    """Return the keys, as section.key, whose values differ, with the value before and the value after."""
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     return {
         f"{section}.{key}": (old[section][key], value)
@@ -349,25 +362,25 @@ def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def refuse_changes(before: Config, after: Config, allow: bool) -> None:
-    """Raise `ConfigError`, with all differences, where a run made from `before` is not to go on as `after`.
+    """Raise `ConfigError`, with all differences, if a run of `before` cannot be resumed with `after`.
 
-    allow: only what cannot be changed is refused, with the reason.
+    allow: refuse only the changes that are impossible, with the reasons.
     """
     changed = {key: values for key, values in differences(before, after).items() if key not in FREE}
     if not allow and changed:
         raise ConfigError(
-            f"--resume would change {_shown(changed)}; only {', '.join(FREE)} change freely: "
-            "leave the rest as it was, or say --allow-changes"
+            f"--resume would change {_shown(changed)}; allowed without --allow-changes: {', '.join(FREE)}; "
+            "restore the old values or add --allow-changes"
         )
     impossible = {key: why for key in changed if (why := _why_impossible(key))}
     if impossible:
         reasons = ", ".join(f"{_shown({key: changed[key]})} ({why})" for key, why in impossible.items())
-        raise ConfigError(f"--resume cannot change {reasons}; begin a new run for that")
+        raise ConfigError(f"--resume cannot change {reasons}; start a new run instead")
 
 
 def _why_impossible(key: str) -> str | None:
     if key.startswith("corpus."):
-        return "the text would be another, and with it the vocabulary"
+        return "the text and its vocabulary would change"
     return None if key in _ADAPTABLE else _IMPOSSIBLE.get(key)
 
 

@@ -1,29 +1,44 @@
-"""`Progress`: what the training loop counts and remembers between steps."""
+"""The counters of the training loop: everything it remembers between steps, apart from tensors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Sums:
+    """Sums over steps: the nats and the characters of the steps that were taken, the seconds of all."""
+
+    nats: float = 0.0
+    characters: int = 0
+    seconds: float = 0.0
+
+    def add(self, loss: float, characters: int, seconds: float) -> None:
+        """Add a step with the mean `loss`, in nats per character, over `characters`."""
+        self.nats += loss * characters
+        self.characters += characters
+        self.seconds += seconds
 
 
 @dataclass
 class Progress:
-    """What the loop remembers between steps, apart from tensors.
+    """The counters of a training.
 
-    train_nats, train_characters, train_seconds: sums since the last evaluation.
-    seconds: time spent in steps, in all.
-    lr, grad_norm: of the last step, and of the last that was taken.
-    bad_steps: steps that were passed over, in all and in a row up to now.
-    rollbacks: how often the run went back to `rollback_step`, the last save known to be good; each halves the
+    since_evaluation, since_row: sums since the last evaluation, and since the last row with a train loss.
+    seconds: the seconds of all steps, without evaluations and saves.
+    lr: the learning rate of the last step.
+    grad_norm: the gradient norm of the last step that was taken.
+    bad_steps, bad_steps_in_a_row: the number of skipped steps, in all and up to now without a break.
+    rollbacks: how often the run rolled back to `rollback_step`, its last sound save; each rollback halves the
         learning rate.
-    concluded: the end was reached and logged.
+    concluded: whether the training has reached its end and logged it.
     """
 
     step: int = 0
     best_loss: float = math.inf
     best_step: int = 0
     evaluations_since_best: int = 0
-    train_nats: float = 0.0
-    train_characters: int = 0
-    train_seconds: float = 0.0
+    since_evaluation: Sums = field(default_factory=Sums)
+    since_row: Sums = field(default_factory=Sums)
     seconds: float = 0.0
     log_size: int = 0
     lr: float = 0.0
@@ -33,3 +48,9 @@ class Progress:
     rollbacks: int = 0
     rollback_step: int = 0
     concluded: bool = False
+
+    def __post_init__(self) -> None:
+        """Convert the sums of a state, which are dictionaries."""
+        for name in ("since_evaluation", "since_row"):
+            if isinstance(sums := getattr(self, name), dict):
+                setattr(self, name, Sums(**sums))

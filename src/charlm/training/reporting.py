@@ -1,4 +1,9 @@
-"""A training's figures for TensorBoard, as they come (needs the extra `tensorboard`)."""
+"""What a training reports while it runs, and the signals that stop it.
+
+A `Reporter` receives the steps, the rows of the log and the messages of a training; the command line has one
+that prints. `TensorBoard` is a reporter that writes event files and calls another one. `caught_signals` turns
+Ctrl-C and SIGTERM into a request that the loop reads between two steps.
+"""
 
 import signal
 import threading
@@ -6,101 +11,117 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from charlm.errors import CharlmError
 from charlm.storage.log import Row
 
 
 class Reporter(Protocol):
-    """What shows the training to a person."""
+    """The receiver of a training's progress."""
 
     def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
-        """The loop begins at `step`."""
+        """Receive the start of the loop at `step`; after a rollback, it starts again."""
 
     def step(self, loss: float, characters: int, seconds: float) -> None:
-        """A step was taken, over so many characters, in so many seconds."""
+        """Receive a step: its loss (nats per character), over `characters`, and its seconds."""
+
+    def logged(self, row: Row) -> None:
+        """Receive a row that was logged between evaluations."""
 
     def evaluated(self, row: Row, best: bool) -> None:
-        """The log has a new row; `best` if its val loss is the lowest so far."""
+        """Receive the row of an evaluation; `best` if its val loss is the lowest so far."""
 
     def sample(self, text: str) -> None:
-        """The model wrote a text."""
+        """Receive a text that the model generated."""
 
     def say(self, line: str) -> None:
-        """Something happened that a person should know of."""
+        """Receive a message to the user."""
 
     def end(self) -> None:
-        """The loop is over, whatever ended it."""
+        """Receive the end of the loop, which an error may have caused."""
 
 
 def check_tensorboard() -> None:
-    """Raise `CharlmError` where the package is missing: to be called before hours of training."""
+    """Raise `CharlmError` if the package tensorboard is missing."""
     if find_spec("tensorboard") is None:
         raise CharlmError(
             "train.tensorboard needs the package tensorboard: pip install 'charlm-torch[tensorboard]', "
-            "or go without: --set train.tensorboard=false"
+            "or turn it off: --set train.tensorboard=false"
         )
 
 
 class TensorBoard:
-    """Writes each row of the log, and the samples, into `folder`, and passes all on to `shown`.
+    """A reporter that writes the rows of the log and the samples into `folder` and calls `reporter`.
 
-    Where a run is resumed, what was written of the steps that are now done again is struck out.
+    When a run is resumed, TensorBoard ignores the events of the steps that are repeated.
     """
 
-    def __init__(self, folder: Path, shown: Reporter):
+    def __init__(self, folder: Path, reporter: Reporter):
         check_tensorboard()
-        self.folder, self.shown, self.at = folder, shown, 0
+        self.folder, self.reporter, self.last_step = folder, reporter, 0
 
     def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
-        """Open a file of events; those after `step` in older ones count no more."""
+        """Open an event file that makes the events after `step` in older files invalid."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(self.folder, purge_step=step + 1)
-        self.shown.begin(step, total_steps, steps_per_epoch)
+        self.reporter.begin(step, total_steps, steps_per_epoch)
 
     def step(self, loss: float, characters: int, seconds: float) -> None:
-        """Pass it on: a point for every step would cost small models their speed."""
-        self.shown.step(loss, characters, seconds)
+        """Write nothing: a point per step would slow small models down."""
+        self.reporter.step(loss, characters, seconds)
 
-    def evaluated(self, row: dict[str, Any], best: bool) -> None:
-        """Write the row: train and val of a figure in one group, what is of the training alone in another."""
-        self.at = row["step"]
-        for key, value in row.items():
-            split, _, figure = key.partition("_")
-            if split in ("train", "val"):
-                self.writer.add_scalar(f"{figure}/{split}", value, self.at)
-            elif key not in ("step", "sample"):
-                self.writer.add_scalar(f"training/{key}", value, self.at)
+    def logged(self, row: Row) -> None:
+        """Write the row."""
+        self._write(row)
+        self.reporter.logged(row)
+
+    def evaluated(self, row: Row, best: bool) -> None:
+        """Write the row."""
+        self._write(row)
         self.writer.flush()
-        self.shown.evaluated(row, best)
+        self.reporter.evaluated(row, best)
+
+    def _write(self, row: Row) -> None:
+        """Write each number of `row`; train and val of one metric share a group."""
+        self.last_step = row["step"]
+        for key, value in row.items():
+            split, _, metric = key.partition("_")
+            if split in ("train", "val"):
+                self.writer.add_scalar(f"{metric}/{split}", value, self.last_step)
+            elif key not in ("step", "sample"):
+                self.writer.add_scalar(f"training/{key}", value, self.last_step)
 
     def sample(self, text: str) -> None:
-        """Write the text, its lines kept."""
-        self.writer.add_text("sample", "".join(f"    {line}\n" for line in text.split("\n")), self.at)
-        self.shown.sample(text)
+        """Write the text as a code block, which keeps its lines."""
+        block = "".join(f"    {line}\n" for line in text.split("\n"))
+        self.writer.add_text("sample", block, self.last_step)
+        self.reporter.sample(text)
 
     def say(self, line: str) -> None:
-        """Pass it on."""
-        self.shown.say(line)
+        """Pass the message on."""
+        self.reporter.say(line)
 
     def end(self) -> None:
-        """Close the file."""
+        """Close the event file."""
         self.writer.close()
-        self.shown.end()
+        self.reporter.end()
 
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM in a list for the loop to look at; a second one acts at once."""
+    """Yield a list that receives the first SIGINT or SIGTERM; a second signal has its usual effect."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield caught  # Python hands signals to the main thread only
+        yield caught  # Python delivers signals to the main thread only
         return
 
     def catch(number: int, frame: object) -> None:
         caught.append(number)
+        restore()
+
+    def restore() -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
 
@@ -108,5 +129,4 @@ def caught_signals() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, saves, going back, and going on from where a run stopped."""
+"""The training loop: steps, log rows, evaluations, saves and rollbacks, until the budget is spent."""
 
 import math
 import shlex
@@ -25,16 +25,16 @@ from charlm.text.corpus import Corpus
 from charlm.training.distributed import ALONE, Group
 from charlm.training.learner import Learner
 from charlm.training.optim import set_lr
-from charlm.training.progress import Progress
+from charlm.training.progress import Progress, Sums
 from charlm.training.reporting import Reporter, TensorBoard, caught_signals, check_tensorboard
 from charlm.training.saves import Saves
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a training ended: the best model's figures, and its score on the test split if there is one.
+    """The metrics of the best model, and its score on the test split if there is one.
 
-    Only the first of several processes knows.
+    On the processes after the first, `best` is empty and `test` is None.
     """
 
     best: Row
@@ -42,11 +42,11 @@ class Result:
 
 
 class Trainer:
-    """A training: `train` takes its `learner` to the end of its budget, and keeps a run's files.
+    """A training: `train` runs its `learner` to the end of the budget and writes the files of a run.
 
-    Of the processes of a `group` each makes one, and calls what the others call.
+    Each process of a `group` makes a trainer and calls the same methods.
 
-    Raises `CharlmError` as `Learner` does, and for a val split too short to score.
+    Raises `CharlmError` as `Learner` does, and for a val split that is too short to score.
     """
 
     def __init__(self, config: Config, corpus: Corpus, group: Group = ALONE):
@@ -56,11 +56,12 @@ class Trainer:
         self.val = corpus.val[: val_characters(config.batches)]
         if len(self.val) < 2:
             raise CharlmError(
-                f"the val split has {len(self.val)} characters, too few to score; "
-                "take a longer text or a larger val share in corpus.split"
+                f"the val split has {len(self.val)} characters, and 2 are needed; "
+                "use a longer text or a larger val part in corpus.split"
             )
         self.learner = Learner(config, corpus, group)
-        # What fills in characters has a pseudo-likelihood; its figures are not to be taken for the others'.
+        # A model that fills in characters has a pseudo-likelihood. Its metrics have their own names, so that
+        # they are not compared with a perplexity.
         self.kind = "pseudo_" if config.model.direction == "both" else ""
         self.figures: Row = {"step": 0}  # of the last save
         self.resumed = self.diverged_from_save = (
@@ -68,48 +69,54 @@ class Trainer:
         )
 
     def describe(self) -> list[str]:
-        """What is trained on what, in short lines."""
+        """Return short lines that describe the corpus, the model, the batches and the device."""
         corpus, batches, model = self.corpus, self.config.batches, self.config.model
         learner = self.learner
         source = self.config.corpus.source
         if len(corpus.files) > 1:
             source = f"{source} ({len(corpus.files)} files)"
         sizes = f"train {len(corpus.train):,}, val {len(self.val):,}, test {len(corpus.test):,}"
-        state = "carried" if learner.batches.carries_state else "afresh in each window"
+        state = "carried over" if learner.batches.carries_state else "reset for each window"
         implementation, reason = choose_implementation(model, learner.device)
         precision = str(learner.precision).removeprefix("torch.")
         processes = f"{self.group.size} processes × batch " if self.group.size > 1 else ""
         size = f"{processes}{batches.batch_size} × {batches.seq_len}"
         lines = [
-            f"corpus   {source}: {sizes} characters, {len(corpus.vocab)} different",
+            f"corpus   {source}: {sizes} characters, vocabulary of {len(corpus.vocab)}",
             f"model    {model.cell} {model.num_layers} × {model.hidden_size}, "
             f"{_DIRECTIONS[model.direction]}: {num_parameters(learner.model):,} parameters",
             f"         {implementation} ({reason})",
             f"batches  {batches.sampling}, {size}, state {state}; "
-            f"{learner.steps_per_epoch:,} steps an epoch, {learner.total_steps:,} in all",
+            f"{learner.steps_per_epoch:,} steps per epoch, {learner.total_steps:,} in total",
             f"device   {learner.device}, {precision} ({learner.precision_reason})",
         ]
         if corpus.unseen:
-            lines.insert(1, f"         left out of val and test: {corpus.unseen} characters that train lacks")
+            lines.insert(1, f"         not in train, removed from val and test: {corpus.unseen} characters")
         return lines
 
     @property
     def suggested_prefix(self) -> str:
-        """A prefix that the model can read, to show how to generate."""
+        """A prefix to show how to generate: the first words of a line of the val split, and a space."""
+        lines = self.corpus.vocab.decode(self.val[:2000]).split("\n")
+        # The split may start in the middle of a line.
+        words = next((found for line in lines[1:] if len(found := line.split()) > 1), lines[0].split()[1:])
+        prefix = "".join(char for char in " ".join(words[:3])[:40] if char.isprintable())
         known = self.corpus.vocab.characters
-        letters = (char for char in known if char.isalpha())
-        return "quijote " if set("quijote ") <= set(known) else next(letters, known[0])
+        if not prefix:
+            prefix = next((char for char in known if char.isalpha()), known[0])
+        return f"{prefix} " if " " in known and words else prefix
 
     def train(self, run: Run, reporter: Reporter) -> Result:
-        """Train to the end, leaving models, state and log in `run`'s folder.
+        """Train to the end; write the models, the state and the log into the folder of `run`.
 
-        A step whose loss or gradient is not finite is passed over: the weights, their average, what the
-        optimiser has gathered and the sums of the log are as before it, a carried state begins afresh, and
-        the place in the data, the schedule and the generators go on. After ``train.max_bad_steps`` in a row,
-        or a val loss that is not finite, the run goes back to its last good save with half the learning rate.
+        A step whose loss or gradient is not finite is skipped: the weights, their average, the state of the
+        optimiser and the sums of the log stay as they are, a carried state is reset, and the position in the
+        data, the schedule and the generators advance. After ``train.max_bad_steps`` skipped steps in a row,
+        or a val loss that is not finite, the run rolls back to its last sound save and halves the learning
+        rate.
 
         Raises `Interrupted` after Ctrl-C or SIGTERM, once the step is finished and the state is saved, and
-        `CharlmError` for a run that went back ``train.max_rollbacks`` times and files that cannot be written.
+        `CharlmError` after ``train.max_rollbacks`` rollbacks and for files that cannot be written.
         """
         learner = self.learner
         eval_every = self.config.train.eval_every or learner.steps_per_epoch
@@ -121,21 +128,23 @@ class Trainer:
                 self._begin(run)
                 for x, y in learner.remaining_batches():
                     reporter.step(*learner.step(x, y))
-                    # Once: a signal from here on is the next step's. Where one process stops, all do.
+                    # Read once: a later signal belongs to the next step. If one process stops, all do.
                     stop = self.group.largest(caught[0] if caught else 0)
                     step = learner.progress.step
-                    if learner.problem and self._pass_over(run, reporter):
-                        pass  # back at a save
+                    if learner.skip_reason and self._log_skipped(run, reporter):
+                        pass  # rolled back
                     elif step % eval_every == 0 or step == learner.total_steps:
                         self._evaluate(run, reporter)
                     else:
+                        if step % self.config.train.log_every == 0:
+                            self._log_step(run, reporter)
                         self._save_if_due(bool(stop))
                     if learner.finished:
                         break
                     if stop:
                         raise Interrupted(
                             f"stopped at step {learner.progress.step} of {learner.total_steps}; "
-                            f"go on with: charlm train --resume {shlex.quote(str(run.folder))}",
+                            f"resume with: charlm train --resume {shlex.quote(str(run.folder))}",
                             stop,
                         )
         finally:
@@ -146,30 +155,43 @@ class Trainer:
         learner = self.learner
         reporter.begin(learner.progress.step, learner.total_steps, learner.steps_per_epoch)
 
+    def _row(self, sums: Sums, val: Score | None = None) -> Row:
+        """Return a row of the log: the training over `sums`, and the score of an evaluation."""
+        progress = self.learner.progress
+        row: Row = {"step": progress.step, "epoch": round(progress.step / self.learner.steps_per_epoch, 4)}
+        if sums.characters:  # 0 if all steps were skipped
+            row["train_loss"] = sums.nats / sums.characters
+        if val and sums.characters:
+            row[f"train_{self.kind}perplexity"] = perplexity(row["train_loss"])
+        if val:
+            row["val_loss"] = val.loss
+            row[f"val_{self.kind}perplexity"] = val.perplexity
+            row[f"val_{self.kind}bits_per_character"] = val.bits_per_character
+        row["lr"] = progress.lr
+        if sums.characters:
+            row |= {"grad_norm": progress.grad_norm, "chars_per_second": sums.characters / sums.seconds}
+        return row | {"seconds": progress.seconds}
+
+    def _log_step(self, run: Run, reporter: Reporter) -> None:
+        """Log the steps since the last row, without an evaluation."""
+        progress = self.learner.progress
+        if progress.since_row.characters:
+            row = self._row(progress.since_row)
+            progress.since_row = Sums()
+            self._log(run, row)
+            reporter.logged(row)
+
     def _evaluate(self, run: Run, reporter: Reporter) -> None:
         """Score the val split, log a row, keep the model if it is the best, save."""
         learner, train = self.learner, self.config.train
         progress = learner.progress
         val = self._scored(self.val)
         if not math.isfinite(val.loss):
-            self._go_back(run, reporter, f"the val loss is {val.loss}")
+            self._roll_back(run, reporter, f"the val loss is {val.loss}")
             return
         if learner.plateau:
             learner.plateau.step(val.loss)
-        row: Row = {"step": progress.step, "epoch": round(progress.step / learner.steps_per_epoch, 4)}
-        if progress.train_characters:  # none where all steps were passed over
-            loss = progress.train_nats / progress.train_characters
-            row |= {"train_loss": loss, f"train_{self.kind}perplexity": perplexity(loss)}
-        row |= {
-            "val_loss": val.loss,
-            f"val_{self.kind}perplexity": val.perplexity,
-            f"val_{self.kind}bits_per_character": val.bits_per_character,
-            "lr": progress.lr,
-        }
-        if progress.train_characters:
-            rate = progress.train_characters / progress.train_seconds
-            row |= {"grad_norm": progress.grad_norm, "chars_per_second": rate}
-        row["seconds"] = progress.seconds
+        row = self._row(progress.since_evaluation, val)
         row |= {key: count for key in ("bad_steps", "rollbacks") if (count := getattr(progress, key))}
         if train.sample_chars and not self.kind and self.group.first:
             row["sample"] = self._sample(train.sample_chars)
@@ -177,7 +199,7 @@ class Trainer:
         if best:
             progress.best_loss, progress.best_step = val.loss, progress.step
         progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
-        progress.train_nats, progress.train_characters, progress.train_seconds = 0.0, 0, 0.0
+        progress.since_evaluation, progress.since_row = Sums(), Sums()
         self._log(run, row)
         self.figures = _without(row, "seconds", "chars_per_second", "sample")
         self._save(sound=self._is_sound(val))
@@ -186,38 +208,35 @@ class Trainer:
             reporter.sample(row["sample"])
 
     def _sample(self, length: int) -> str:
-        """A text by `scored`, from a generator of its own: training is the same without it."""
+        """Return a text of the model, from a separate random generator, so that training is unchanged."""
         generator = torch.Generator().manual_seed(self.config.train.seed + self.learner.progress.step)
         vocab = self.corpus.vocab
         start = vocab.encode("", "skip")
         return "".join(generate(self.learner.scored, vocab, start, length, Sampling(), generator))
 
-    def _pass_over(self, run: Run, reporter: Reporter) -> bool:
-        """Log that the last step was not taken; whether there were too many and the run has gone back."""
-        progress, problem = self.learner.progress, self.learner.problem
-        most = self.config.train.max_bad_steps
-        what = {"event": "bad_step", "why": problem, "bad_steps": progress.bad_steps}
-        self._log(run, {"step": progress.step, **what})
+    def _log_skipped(self, run: Run, reporter: Reporter) -> bool:
+        """Log a skipped step; after too many in a row, roll back and return True."""
+        progress, reason = self.learner.progress, self.learner.skip_reason
+        limit = self.config.train.max_bad_steps
+        event = {"event": "bad_step", "why": reason, "bad_steps": progress.bad_steps}
+        self._log(run, {"step": progress.step, **event})
         reporter.say(
-            f"step {progress.step} was not taken: {problem} "
-            f"({progress.bad_steps_in_a_row} of {most} in a row)"
+            f"step {progress.step} skipped: {reason} ({progress.bad_steps_in_a_row} of {limit} in a row)"
         )
-        if progress.bad_steps_in_a_row < most:
+        if progress.bad_steps_in_a_row < limit:
             return False
-        self._go_back(run, reporter, str(problem))
+        self._roll_back(run, reporter, str(reason))
         return True
 
-    def _go_back(self, run: Run, reporter: Reporter, why: str) -> None:
-        """Take up the last good save, with half the learning rate, and save that."""
+    def _roll_back(self, run: Run, reporter: Reporter, why: str) -> None:
+        """Restore the last sound save, halve the learning rate, and save that."""
         learner, train = self.learner, self.config.train
         left = learner.progress
         if left.rollbacks >= train.max_rollbacks:
-            tried = f", after going back {left.rollbacks} times with half the learning rate" * (
-                left.rollbacks > 0
-            )
+            tried = f", after {left.rollbacks} rollbacks" if left.rollbacks else ""
             raise CharlmError(
-                f"training diverged after step {left.step}: {why}{tried}; "
-                "take a smaller train.lr or train.clip: norm"
+                f"training diverged at step {left.step}: {why}{tried}; "
+                "use a smaller train.lr or train.clip: norm"
             )
         source = self.saves.rollback_source(left)
         self._load(source)
@@ -226,12 +245,12 @@ class Trainer:
         progress.bad_steps_in_a_row, progress.seconds = 0, left.seconds
         if learner.plateau:
             set_lr(learner.optimizer, learner.optimizer.param_groups[0]["lr"] / 2)
-        what = {"event": "rollback", "from_step": left.step, "why": why, "rollbacks": progress.rollbacks}
-        self._log(run, {"step": progress.step, **what, "bad_steps": progress.bad_steps})
+        event = {"event": "rollback", "from_step": left.step, "why": why, "rollbacks": progress.rollbacks}
+        self._log(run, {"step": progress.step, **event, "bad_steps": progress.bad_steps})
         self._save(sound=True)
         reporter.say(
-            f"back from step {left.step} to {progress.step}: {why}; the learning rate is now half of what it "
-            f"was ({progress.rollbacks} of {train.max_rollbacks} times)"
+            f"rolled back from step {left.step} to {progress.step}: {why}; the learning rate is halved "
+            f"(rollback {progress.rollbacks} of {train.max_rollbacks})"
         )
         reporter.end()
         self._show(reporter)
@@ -259,7 +278,7 @@ class Trainer:
         if every and progress.step % every == 0:
             sound = not progress.bad_steps_in_a_row and self._is_sound(self._scored(self.val[:1000]))
             self._save(sound=sound)
-        elif stop or (self.config.train.checkpoint_seconds and self.group.told(self.saves.due)):
+        elif stop or (self.config.train.checkpoint_seconds and self.group.from_first(self.saves.due)):
             self._save(keep=not stop)
 
     def _is_sound(self, val: Score) -> bool:
@@ -278,8 +297,8 @@ class Trainer:
 
     def _agree(self) -> None:
         """Tell all processes what the first has saved and logged."""
-        self.saves.step = self.group.told(lambda: self.saves.step)
-        self.learner.progress = Progress(**self.group.told(lambda: asdict(self.learner.progress)))
+        self.saves.step = self.group.from_first(lambda: self.saves.step)
+        self.learner.progress = Progress(**self.group.from_first(lambda: asdict(self.learner.progress)))
 
     def _log(self, run: Run, row: Row) -> None:
         """Add a row to the log, which the first process writes."""
@@ -287,8 +306,8 @@ class Trainer:
             self.learner.progress.log_size = log.append(run, row)
 
     def _scored(self, ids: Tensor) -> Score:
-        """The score of `ids` (N,), by the first process: in pieces, it would have other figures."""
-        return Score(*self.group.told(lambda: astuple(evaluate(self.learner.scored, ids))))
+        """Return the score of `ids` (N,), which the first process computes: in slices it would differ."""
+        return Score(*self.group.from_first(lambda: astuple(evaluate(self.learner.scored, ids))))
 
     def _snapshot(self) -> dict[str, Any]:
         """Return the content of ``state.safetensors``: the learner's state and the last save's figures."""
@@ -309,7 +328,7 @@ class Trainer:
         source = run
         if step is not None:
             source = run.saved_checkpoint(step) if self.group.first else run.checkpoint(step)
-        elif not self.group.told(lambda: run.was_saved):
+        elif not self.group.from_first(lambda: run.was_saved):
             return
         self._load(source, state)
         self.resumed = True
@@ -354,7 +373,7 @@ class Trainer:
 _DIRECTIONS = {
     "forward": "left to right",
     "backward": "right to left",
-    "both": "both ways, to fill in characters",
+    "both": "both directions, to fill in characters",
 }
 
 

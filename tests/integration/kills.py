@@ -138,8 +138,10 @@ def end_of(run):
     clock = {"seconds", "chars_per_second"}
     rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     state = run.load_state()
-    for key in ("seconds", "train_seconds", "log_size"):  # the log's size: of numbers that are times
+    for key in ("seconds", "log_size"):  # the log's size: of numbers that are times
         del state["progress"][key]
+    for key in ("since_evaluation", "since_row"):
+        del state["progress"][key]["seconds"]
     return {
         "model": run.best.read_bytes(),
         "last": run.last.read_bytes(),

@@ -222,6 +222,31 @@ def test_bad_input_gets_one_line_and_harms_nothing(charlm, trained, folder, case
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("error", "reported"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("a shared memory segment is gone"), False),
+    ],
+)
+def test_only_a_failed_allocation_is_reported_as_out_of_memory(charlm, trained, monkeypatch, error, reported):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(Run, "load_config", fail)
+    arguments = ["train", "--resume", "tiny"]
+    if reported:
+        done = charlm(*arguments)
+        assert done.code == 1 and "model.hidden_size" in done.err and done.err.count("\n") == 1
+    else:
+        with pytest.raises(RuntimeError, match=str(error)):
+            charlm(*arguments)
+
+
 def test_runs_is_a_file(charlm, folder):
     (folder / "runs").write_text("in the way")
     done = charlm("train", *settings("corpus.source=corpus.txt"))

@@ -1,4 +1,4 @@
-"""Training with several processes, as a user starts it."""
+"""Training with several processes, started by torchrun."""
 
 import itertools
 import json
@@ -15,25 +15,25 @@ from charlm.storage.run import Run
 from conftest import settings
 
 
-def test_a_run_of_two_processes_goes_on_as_one(folder, charlm):
+def test_run_of_two_processes_continues_with_one(folder, charlm):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    begin = settings("corpus.source=corpus.txt", "train.max_steps=1000000", "train.checkpoint_every=5")
+    overrides = settings("corpus.source=corpus.txt", "train.max_steps=1000000", "train.checkpoint_every=5")
     run = Run(folder / "runs/two")
     with subprocess.Popen(
-        [*launch, "-m", "charlm", "train", "--name", "two", *begin],
+        [*launch, "-m", "charlm", "train", "--name", "two", *overrides],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as running:
-        begun = list(itertools.takewhile(lambda line: not line.startswith("epoch 2 "), running.stderr))
+        header = list(itertools.takewhile(lambda line: not line.startswith("epoch 2 "), running.stderr))
         workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True).stdout.split()
         os.kill(int(workers[1]), signal.SIGKILL)
         out, err = running.communicate(timeout=60)
     assert running.returncode != 0 and out == ""
-    assert sum("2 processes × batch 4 × 8" in line for line in begun) == 1
-    assert sum(line.startswith("epoch 1 ") for line in begun) == 1
+    assert sum("2 processes × batch 4 × 8" in line for line in header) == 1
+    assert sum(line.startswith("epoch 1 ") for line in header) == 1
     (end,) = [line for line in err.splitlines() if line.startswith("charlm: ")]
     assert "lost the others" in end and "--resume" in end
 

@@ -16,7 +16,7 @@ from two_processes import CASES, train
 
 
 def environment(rank, port):
-    """What torchrun tells each process."""
+    """Return the environment variables that torchrun sets."""
     return {
         **os.environ,
         "RANK": str(rank),
@@ -37,7 +37,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, words):
-    """What two processes did: `folder` has what they left, `codes` and `errors` are how they ended."""
+    """Run two_processes.py twice: `folder` has its files, `codes` and `errors` the ends of both."""
     folder, port = tmp_path_factory.mktemp("two"), free_port()
     (folder / "text").write_text(words, encoding="utf-8")
     script = ROOT / "tests/two_processes.py"
@@ -60,7 +60,7 @@ def two(tmp_path_factory, words):
 
 
 def rows(folder):
-    """The log without what depends on the clock."""
+    """Return the rows of the log without times."""
     lines = [json.loads(line) for line in Run(folder).metrics.read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "chars_per_second")} for row in lines]
 
@@ -74,7 +74,7 @@ def close(first, second, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_do_what_one_does_with_twice_the_batch(two, words, tmp_path, name):
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(two, words, tmp_path, name):
     trainer, expected = train(words, CASES[name], tmp_path / "one")
     models = trainer.learner.model, trainer.learner.scored
     weights = [[p.detach() for p in model.parameters()] for model in models]
@@ -94,7 +94,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(two, words, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["windows", "streams"])
-def test_a_stopped_run_of_two_resumes_to_the_same_end(two, name):
+def test_resumed_run_of_two_processes_ends_with_the_same_weights(two, name):
     whole, resumed = two.folder / f"{name}, noisy", two.folder / f"{name}, noisy, stopped"
     assert rows(resumed) == rows(whole)
     assert Run(resumed).best.read_bytes() == Run(whole).best.read_bytes()
@@ -105,7 +105,7 @@ def test_a_stopped_run_of_two_resumes_to_the_same_end(two, name):
 
 
 @pytest.mark.parametrize("name", ["windows", "streams"])
-def test_one_process_takes_up_a_run_of_two(two, words, name):
+def test_one_process_resumes_a_run_of_two(two, words, name):
     resumed, steps = train(words, CASES[name], two.folder / f"{name}, stopped", resume=True)
     expected, (weights, _) = load(two, f"{name}.0")
     assert len(steps) == len(expected) - 7, "from the save at step 7"
@@ -113,14 +113,14 @@ def test_one_process_takes_up_a_run_of_two(two, words, name):
     assert [characters for _, characters, _ in steps] == [characters for _, characters, _ in expected[7:]]
 
 
-def test_where_one_process_is_told_to_stop_both_do(two):
+def test_signal_to_one_process_stops_both(two):
     for rank in (0, 1):
-        said = (two.folder / f"signalled.{rank}").read_text()
-        assert said.startswith("143 stopped at step 6 of ") and "--resume" in said
+        message = (two.folder / f"signalled.{rank}").read_text()
+        assert message.startswith("143 stopped at step 6 of ") and "--resume" in message
     assert Run(two.folder / "signalled").load_state()["progress"]["step"] == 6
 
 
-def test_what_the_processes_tell_each_other(two):
+def test_processes_exchange_values(two):
     for rank in (0, 1):
         assert (two.folder / f"agreed.{rank}").read_text() == "4 0.5 ['é', 0.1, None]"
         assert "different text" in (two.folder / f"different.{rank}").read_text()
@@ -131,37 +131,48 @@ def test_an_error_of_one_process_ends_both_and_is_said_once(two):
     assert two.errors == ["EndedElsewhere: \n", "CharlmError: the disk is full\n"]
 
 
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_process_ends_with_its_code_and_its_output(world_size):
+    script = (
+        "import atexit, sys, charlm.__main__ as entry; atexit.register(print, 'bye'); "
+        "entry.main = lambda: print('out', end=' ') or 3; entry.run()"
+    )
+    environment = {**os.environ, "WORLD_SIZE": world_size}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out bye\n", "")
+
+
 ENVIRONMENTS = {
-    "half of it": {"WORLD_SIZE": "2"},
-    "a rank too high": {"RANK": "2", "WORLD_SIZE": "2"},
-    "no number": {"RANK": "one", "WORLD_SIZE": "2"},
-    "a local rank too high": {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
+    "WORLD_SIZE alone": {"WORLD_SIZE": "2"},
+    "RANK too high": {"RANK": "2", "WORLD_SIZE": "2"},
+    "not a number": {"RANK": "one", "WORLD_SIZE": "2"},
+    "LOCAL_RANK too high": {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
 }
 
 
 @pytest.mark.parametrize("case", ENVIRONMENTS)
-def test_an_environment_that_makes_no_sense(monkeypatch, charlm, case):
+def test_invalid_environment_variables_are_refused(monkeypatch, charlm, case):
     for name, value in ENVIRONMENTS[case].items():
         monkeypatch.setenv(name, value)
     done = charlm("train")
     assert done.code == 2 and "torchrun" in done.err and done.err.count("\n") == 1
 
 
-def test_others_who_cannot_be_reached(monkeypatch, charlm):
+def test_unreachable_processes_end_the_command_with_a_message(monkeypatch, charlm):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = charlm("train")
     assert done.code == 1 and "MASTER_ADDR" in done.err and done.err.count("\n") == 1
 
 
-def test_one_process_of_one_is_alone(monkeypatch):
+def test_world_size_of_1_needs_no_group(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined() as group:
         assert group is ALONE
 
 
-def test_processes_have_a_gpu_each_or_none(monkeypatch):
+def test_each_process_has_a_gpu_or_none_has(monkeypatch):
     group = Group(rank=5, size=8, local_rank=1, local_size=4)
     assert group.device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

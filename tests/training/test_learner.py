@@ -1,7 +1,10 @@
+import ctypes
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from charlm.nn.kernels import native
 from charlm.text.corpus import Corpus
 from charlm.training.learner import Learner
 from conftest import configure
@@ -18,6 +21,12 @@ def test_streams_carry_the_state_and_windows_do_not(words):
         assert not starts[0][0].any()
         assert bool(starts[1][0].any()) == bool(starts[2][0].any()) == carried
         assert not any(state[0].requires_grad for state in starts)
+
+
+def test_learner_leaves_the_allocator_alone(words, monkeypatch):
+    monkeypatch.setattr(native, "keep_memory", lambda: pytest.fail("the allocator was changed"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail(f"{name} was opened"))
+    Learner(configure("model.implementation=scratch"), Corpus.from_text(words))
 
 
 def test_bfloat16_trains_float32_weights(words):

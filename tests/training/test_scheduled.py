@@ -18,16 +18,14 @@ def test_the_share_falls_from_one_to_its_end(shape):
 
 
 def test_the_shapes_are_those_of_the_paper():
-    middle = {
-        s: true_character_probability(0.5, TrainConfig(teacher_forcing=0.0, teacher_forcing_schedule=s))
-        for s in SHAPES
-    }
+    def probability(progress, shape):
+        config = TrainConfig(teacher_forcing=0.0, teacher_forcing_schedule=shape)
+        return true_character_probability(progress, config)
+
+    middle = {shape: probability(0.5, shape) for shape in SHAPES}
     assert middle["linear"] == pytest.approx(0.5) == middle["inverse_sigmoid"]
     assert middle["exponential"] < 0.1
-    early = true_character_probability(
-        0.2, TrainConfig(teacher_forcing=0.0, teacher_forcing_schedule="inverse_sigmoid")
-    )
-    assert early > 0.95, "flat at first"
+    assert probability(0.2, "inverse_sigmoid") > 0.95, "flat at first"
 
 
 @pytest.fixture

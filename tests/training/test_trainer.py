@@ -14,6 +14,7 @@ from charlm.storage import run as runs
 from charlm.storage.model_file import load_model
 from charlm.storage.run import Run
 from charlm.text.corpus import Corpus
+from charlm.training import learner as learning
 from charlm.training import saves
 from charlm.training import trainer as module
 from charlm.training.learner import Learner, Prediction
@@ -80,9 +81,9 @@ def same_weights(first, second):
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
-def test_it_learns_and_logs(train, sampling):
+def test_training_lowers_the_loss_and_logs_it(train, sampling):
     trainer, run, reporter = train("train.epochs=3", f"batches.sampling={sampling}", "train.lr=0.02")
-    *evaluations, test = rows(run)
+    *evaluations, test = [row for row in rows(run) if "val_loss" in row or "test_loss" in row]
     assert [row["epoch"] for row in evaluations] == [1, 2, 3]
     assert evaluations[2]["step"] == 3 * trainer.learner.steps_per_epoch
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < math.log(12)
@@ -113,8 +114,83 @@ def test_train_loss_is_the_mean_over_the_characters_since_the_last_row(words, tm
         assert row["train_loss"] == pytest.approx(mean, rel=1e-12)
 
 
+def test_rows_between_evaluations_have_the_loss_since_the_row_before(words, tmp_path, monkeypatch):
+    poison(monkeypatch, {6, 13, 14, 15, 16})  # a skipped step, and a row of skipped steps only
+    seen = []
+
+    class Recorder(Silent):
+        def step(self, loss, characters, seconds):
+            seen.append(loss)
+
+    overrides = [
+        "train.log_every=4",
+        "train.eval_every=10",
+        "train.max_steps=20",
+        "batches.max_val_windows=3",
+    ]
+    config = configure(*overrides)
+    trainer, run, recorder = Trainer(config, Corpus.from_text(words)), Run(tmp_path / "run"), Recorder()
+    runs.create(run, config)
+    trainer.train(run, recorder)
+    found = {row["step"]: row for row in rows(run) if "train_loss" in row}
+    assert list(found) == [4, 8, 10, 12, 20], "no row without a taken step, no second row at an evaluation"
+    assert [row["step"] for row in recorder.between] == [4, 8, 12]
+    assert recorder.between[0].keys() == {
+        "step", "epoch", "train_loss", "lr", "grad_norm", "chars_per_second", "seconds",
+    }  # fmt: skip
+    for step, begin in ((4, 0), (8, 4), (10, 0), (12, 10), (20, 10)):
+        losses = [loss for loss in seen[begin:step] if math.isfinite(loss)]
+        assert found[step]["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+
+
+def test_seconds_count_the_making_of_batches_and_no_evaluations(words, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(learning.time, "perf_counter", lambda: clock[0])
+    config = configure("train.max_steps=4", "train.eval_every=2")
+    trainer, run = Trainer(config, Corpus.from_text(words)), Run(tmp_path / "run")
+    loader, forward = trainer.learner.batches.loader, Prediction.forward
+
+    def slow_loader(*arguments):
+        for batch in loader(*arguments):
+            clock[0] += 3
+            yield batch
+
+    def slow_forward(self, *inputs):
+        clock[0] += 5
+        return forward(self, *inputs)
+
+    def slow_evaluate(*arguments):
+        clock[0] += 100
+        return Score(2.0, 1)
+
+    monkeypatch.setattr(trainer.learner.batches, "loader", slow_loader)
+    monkeypatch.setattr(Prediction, "forward", slow_forward)
+    monkeypatch.setattr(module, "evaluate", slow_evaluate)
+    runs.create(run, config)
+    reporter = Silent()
+    trainer.train(run, reporter)
+    assert [row["seconds"] for row, _ in reporter.rows] == [16, 32]
+    assert [row["chars_per_second"] for row, _ in reporter.rows] == [4 * 8 / 8] * 2
+
+
+@pytest.mark.parametrize(
+    ("val", "prefix"),
+    [
+        ("f of a line\nel perro come\npan duro\n", "el perro come "),
+        ("one long line without an end", "long line without "),
+        ("abcabcabcabc", "a"),
+        ("a line\n\n\nword\nit's 'so'\n", "it's 'so' "),
+    ],
+)
+def test_suggested_prefix_is_the_beginning_of_a_line_of_val(val, prefix):
+    train = "".join(sorted(set(val))) * 40
+    shares = len(train) / (len(train) + len(val)), len(val) / (len(train) + len(val)), 0.0
+    trainer = Trainer(configure(), Corpus.from_text(train + val, shares))
+    assert trainer.suggested_prefix == prefix
+
+
 @pytest.mark.parametrize("implementation", ["scratch", "builtin", "fused"])
-def test_the_same_twice_is_the_same_to_the_bit(train, implementation):
+def test_same_seed_gives_the_same_bits(train, implementation):
     overrides = ["train.max_steps=20", f"model.implementation={implementation}", "model.dropout=0.3"]
     files = [train(*overrides, name=name)[1].best.read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
@@ -148,8 +224,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_stopped_run_resumes_to_the_same_end(train, setting):
+def test_resumed_run_ends_with_the_same_weights_and_log(train, setting):
     overrides = [*SETTINGS[setting], "train.max_steps=70", "model.dropout=0.3", "train.checkpoint_every=5"]
+    overrides += ["train.log_every=9"]
     whole, run, _ = train(*overrides, name="whole")
     for stop_at in (5, 56, 60):  # an epoch has 56 steps
         steps = []
@@ -169,7 +246,7 @@ def test_a_stopped_run_resumes_to_the_same_end(train, setting):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_saves(train, tmp_path, number):
+def test_signal_finishes_the_step_and_saves(train, tmp_path, number):
     steps, before = [], signal.getsignal(number)
 
     def interrupt():
@@ -224,7 +301,7 @@ def poison(monkeypatch, steps):
     return rates
 
 
-def test_a_step_that_is_not_finite_is_not_taken(words, monkeypatch):
+def test_step_that_is_not_finite_is_skipped(words, monkeypatch):
     learner = Learner(configure("batches.sampling=contiguous", "train.ema=0.9"), Corpus.from_text(words))
     poison(monkeypatch, {3})
     batches = learner.remaining_batches()
@@ -247,7 +324,7 @@ def test_a_step_that_is_not_finite_is_not_taken(words, monkeypatch):
     assert learner.skip_reason is None and learner.progress.bad_steps_in_a_row == 0
 
 
-def test_too_many_bad_steps_send_the_run_back_with_half_the_learning_rate(train, monkeypatch):
+def test_too_many_skipped_steps_roll_back_and_halve_the_learning_rate(train, monkeypatch):
     rates = poison(monkeypatch, {3, 8, 9, 10})
     overrides = ["train.eval_every=5", "train.max_bad_steps=3", "train.schedule=constant", "train.lr=0.01"]
     trainer, run, reporter = train(*overrides, "train.max_steps=12", "model.dropout=0.3")
@@ -263,7 +340,7 @@ def test_too_many_bad_steps_send_the_run_back_with_half_the_learning_rate(train,
 
 
 @pytest.mark.parametrize("stop_at", [7, 9, 13])
-def test_where_a_run_goes_back_to_does_not_depend_on_a_stop(train, monkeypatch, stop_at):
+def test_rollback_does_not_depend_on_a_stop(train, monkeypatch, stop_at):
     bad, overrides = {8, 9, 10}, ["train.eval_every=5", "train.max_bad_steps=3", "train.max_steps=14"]
     with monkeypatch.context() as patch:
         poison(patch, bad)
@@ -277,7 +354,7 @@ def test_where_a_run_goes_back_to_does_not_depend_on_a_stop(train, monkeypatch, 
     assert not (second.folder / "checkpoints").exists()
 
 
-def test_a_time_between_saves_changes_nothing(train):
+def test_saves_by_time_do_not_change_the_weights(train):
     plain, timed = (
         train("train.max_steps=9", *more, name=f"n{len(more)}")
         for more in ([], ["train.checkpoint_every=0.001s"])
@@ -285,7 +362,7 @@ def test_a_time_between_saves_changes_nothing(train):
     assert same_weights(plain[0], timed[0])
 
 
-def test_a_val_loss_that_is_not_finite_sends_the_run_back(train, tmp_path, monkeypatch):
+def test_val_loss_that_is_not_finite_rolls_back(train, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "evaluate", lambda *args: Score(math.nan, 1))
     with pytest.raises(CharlmError, match="diverged at step 5: the val loss is nan, after 2 rollbacks"):
         train("train.max_steps=9", "train.eval_every=5", "train.max_rollbacks=2")
@@ -293,7 +370,7 @@ def test_a_val_loss_that_is_not_finite_sends_the_run_back(train, tmp_path, monke
     assert [row["event"] for row in rows(Run(tmp_path / "run"))] == ["rollback"] * 2
 
 
-def test_a_run_killed_between_its_writes_is_mended(train, monkeypatch):
+def test_run_killed_between_two_writes_is_restored(train, monkeypatch):
     overrides = ["train.max_steps=12", "train.eval_every=4", "train.lr=0.02", "train.schedule=constant"]
     _, run, _ = train(*overrides, name="whole")
     with monkeypatch.context() as patch:  # after state.safetensors, before the models
@@ -311,12 +388,12 @@ def test_a_run_killed_between_its_writes_is_mended(train, monkeypatch):
     assert not list(left.folder.glob(".*"))
 
 
-def test_a_run_killed_before_its_first_save_begins(train, tmp_path):
+def test_run_killed_before_its_first_save_starts_at_step_0(train, tmp_path):
     runs.create(Run(tmp_path / "run"), configure())
     assert train("train.max_steps=2", resume=True)[0].learner.progress.step == 2
 
 
-def test_other_batches_begin_the_epoch_again(train, words):
+def test_other_batches_restart_the_epoch(train, words):
     trainer, run, _ = train("train.max_steps=80", "train.lr=0.01")
     config = configure(
         "train.max_steps=80", "train.lr=0.02", "batches.batch_size=8", "train.betas=[0.5, 0.9]"
@@ -331,7 +408,7 @@ def test_other_batches_begin_the_epoch_again(train, words):
 
 
 @pytest.mark.parametrize("change", ["batches.seq_len=4", "train.max_rollbacks=1"])
-def test_a_run_that_was_changed_can_go_back_and_stops(train, words, tmp_path, change):
+def test_changed_run_can_roll_back_and_stops(train, words, tmp_path, change):
     """In other batches the save to go back to is of another step; fewer rollbacks may be left than none."""
     diverging = ["train.lr=1e30", "train.clip=none", "train.schedule=constant", "train.optimizer=sgd"]
     begin = ["train.max_steps=77", "train.max_bad_steps=2"]
@@ -347,7 +424,7 @@ def test_a_run_that_was_changed_can_go_back_and_stops(train, words, tmp_path, ch
         other.train(run, Silent())
 
 
-def test_a_run_can_go_back_to_the_saves_that_it_kept(train, words):
+def test_run_resumes_from_a_kept_checkpoint(train, words):
     overrides = ["train.max_steps=12", "train.eval_every=3", "train.keep_last=2"]
     whole, run, _ = train(*overrides)
     assert run.checkpoints() == [9, 12]
@@ -374,12 +451,12 @@ def test_a_run_killed_before_its_first_evaluation_can_be_resumed(train):
     assert same_weights(resumed, train("train.max_steps=5", name="whole")[0])
 
 
-def test_the_logged_lr_is_the_one_that_was_trained_with(train):
+def test_logged_lr_is_the_one_used(train):
     _, run, _ = train("train.epochs=2", "train.schedule=step", "train.decay=0.1", "train.lr=0.01")
     assert [row["lr"] for row in rows(run) if "lr" in row] == [0.01, pytest.approx(0.001)]
 
 
-def test_max_steps_rules_where_it_is_set(train):
+def test_max_steps_overrides_epochs(train):
     assert train("train.epochs=1", "train.max_steps=70", "train.eval_every=70")[0].learner.progress.step == 70
 
 
@@ -393,7 +470,7 @@ def test_a_val_split_too_short(words):
         Trainer(configure(), Corpus.from_text(words, (0.999, 0.0005, 0.0005)))
 
 
-def test_another_corpus_is_not_resumed(train, tmp_path):
+def test_resume_refuses_another_corpus(train, tmp_path):
     train("train.max_steps=2")
     other = Trainer(configure("train.max_steps=4"), Corpus.from_text("another text altogether " * 50))
     with pytest.raises(CharlmError, match="corpus has changed"):
@@ -427,14 +504,14 @@ def test_state_that_does_not_fit_is_refused(train, words, tmp_path, case):
         Trainer(configure(*overrides), Corpus.from_text(words)).restore(run)
 
 
-def test_another_model_is_not_resumed(train, words, tmp_path):
+def test_resume_refuses_another_model(train, words, tmp_path):
     train("train.max_steps=2")
     other = Trainer(configure("model.cell=rnn"), Corpus.from_text(words))
     with pytest.raises(CharlmError, match="does not fit"):
         other.restore(Run(tmp_path / "run"))
 
 
-def test_a_filling_model_s_figures_have_names_of_their_own(train):
+def test_metrics_of_a_filling_model_have_their_own_names(train):
     _, run, reporter = train(
         "model.direction=both", "train.epochs=3", "train.lr=0.02", "train.sample_chars=9"
     )
@@ -452,7 +529,7 @@ def parameters(trainer):
 @pytest.mark.parametrize(
     "more", [[], ["model.direction=both"], ["model.tie_weights=true", "model.embedding_size=12"]]
 )
-def test_the_average_is_what_is_scored_and_saved_and_training_goes_on_from_the_weights(words, tmp_path, more):
+def test_average_is_evaluated_and_saved_and_does_not_change_the_weights(words, tmp_path, more):
     results = []
     for ema in ("0.9", "null"):
         config = configure(f"train.ema={ema}", "train.max_steps=12", "train.eval_every=5", *more)

@@ -9,7 +9,7 @@ from charlm.training.learner import differences, refuse_changes
     ("changes", "allow", "refused"),
     [
         ([], False, None),
-        (["train.epochs=50", "train.device=cpu", "corpus.source=a.txt"], False, None),
+        (["train.epochs=50", "train.device=cpu", "train.log_every=7", "corpus.source=a.txt"], False, None),
         (
             ["train.lr=0.1", "model.dropout=0.5"],
             False,
@@ -26,7 +26,7 @@ from charlm.training.learner import differences, refuse_changes
         (["train.optimizer=sgd"], True, "adamw → sgd"),
     ],
 )
-def test_what_may_change(changes, allow, refused):
+def test_changes_on_resume(changes, allow, refused):
     before = Config()
     after = override(before, changes)
     if refused is None:

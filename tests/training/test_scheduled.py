@@ -10,14 +10,14 @@ SHAPES = ["linear", "exponential", "inverse_sigmoid"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_share_falls_from_one_to_its_end(shape):
+def test_probability_falls_from_1_to_teacher_forcing(shape):
     config = TrainConfig(teacher_forcing=0.25, teacher_forcing_schedule=shape)
     shares = [true_character_probability(k / 100, config) for k in range(101)]
     assert shares[0] == pytest.approx(1) and shares[-1] == pytest.approx(0.25)
     assert shares == sorted(shares, reverse=True)
 
 
-def test_the_shapes_are_those_of_the_paper():
+def test_schedules_are_those_of_the_paper():
     def probability(progress, shape):
         config = TrainConfig(teacher_forcing=0.0, teacher_forcing_schedule=shape)
         return true_character_probability(progress, config)
@@ -33,7 +33,7 @@ def model():
     return CharLM(9, ModelConfig(hidden_size=7, embedding_size=4)).initialise(0).eval()
 
 
-def test_all_true_is_the_model_itself(model):
+def test_probability_1_equals_the_model(model):
     x = torch.randint(9, (3, 6))
     ours, state = scheduled.scheduled_forward(model, x, model.initial_state(3), 1.0)
     theirs, last = model(x, model.initial_state(3))
@@ -41,7 +41,7 @@ def test_all_true_is_the_model_itself(model):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(state, last, strict=True))
 
 
-def test_none_true_is_the_model_on_its_own_characters(model, monkeypatch):
+def test_probability_0_feeds_the_predictions(model, monkeypatch):
     fed = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda x, state: (fed.append(x), forward(x, state))[1])
@@ -52,7 +52,7 @@ def test_none_true_is_the_model_on_its_own_characters(model, monkeypatch):
     assert torch.cat(fed, 1).tolist() == [[0, 5, 5, 5]] * 2
 
 
-def test_the_share_is_drawn_a_character(model, monkeypatch):
+def test_each_character_is_drawn_separately(model, monkeypatch):
     fed = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda x, state: (fed.append(x), forward(x, state))[1])
@@ -68,7 +68,7 @@ def test_the_share_is_drawn_a_character(model, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["builtin", "scratch", "fused"])
-def test_masks_that_last_a_sequence_last_it(implementation):
+def test_masks_of_a_sequence_are_kept_for_all_its_characters(implementation):
     config = ModelConfig(
         hidden_size=7,
         embedding_size=4,
@@ -83,14 +83,14 @@ def test_masks_that_last_a_sequence_last_it(implementation):
     x = torch.randint(9, (3, 6))
     torch.manual_seed(1)
     whole, _ = model(x, model.initial_state(3))
-    torch.manual_seed(1)  # the masks are drawn at the first character, before any chance of its own
+    torch.manual_seed(1)  # the masks are drawn at the first character, before a character is drawn
     stepped, _ = scheduled.scheduled_forward(model, x, model.initial_state(3), 1.0)
     assert torch.allclose(stepped, whole, atol=1e-6)
     again, _ = scheduled.scheduled_forward(model, x, model.initial_state(3), 1.0)
     assert not torch.allclose(again, whole, atol=1e-6), "the next sequence has others"
 
 
-def test_a_diverged_model_is_the_loss_s_to_tell():
+def test_predictions_that_are_nan_give_logits_that_are_nan():
     model = CharLM(5, ModelConfig(hidden_size=4)).initialise(1)
     with torch.no_grad():
         model.head.bias.fill_(torch.nan)

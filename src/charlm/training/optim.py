@@ -1,4 +1,4 @@
-"""Optimisers, learning-rate schedules, gradient clipping and averaging, as `TrainConfig` names them."""
+"""The optimisers, learning-rate schedules, gradient clipping and weight averaging that `TrainConfig` names."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from charlm.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimiser over all of `model`'s parameters; weight decay spares vectors, which are biases."""
+    """Return the optimiser of all parameters of `model`; the weight decay excludes vectors, which are biases."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [
@@ -34,7 +34,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Give `optimizer` what another one had gathered, and its learning rate; its settings stay its own."""
+    """Load the state and the learning rate of another optimiser into `optimizer`, which keeps its settings."""
     settings = [
         {key: value for key, value in group.items() if key not in ("params", "lr")}
         for group in optimizer.param_groups
@@ -45,19 +45,21 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """The learning rate of all parameters."""
+    """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def make_plateau(optimizer: Optimizer, config: TrainConfig) -> ReduceLROnPlateau | None:
-    """What lowers the learning rate after val losses that are no better, where ``train.schedule: plateau``.
+    """Return the scheduler of ``train.schedule: plateau``, or None for the other schedules.
 
-    The other schedules are `lr_factor`'s: a function of the step alone, with nothing to remember.
+    It lowers the learning rate after val losses that do not improve. The other schedules are functions of the
+    step, without a state: see `lr_factor`.
     """
     if config.schedule != "plateau":
         return None
-    # torch's patience is how many evaluations are borne; ours, as early_stopping, when it ends.
+    # torch's patience is the number of evaluations that it tolerates; ours, as in early_stopping, includes
+    # the one that ends it.
     return ReduceLROnPlateau(
         optimizer,
         factor=config.decay,
@@ -68,17 +70,17 @@ def make_plateau(optimizer: Optimizer, config: TrainConfig) -> ReduceLROnPlateau
 
 
 def load_plateau(plateau: ReduceLROnPlateau, state: dict[str, Any]) -> None:
-    """Give `plateau` the losses that another one had seen; its settings stay its own."""
+    """Load the state of another scheduler into `plateau`, which keeps its settings."""
     settings = {key: getattr(plateau, key) for key in ("factor", "patience", "min_lrs")}
     plateau.load_state_dict({**state, **settings})
 
 
 def lr_factor(step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int) -> float:
-    """What the learning rate is multiplied by at `step`, 0 the first.
+    """Return the factor of the learning rate at `step`, which counts from 0.
 
     constant: 1. step: decay^⌊epoch / step_epochs⌋.
-    cosine: from 0 up to 1 along a line over the first ``warmup`` of the steps, then half a cosine down to
-    ``min_lr`` (Loshchilov & Hutter 2017).
+    cosine: linear from 0 to 1 over the fraction ``warmup`` of the steps, then half a cosine down to ``min_lr``
+    (Loshchilov & Hutter 2017).
     one_cycle: half a cosine from 1/25 up to 1 over ``warmup``, half a cosine down to ``min_lr`` (Smith 2018).
     """
     if config.schedule == "constant":
@@ -99,15 +101,15 @@ def _half_cosine(done: float, start: float, end: float) -> float:
 
 
 def clip_gradients(model: nn.Module, config: TrainConfig) -> Tensor:
-    """Clip all gradients as ``train.clip`` says; returns their norm before, a tensor of shape ().
+    """Clip the gradients according to ``train.clip``; return their norm before, a tensor of shape ().
 
     norm: g ← min(1, clip_value / ‖g‖) g over all parameters together (Pascanu et al. 2013).
-    value: each number into [-clip_value, clip_value].
+    value: each element to [-clip_value, clip_value].
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    if not norm.isfinite():  # squares overflow in float32 long before the gradients do
+    if not norm.isfinite():  # the squares overflow in float32 long before the gradients do
         norm = nn.utils.get_total_norm([gradient.cpu().double() for gradient in gradients])
     if config.clip == "norm":
         nn.utils.clip_grads_with_norm_(parameters, config.clip_value, norm)
@@ -118,12 +120,13 @@ def clip_gradients(model: nn.Module, config: TrainConfig) -> Tensor:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, n: int) -> None:
-    """Take `model`'s weights w into `average`'s w̄, an exponential moving average that has taken n so far.
+    """Update `average`, an exponential moving average w̄ of the weights w of `model` after n updates.
 
     w̄ ← d w̄ + (1 - d) w, d = min(decay, (1 + n) / (10 + n))
 
-    Averaging is Polyak & Juditsky's (1992). That d begins at 1/10, so that the first weights are soon
-    forgotten, is from TensorFlow's ``tf.train.ExponentialMovingAverage`` (its ``num_updates``).
+    Averaging the weights is due to Polyak & Juditsky (1992). A d that starts at 1/10, so that the initial
+    weights are soon forgotten, comes from TensorFlow's ``tf.train.ExponentialMovingAverage``
+    (``num_updates``).
     """
     d = min(decay, (1 + n) / (10 + n))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - d)

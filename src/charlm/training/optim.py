@@ -1,4 +1,4 @@
-"""The optimisers, learning-rate schedules, gradient clipping and weight averaging that `TrainConfig` names."""
+"""Optimisers, learning-rate schedules, gradient clipping and weight averaging, named as in `TrainConfig`."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from charlm.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Return the optimiser of all parameters of `model`; the weight decay excludes vectors, which are biases."""
+    """Return the optimiser of all parameters; the weight decay excludes vectors, which are biases."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [
@@ -34,7 +34,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load the state and the learning rate of another optimiser into `optimizer`, which keeps its settings."""
+    """Load another optimiser's state and learning rate into `optimizer`, which keeps its settings."""
     settings = [
         {key: value for key, value in group.items() if key not in ("params", "lr")}
         for group in optimizer.param_groups
@@ -79,8 +79,8 @@ def lr_factor(step: int, config: TrainConfig, total_steps: int, steps_per_epoch:
     """Return the factor of the learning rate at `step`, which counts from 0.
 
     constant: 1. step: decay^⌊epoch / step_epochs⌋.
-    cosine: linear from 0 to 1 over the fraction ``warmup`` of the steps, then half a cosine down to ``min_lr``
-    (Loshchilov & Hutter 2017).
+    cosine: linear from 0 to 1 over the fraction ``warmup`` of the steps, then half a cosine down to
+    ``min_lr`` (Loshchilov & Hutter 2017).
     one_cycle: half a cosine from 1/25 up to 1 over ``warmup``, half a cosine down to ``min_lr`` (Smith 2018).
     """
     if config.schedule == "constant":

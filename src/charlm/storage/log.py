@@ -17,11 +17,11 @@ from charlm.storage.run import Run
 Row = dict[str, Any]
 
 
-def append(run: Run, row: Row) -> int:
+def append(run: Run, row: Row, sync: bool = True) -> int:
     """Append `row` to the log of `run`, without floats that are not finite; return the log's size.
 
-    The row is on the disk when this returns. A row that cannot be written whole is removed. Raises
-    `CharlmError` for a log that cannot be written.
+    With `sync`, the row is on the disk when this returns. A row that cannot be written whole is removed.
+    Raises `CharlmError` for a log that cannot be written.
     """
     finite = {
         key: value
@@ -35,13 +35,20 @@ def append(run: Run, row: Row) -> int:
             try:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())  # the next saved state depends on it
+                if sync:
+                    os.fsync(file.fileno())  # the next saved state depends on it
             except OSError:
                 file.truncate(begin)
                 raise
             return file.tell()
     except OSError as error:
         raise CharlmError(f"cannot write {run.metrics}: {error.strerror}") from None
+
+
+def sync(run: Run) -> None:
+    """Wait until the rows of the log are on the disk."""
+    with suppress(FileNotFoundError), _open(run) as file:
+        os.fsync(file.fileno())
 
 
 def cut(run: Run, size: int) -> None:

@@ -194,6 +194,8 @@ class Learner:
         """
         _check_types(state, {"sequences": 1, "steps_per_epoch": 1})
         _check_types(state["progress"], asdict(Progress()))
+        for name in ("since_evaluation", "since_row"):
+            _check_types(state["progress"][name], asdict(Sums()))
         changed = set(differences(config, self.config))
         # Another number of processes can read the same sequences in each step.
         changed -= {"batches.batch_size"}

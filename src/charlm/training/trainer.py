@@ -178,7 +178,7 @@ class Trainer:
         if progress.since_row.characters:
             row = self._row(progress.since_row)
             progress.since_row = Sums()
-            self._log(run, row)
+            self._log(run, row, sync=False)  # the next save does it: a disk may take as long as ten steps
             reporter.logged(row)
 
     def _evaluate(self, run: Run, reporter: Reporter) -> None:
@@ -292,6 +292,7 @@ class Trainer:
             progress.rollback_step = progress.step
         state = self._snapshot()
         if self.group.first:
+            log.sync(self.saves.run)
             self.saves.write(progress, state, sound, keep)
         self._agree()
 
@@ -300,10 +301,10 @@ class Trainer:
         self.saves.step = self.group.from_first(lambda: self.saves.step)
         self.learner.progress = Progress(**self.group.from_first(lambda: asdict(self.learner.progress)))
 
-    def _log(self, run: Run, row: Row) -> None:
+    def _log(self, run: Run, row: Row, sync: bool = True) -> None:
         """Add a row to the log, which the first process writes."""
         if self.group.first:
-            self.learner.progress.log_size = log.append(run, row)
+            self.learner.progress.log_size = log.append(run, row, sync)
 
     def _scored(self, ids: Tensor) -> Score:
         """Return the score of `ids` (N,), which the first process computes: in slices it would differ."""

@@ -203,9 +203,9 @@ def joined() -> Iterator[Group]:
 def end_process(code: int) -> NoReturn:
     """End a process of a group with the exit code `code`, without the interpreter's finalization.
 
-    The threads of gloo release tensors, for which they need the interpreter's lock. If they ask for it during
-    the finalization, Python ends the thread, and with it the process is aborted. The threads cannot be joined
-    first: they may be in an operation that another process, ending too, never completes.
+    After an error, the threads of gloo are still running while the interpreter shuts down, which can abort
+    the process (SIGABRT). They cannot be joined before: one may be in an operation that another process,
+    which is ending too, never completes.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from charlm.cli.options import config_option, json_option, set_option
-from charlm.config import CELL_NAMES
+from charlm.cli.options import CellChoice, config_option, json_option, set_option
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import json_text
 
@@ -97,7 +96,7 @@ def gradflow(
         for state, norms in flow(model, ids, steps).items():
             curves[f"{name}, {state}"] = norms
 
-    for cell in CELL_NAMES:
+    for cell in configuration.CELL_NAMES:
         changes = [
             f"model.cell={cell}",
             "model.direction=forward",
@@ -170,7 +169,7 @@ def compare(
     "--cell",
     "cells",
     multiple=True,
-    type=click.Choice(CELL_NAMES),
+    type=CellChoice(),
     help="May be given again.  [default: all]",
 )
 @click.option("--hidden-size", type=click.IntRange(1), default=192, show_default=True)
@@ -202,7 +201,7 @@ def bench(
     products that training reaches (6 operations a weight a character). The rows take turns; figures are
     medians of three rounds. With several cores, leave the machine alone meanwhile.
     """
-    from charlm.config import BatchesConfig, ModelConfig
+    from charlm.config import CELL_NAMES, BatchesConfig, ModelConfig
     from charlm.study import bench as benchmark
     from charlm.study.compare import markdown
 

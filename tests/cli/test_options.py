@@ -77,6 +77,11 @@ def test_the_command_answers_bash_without_torch(folder):
     assert done.stdout.splitlines() == ["file,ls", "plain,lstm-scratch.yaml", "plain,lstm.yaml"]
 
 
+def test_the_command_line_is_imported_without_torch_and_pydantic():
+    code = "import sys, charlm.cli; sys.exit(bool({'torch', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_readme_names_every_shell():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for shell in ("bash", "zsh", "fish"):

@@ -59,6 +59,22 @@ def _with_files(names: Iterable[str], typed: str) -> list[CompletionItem]:
     return [files, *(CompletionItem(name) for name in names if name.startswith(typed))]
 
 
+class CellChoice(click.Choice):  # type: ignore[type-arg,unused-ignore]
+    """The cells of the configuration, read when needed: their import would slow down `charlm --help`."""
+
+    case_sensitive = True
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The names of the cells."""
+        from charlm.config import CELL_NAMES
+
+        return tuple(CELL_NAMES)
+
+
 def _shared(*names: str, **settings: Any) -> Callable[..., Callable[[Any], Any]]:
     """An option with these names and settings, as a function of the settings that differ in one command."""
     return lambda *other_names, **changes: click.option(*(other_names or names), **{**settings, **changes})

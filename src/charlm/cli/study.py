@@ -5,8 +5,7 @@ from pathlib import Path
 
 import click
 
-from charlm.cli.options import config_option, json_option, set_option
-from charlm.config import CELL_NAMES
+from charlm.cli.options import CellChoice, config_option, json_option, set_option
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import json_text
 
@@ -152,7 +151,7 @@ def compare(
     "--cell",
     "cells",
     multiple=True,
-    type=click.Choice(CELL_NAMES),
+    type=CellChoice(),
     help="Can be repeated.  [default: all]",
 )
 @click.option("--hidden-size", type=click.IntRange(1), default=192, show_default=True)
@@ -184,7 +183,7 @@ def bench(
     of matrix products that training reaches (6 operations per weight and character). The rows alternate;
     figures are medians of three rounds. Run nothing else at the same time.
     """
-    from charlm.config import BatchesConfig, ModelConfig
+    from charlm.config import CELL_NAMES, BatchesConfig, ModelConfig
     from charlm.nn.kernels.native import keep_memory
     from charlm.study import bench as benchmark
     from charlm.study.compare import markdown

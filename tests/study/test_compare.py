@@ -33,6 +33,9 @@ class Silent:
     def step(self, loss, characters, seconds):
         pass
 
+    def logged(self, row):
+        pass
+
     def evaluated(self, row, best):
         pass
 
@@ -93,20 +96,20 @@ def test_parameters_seconds_and_rate_are_those_of_the_run(compared):
         assert row.chars_per_second == pytest.approx(3 * 8 * windows / row.seconds)
 
 
-def test_rate_weights_rows_of_any_kind_by_their_time(compared):
-    """1,000 characters in 10 s, none in 10 s, 6,000 in 20 s, and 3,000 in 10 s before a rollback."""
+def test_rate_weights_evaluations_by_their_time(compared):
+    """2,000 characters in 20 s, none in 10 s, and 9,000 in 30 s; rows between evaluations do not count."""
     _, _, runs, _ = compared
     runs["gru"].metrics.write_text(
-        '{"step": 100, "train_loss": 2.0, "chars_per_second": 100.0, "seconds": 10.0}\n'
-        '{"step": 150, "val_loss": 2.0, "seconds": 20.0}\n'
-        '{"step": 160, "event": "bad_step"}\n'
-        '{"step": 200, "train_loss": 1.9, "val_loss": 1.9, "chars_per_second": 300.0, "seconds": 40.0}\n'
-        '{"step": 300, "train_loss": 9.0, "chars_per_second": 300.0, "seconds": 50.0}\n'
-        '{"step": 200, "event": "rollback", "from_step": 310}\n'
+        '{"step": 100, "train_loss": 2.0, "chars_per_second": 999.0, "seconds": 10.0}\n'
+        '{"step": 150, "val_loss": 2.0, "chars_per_second": 100.0, "seconds": 20.0}\n'
+        '{"step": 160, "val_loss": 2.0, "seconds": 30.0}\n'
+        '{"step": 300, "train_loss": 9.0, "chars_per_second": 999.0, "seconds": 40.0}\n'
+        '{"step": 160, "event": "rollback", "from_step": 310}\n'
+        '{"step": 200, "train_loss": 1.9, "val_loss": 1.9, "chars_per_second": 300.0, "seconds": 60.0}\n'
         '{"step": 200, "test_loss": 2.0}\n'
     )
     row = _comparison("gru", runs["gru"])
-    assert (row.seconds, row.chars_per_second) == (50.0, 10_000 / 50)
+    assert (row.seconds, row.chars_per_second) == (60.0, 11_000 / 60)
 
 
 def test_train_perplexity_is_absent_if_all_steps_were_skipped(folder, monkeypatch):

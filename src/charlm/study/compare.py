@@ -158,7 +158,7 @@ def _comparison(name: str, run: Run) -> Comparison:
     train_loss = best.figures.get("train_loss")
     seconds, characters = 0.0, 0.0
     for row in read(run):
-        if "seconds" in row:  # chars_per_second is over the time since the previous row, absent without steps
+        if "val_loss" in row:  # the rate is over the time since the previous evaluation, absent without steps
             characters += row.get("chars_per_second", 0.0) * (row["seconds"] - seconds)
             seconds = row["seconds"]
     return Comparison(

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from charlm import config
 from charlm.config import ModelConfig
 from charlm.errors import CharlmError, ConfigError
-from charlm.inference.sample import generate
+from charlm.inference.sample import Sampling, generate
 from charlm.interop.export import ENDINGS, check_format
 from charlm.nn import cells
 from charlm.nn.model import make_model
@@ -46,7 +46,7 @@ def test_registered_cell_is_trained_saved_loaded_and_written_with(recipe, tmp_pa
     save_model(tmp_path / "m", learner.model, learner.corpus.vocab, recipe, {})
     loaded = load_model(tmp_path / "m")
     texts = [
-        list(generate(model.eval(), loaded.vocab, loaded.vocab.encode("ab"), 20, temperature=0.0))
+        list(generate(model.eval(), loaded.vocab, loaded.vocab.encode("ab"), 20, Sampling(temperature=0)))
         for model in (learner.model, loaded.model)
     ]
     assert texts[0] == texts[1] and len(texts[0]) == 20

@@ -47,7 +47,7 @@ def test_fill_in_model_reports_a_pseudo_perplexity(charlm, filling):
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
-        (["generate"], 1, "no prediction of what follows"),
+        (["generate"], 1, "charlm fill"),
         (["fill", "abc"], 1, "no blank"),
         (["fill", "aΩ_"], 1, "U+03A9"),
         (["fill", "a_", "--blank", "ab"], 2, "one character"),

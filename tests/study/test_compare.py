@@ -47,8 +47,9 @@ def configure(*overrides):
     return from_data({}, "", [*TINY, "corpus.source=corpus.txt", "train.epochs=3", *overrides])
 
 
-def log(run):
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+def evaluations(run):
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [row for row in rows if "val_loss" in row]
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_metrics_are_those_of_the_best_evaluation(folder, monkeypatch):
     monkeypatch.setattr("charlm.training.trainer.evaluate", lambda model, ids: Score(next(losses), 1))
     run = Run(folder / "run")
     (row,) = compare({"a": configure()}, {"a": run}, Silent())
-    best = log(run)[1]
+    best = evaluations(run)[1]
     assert row.best_epoch == best["epoch"] == 2
     assert row.train_perplexity == best["train_perplexity"]
     assert row.val_perplexity == math.exp(1.5)
@@ -90,7 +91,7 @@ def test_parameters_seconds_and_rate_are_those_of_the_run(compared):
     assert [row.name for row in rows] == ["rnn", "gru"]
     for row in rows:
         assert row.parameters == num_parameters(load_model(runs[row.name].best).model)
-        assert row.seconds == log(runs[row.name])[2]["seconds"]
+        assert row.seconds == evaluations(runs[row.name])[2]["seconds"]
         corpus = Corpus.load(configs[row.name].corpus)
         windows = (len(corpus.train) - 9) // 8 + 1
         assert row.chars_per_second == pytest.approx(3 * 8 * windows / row.seconds)

@@ -201,5 +201,5 @@ def test_unknown_format_is_refused():
 
 def test_at_epochs_returns_the_evaluations_at_the_ends_of_epochs(compared):
     _, _, runs, _ = compared
-    evaluations = log(runs["gru"])[:-1]
-    assert at_epochs(runs["gru"], [1, 3, 11]) == {1: evaluations[0], 3: evaluations[2]}
+    rows = evaluations(runs["gru"])
+    assert at_epochs(runs["gru"], [1, 3, 11]) == {1: rows[0], 3: rows[2]}

@@ -13,7 +13,9 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -196,6 +198,9 @@ def joined() -> Iterator[Group]:
     try:
         yield Group(rank, size, local_rank, local_size, gloo)
     except BaseException as error:
+        if threading.current_thread() is threading.main_thread():
+            # torchrun sends SIGTERM to the survivors of a lost process, which would end before they say why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise _first_to_end(error, rank, size, store) from None
     dist.destroy_process_group()
 

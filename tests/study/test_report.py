@@ -1,5 +1,4 @@
 import json
-import math
 import os
 import re
 from html.parser import HTMLParser
@@ -65,16 +64,24 @@ def test_page_shows_the_run_and_escapes_its_text(page):
     assert sorted(sided) == ["div", "div", "pre", "pre", "pre"] and "`\\u2068$" in text
 
 
-def test_charts_have_the_rows_between_evaluations():
-    rows = [
-        {"step": 1, "train_loss": 3.0},
-        {"step": 2, "train_loss": math.nan},
-        {"step": 3, "train_loss": 2.0, "val_loss": 2.5, "lr": 0.1},
+def test_charts_have_the_rows_between_evaluations(charlm, trained, monkeypatch):
+    monkeypatch.setattr(report, "WRITTEN", 30)
+    (trained / "metrics.jsonl").write_text(
+        '{"step": 1, "train_loss": 3.0}\n'
+        '{"step": 2, "train_loss": NaN}\n'
+        '{"step": 3, "train_loss": 2.0, "val_loss": 2.5, "lr": 0.1}\n'
+    )
+    assert charlm("report", "tiny").code == 0
+    tags = Elements((trained / "report.html").read_text("utf-8")).tags
+    assert [tag["aria-label"] for name, tag in tags if name == "svg"] == [
+        "loss, nats per character, by step",
+        "learning rate, by step",
     ]
-    loss, rate = report._charts(rows)
-    assert loss["lines"] == [["58.0,22.0", "350.0,172.0"], ["350.0,97.0"]]
-    assert (loss["x"], loss["y"]) == ((1, 3), (2.0, 3.0))
-    assert (rate["title"], rate["lines"]) == ("learning rate", [["58.0,172.0"]])
+    assert [tag["points"] for name, tag in tags if name == "polyline"] == ["58.0,22.0 350.0,172.0"]
+    assert [tag["transform"] for name, tag in tags if name == "circle"] == [
+        "translate(350.0,97.0)",
+        "translate(58.0,172.0)",
+    ]
 
 
 def test_features_that_vary_are_correlated_with_units():

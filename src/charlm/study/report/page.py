@@ -17,11 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from charlm import config as configuration
+from charlm.api import LanguageModel
 from charlm.errors import CharlmError
 from charlm.files import write_atomically
 from charlm.inference.evaluate import text_surprisals
-from charlm.inference.novelty import SIZES, Novelty, novelty, training_text
-from charlm.inference.sample import Sampling, generate
+from charlm.inference.novelty import SIZES, novelty, training_text
 from charlm.nn.model import num_parameters
 from charlm.storage.log import Row, curve, read
 from charlm.storage.model_file import Loaded, load_model
@@ -67,21 +67,20 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     texts = samples(loaded)
     copied = {title: novelty(loaded.vocab.encode(text), corpus.train) for title, text in texts.items()}
-    held_out = novelty(corpus.val[:WRITTEN], corpus.train)
     return environment.get_template("page.html").render(
         title=name,
         script=script,
         style=style,
-        script_hash=_digest(script),
-        style_hash=_digest(style),
+        digest=_digest,
         model=loaded.config.model,
         parameters=num_parameters(loaded.model),
         characters=len(loaded.vocab),
         source=loaded.config.corpus.source,
-        figures=_figures(log, loaded.figures),
+        figures=loaded.figures,
+        last={key: value for row in log for key, value in row.items()},
         charts=_charts(rows),
-        samples=[(title, *_split(texts[title], copied[title])) for title in texts],
-        novelty={**copied, "held-out text": held_out},
+        samples=texts,
+        novelty={**copied, "held-out text": novelty(corpus.val[:WRITTEN], corpus.train)},
         sizes=SIZES,
         studied=min(STUDIED, len(corpus.val)),
         config=configuration.to_yaml(loaded.config),
@@ -90,16 +89,9 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
 
 
 def samples(loaded: Loaded) -> dict[str, str]:
-    """Return a text for each temperature, from a fixed seed, in reading order."""
-    texts = {}
-    for temperature in TEMPERATURES:
-        generator = torch.Generator().manual_seed(1)
-        start = torch.empty(0, dtype=torch.int64)
-        sampling = Sampling(temperature=temperature)
-        text = "".join(generate(loaded.model, loaded.vocab, start, WRITTEN, sampling, generator))
-        backward = loaded.config.model.direction == "backward"
-        texts[f"temperature {temperature}"] = text[::-1] if backward else text
-    return texts
+    """Return a text for each temperature, from a fixed seed."""
+    model = LanguageModel(loaded)
+    return {f"temperature {t}": model.generate(length=WRITTEN, temperature=t, seed=1) for t in TEMPERATURES}
 
 
 @torch.inference_mode()
@@ -154,7 +146,7 @@ def _units(found: dict[str, list[tuple[int, float]]], hidden_size: int, shown: i
 def features(text: str) -> dict[str, list[float]]:
     """Return the features by name, each a number for each character of `text`."""
     following = text[1:] + "\n"
-    found: dict[str, list[float]] = {
+    return {
         "ends of lines": [float(char == "\n") for char in following],
         "position in the line": _since(text, "\n"),
         "ends of words": [
@@ -170,7 +162,6 @@ def features(text: str) -> dict[str, list[float]]:
         "inside straight quotes": _inside(text, '"', '"'),
         "inside brackets": _inside(text, "([", ")]"),
     }
-    return found
 
 
 def _since(text: str, mark: str) -> list[float]:
@@ -214,55 +205,18 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _figures(log: list[Row], figures: Row) -> list[tuple[str, str]]:
-    """Return the names and values of the metrics that are known."""
-    last = {key: value for row in log for key, value in row.items()}
-    known = {
-        "val loss, nats": figures.get("val_loss"),
-        "val perplexity": figures.get("val_perplexity"),
-        "val bits per character": figures.get("val_bits_per_character"),
-        "test perplexity": last.get("test_perplexity"),
-        "steps": last.get("step"),
-        "training time, seconds": last.get("seconds"),
+def _charts(rows: list[Row]) -> dict[str, list[list[tuple[int, float]]]]:
+    """Return the curves of each chart, each the steps and values of the rows that have a finite one."""
+    keys = {
+        "loss, nats per character": ("train_loss", "val_loss"),
+        "learning rate": ("lr",),
+        "gradient norm": ("grad_norm",),
     }
-    return [
-        (name, str(value) if isinstance(value, int) else f"{value:.4g}")
-        for name, value in known.items()
-        if isinstance(value, int | float)
-    ]
-
-
-def _charts(rows: list[Row]) -> list[dict[str, Any]]:
-    """Return each chart for the template: its title, the ranges of x and y, and its lines' points for SVG."""
-    charts = []
-    for title, keys in (
-        ("loss, nats per character", ("train_loss", "val_loss")),
-        ("learning rate", ("lr",)),
-        ("gradient norm", ("grad_norm",)),
-    ):
-        curves = [[(row["step"], row[key]) for row in rows if _finite(row.get(key))] for key in keys]
-        if any(curves):
-            x, y = (
-                (min(values), max(values))
-                for values in zip(*(point for curve in curves for point in curve), strict=True)
-            )
-            lines = [
-                [f"{_scaled(a, *x, 58, 350)},{_scaled(b, *y, 172, 22)}" for a, b in curve] for curve in curves
-            ]
-            charts.append({"title": title, "lines": lines, "x": x, "y": y})
-    return charts
+    return {
+        title: [[(row["step"], row[key]) for row in rows if _finite(row.get(key))] for key in curves]
+        for title, curves in keys.items()
+    }
 
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _scaled(value: float, low: float, high: float, start: int, end: int) -> str:
-    """Return the coordinate of `value`, `start` at `low` and `end` at `high`."""
-    return f"{start + (value - low) / ((high - low) or 1) * (end - start):.1f}"
-
-
-def _split(text: str, found: Novelty) -> tuple[str, str, str]:
-    """Return `text` before, in and after its longest copied stretch."""
-    end = found.start + found.longest
-    return text[: found.start], text[found.start : end], text[end:]

@@ -16,7 +16,7 @@ from charlm import __version__
 from charlm.cli import generate, runs, score, settings, share, study, train
 from charlm.errors import CharlmError
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
 def main(args: list[str] | None = None) -> int:

@@ -59,16 +59,19 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @click.option(
-    "--prefix", "-p", default="", metavar="TEXT", help="The beginning of the text; - reads it from stdin."
+    "--prefix",
+    "-p",
+    default="",
+    show_default=False,
+    metavar="TEXT",
+    help="The beginning of the text; - reads it from stdin.",
 )
-@click.option(
-    "--length", "-n", type=click.IntRange(0), default=500, show_default=True, help="Characters to write."
-)
+@click.option("--length", "-n", type=click.IntRange(0), default=500, help="Characters to write.")
 @sampling_options
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed gives the same text.  [default: random]"
 )
-@click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Number of texts.")
+@click.option("--num-samples", type=click.IntRange(1), default=1, help="Number of texts.")
 @click.option(
     "--quantize",
     type=click.Choice(["bf16", "int8"]),
@@ -307,12 +310,8 @@ def _help(settings: dict[str, Any], options: dict[str, click.Parameter]) -> str:
 
 @click.command()
 @click.argument("text_with_blanks", metavar="TEXT")
-@click.option(
-    "--blank", default="_", show_default=True, metavar="CHARACTER", help="The character that marks a blank."
-)
-@click.option(
-    "--best", type=click.IntRange(1), default=5, show_default=True, help="Number of answers to show."
-)
+@click.option("--blank", default="_", metavar="CHARACTER", help="The character that marks a blank.")
+@click.option("--best", type=click.IntRange(1), default=5, help="Number of answers to show.")
 @json_option()
 @unknown_option
 @model_option

@@ -110,7 +110,7 @@ model_option = click.option(
     help="A model file, a run's folder or name.  [default: the newest run]",
 )
 device_option = click.option(
-    "--device", default="auto", metavar="NAME", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
+    "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."
 )
 implementation_option = click.option(
     "--implementation",
@@ -121,7 +121,6 @@ unknown_option = click.option(
     "--unknown",
     type=click.Choice(["error", "skip", "replace"]),
     default="error",
-    show_default=True,
     help="Characters that the model does not know: refuse them, skip them, or replace each by a space (the "
     "most frequent character, if the space is unknown).",
 )

@@ -148,12 +148,7 @@ _runs_argument = click.argument(
 @click.command()
 @_runs_argument
 @click.option(
-    "--format",
-    "form",
-    type=click.Choice(["csv", "jsonl"]),
-    default="csv",
-    show_default=True,
-    help="Format of the output.",
+    "--format", "form", type=click.Choice(["csv", "jsonl"]), default="csv", help="Format of the output."
 )
 def log(names: tuple[str, ...], form: str) -> None:
     """Print the metrics of runs as CSV or JSON lines.
@@ -170,12 +165,11 @@ def log(names: tuple[str, ...], form: str) -> None:
 
 @click.command()
 @_runs_argument
-@output_option(default="curves.png", show_default=True, help="Image to write: .png, .svg or .pdf.")
+@output_option(default="curves.png", help="Image to write: .png, .svg or .pdf.")
 @click.option(
     "--along",
     type=click.Choice(["step", "epoch", "seconds"]),
     default="step",
-    show_default=True,
     help="Quantity on the horizontal axis; seconds are of training.",
 )
 def plot(names: tuple[str, ...], output: str, along: "Along") -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from charlm.cli.options import CellChoice, config_option, json_option, set_option
+from charlm.cli.options import CellChoice, config_option, device_option, json_option, set_option
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import json_text
 
@@ -15,20 +15,8 @@ SIX = ["rnn.yaml", "rnn-scratch.yaml", "lstm.yaml", "lstm-scratch.yaml", "gru.ya
 @click.command()
 @config_option()
 @set_option()
-@click.option(
-    "--entries",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    help="Entries to check per tensor.",
-)
-@click.option(
-    "--tolerance",
-    type=click.FloatRange(0),
-    default=1e-6,
-    show_default=True,
-    help="Largest relative error allowed.",
-)
+@click.option("--entries", type=click.IntRange(1), default=10, help="Entries to check per tensor.")
+@click.option("--tolerance", type=click.FloatRange(0), default=1e-6, help="Largest relative error allowed.")
 def gradcheck(recipe: str | None, overrides: tuple[str, ...], entries: int, tolerance: float) -> None:
     """Check the gradients of a model: numeric against analytic, in float64.
 
@@ -44,8 +32,7 @@ def gradcheck(recipe: str | None, overrides: tuple[str, ...], entries: int, tole
         click.echo(
             f"{row.parameter:<30} {row.numeric:>14.6e} {row.analytic:>14.6e} {row.relative_error:>15.2e}"
         )
-    wrong = [row.parameter for row in checks if not row.relative_error <= tolerance]
-    if wrong:
+    if wrong := [row.parameter for row in checks if not row.relative_error <= tolerance]:
         raise CharlmError(
             f"the relative error of the gradients of {', '.join(wrong)} is above --tolerance {tolerance:g}"
         )
@@ -54,21 +41,9 @@ def gradcheck(recipe: str | None, overrides: tuple[str, ...], entries: int, tole
 @click.command()
 @config_option(help="A recipe: the text and the sizes.  [default: the defaults]")
 @set_option()
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Steps back in time.")
-@click.option(
-    "--train-steps",
-    type=click.IntRange(0),
-    default=300,
-    show_default=True,
-    help="Training steps.",
-)
-@click.option(
-    "--scale",
-    type=float,
-    default=4.0,
-    show_default=True,
-    help="Factor for recurrent weights that explode.",
-)
+@click.option("--steps", type=click.IntRange(1), default=50, help="Steps back in time.")
+@click.option("--train-steps", type=click.IntRange(0), default=300, help="Training steps.")
+@click.option("--scale", type=float, default=4.0, help="Factor for recurrent weights that explode.")
 @click.option("--plot", "picture", metavar="FILE", help="Draw the table (needs the extra `plot`).")
 def gradflow(
     recipe: str | None,
@@ -106,9 +81,7 @@ def gradflow(
 @config_option("--config", "-c", "recipes", multiple=True, help="A recipe; give two or more.")
 @click.option("--all", "all_six", is_flag=True, help="Compare RNN, LSTM and GRU, built in and from scratch.")
 @set_option()
-@click.option(
-    "--format", "form", type=click.Choice(["markdown", "csv", "json"]), default="markdown", show_default=True
-)
+@click.option("--format", "form", type=click.Choice(["markdown", "csv", "json"]), default="markdown")
 @click.option("--plot", "picture", metavar="FILE", help="Draw the losses (needs the extra `plot`).")
 def compare(
     recipes: tuple[str, ...], all_six: bool, overrides: tuple[str, ...], form: str, picture: str | None
@@ -147,25 +120,18 @@ def compare(
 
 
 @click.command()
-@click.option(
-    "--cell",
-    "cells",
-    multiple=True,
-    type=CellChoice(),
-    help="Can be repeated.  [default: all]",
-)
-@click.option("--hidden-size", type=click.IntRange(1), default=192, show_default=True)
-@click.option("--num-layers", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--seq-len", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--cell", "cells", multiple=True, type=CellChoice(), help="Can be repeated.  [default: all]")
+@click.option("--hidden-size", type=click.IntRange(1), default=192)
+@click.option("--num-layers", type=click.IntRange(1), default=1)
+@click.option("--batch-size", type=click.IntRange(1), default=32)
+@click.option("--seq-len", type=click.IntRange(1), default=64)
 @click.option(
     "--seconds",
     type=click.FloatRange(0),
     default=3.0,
-    show_default=True,
     help="Training time for each row of the table; generation takes a third of it.",
 )
-@click.option("--device", metavar="NAME", default="auto", show_default=True, help="cuda, mps or cpu.")
+@device_option
 @json_option()
 def bench(
     cells: tuple[str, ...],
@@ -204,23 +170,13 @@ def bench(
         f"{report.machine}\n{num_layers} × {hidden_size}, batch {batch_size} × {seq_len}, {report.device}, "
         f"{report.precision}\nmatrix products, GFLOP/s: {rates}\n"
     )
-    header = [
-        "cell",
-        "implementation",
-        "training, chars/s",
-        "vs. builtin",
-        "of products",
-        "generation, chars/s",
-    ]
-    rows = [
-        [
-            row.cell,
-            row.implementation,
-            f"{row.trained:,.0f}",
-            f"{row.ratio:.2f}",
-            f"{row.share:.1%}",
-            f"{row.written:,.0f}",
-        ]
-        for row in report.rows
-    ]
-    click.echo(markdown(header, rows))
+    columns = {
+        "cell": "{.cell}",
+        "implementation": "{.implementation}",
+        "training, chars/s": "{.trained:,.0f}",
+        "vs. builtin": "{.ratio:.2f}",
+        "of products": "{.share:.1%}",
+        "generation, chars/s": "{.written:,.0f}",
+    }
+    rows = [[column.format(row) for column in columns.values()] for row in report.rows]
+    click.echo(markdown([*columns], rows))

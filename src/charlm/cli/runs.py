@@ -1,7 +1,6 @@
 """The commands that show models and runs: info, report, log, plot."""
 
 import itertools
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,83 +32,72 @@ def info(models: tuple[str, ...], as_json: bool) -> None:
 
     paths = [runs.find_model(model) for model in models or [None]]
     headers = [read_header(path) for path in paths]
-    described = [_described(path, header) for path, header in zip(paths, headers, strict=True)]
-    if len(paths) == 1 and as_json:
-        click.echo(json_text(described[0], indent=2, ensure_ascii=False))
-        return
+    described = [
+        {
+            "path": str(path),
+            "parameters": header.parameters,
+            **vars(header),
+            "config": header.config.model_dump(mode="json"),
+        }
+        for path, header in zip(paths, headers, strict=True)
+    ]
     if len(paths) > 1:
         facts = [_facts(header) for header in headers]
-        different = _differences(facts) | _own_characters(headers)
+        different = _differences(facts, [header.vocab for header in headers])
         if as_json:
-            click.echo(
-                json_text({"models": described, "differences": different}, indent=2, ensure_ascii=False)
-            )
-        else:
-            _side_by_side(paths, different)
-            same = sum(name not in different for name in facts[0])
-            click.echo(f"equal: {same} of {len(facts[0])} settings, metrics and shapes")
-        return
-    path, header = paths[0], headers[0]
-    click.echo(f"{path}: {_parameters(header):,} parameters")
-    for name, shape in header.tensors.items():
-        click.echo(f"  {one_line(name):<28} {' × '.join(map(str, shape))}")
-    click.echo(f"\nvocabulary: {len(header.vocab)} characters, the most frequent first\n  {header.vocab!r}")
-    click.echo("\nmetrics")
-    for key, value in header.figures.items():
-        click.echo(f"  {one_line(key):<28} {one_line(str(value))}")
-    click.echo(f"\nconfiguration\n{to_yaml(header.config)}", nl=False)
-
-
-def _parameters(header: "Header") -> int:
-    return sum(math.prod(shape) for shape in header.tensors.values())
-
-
-def _described(path: Path, header: "Header") -> dict[str, Any]:
-    """Return what `info --json` shows of a model."""
-    return {
-        "path": str(path),
-        "parameters": _parameters(header),
-        "tensors": {name: list(shape) for name, shape in header.tensors.items()},
-        "vocab": header.vocab,
-        "config": header.config.model_dump(mode="json"),
-        "figures": header.figures,
-    }
+            found = {"models": described, "differences": different}
+            click.echo(json_text(found, indent=2, ensure_ascii=False))
+            return
+        rows = [["", *map(str, paths)]]
+        rows += [[one_line(name), *map(_cell, values)] for name, values in different.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
+            click.echo(line.rstrip())
+        same = sum(name not in different for name in facts[0])
+        click.echo(f"equal: {same} of {len(facts[0])} settings, metrics and shapes")
+    elif as_json:
+        click.echo(json_text(described[0], indent=2, ensure_ascii=False))
+    else:
+        (header,) = headers
+        click.echo(f"{paths[0]}: {header.parameters:,} parameters")
+        for name, shape in header.tensors.items():
+            click.echo(f"  {one_line(name):<28} {' × '.join(map(str, shape))}")
+        click.echo(f"\nvocabulary: {len(header.vocab)} characters, the most frequent first")
+        click.echo(f"  {header.vocab!r}\n\nmetrics")
+        for key, value in header.figures.items():
+            click.echo(f"  {one_line(key):<28} {one_line(str(value))}")
+        click.echo(f"\nconfiguration\n{to_yaml(header.config)}", nl=False)
 
 
 def _facts(header: "Header") -> dict[str, Any]:
     """Return all that is compared, by name."""
-    facts: dict[str, Any] = {"parameters": _parameters(header), "vocabulary": len(header.vocab)}
-    for section, values in header.config.model_dump(mode="json").items():
-        facts |= {f"{section}.{key}": value for key, value in values.items()}
-    facts |= header.figures
-    return facts | {name: " × ".join(map(str, shape)) for name, shape in header.tensors.items()}
+    return {
+        "parameters": header.parameters,
+        "vocabulary": len(header.vocab),
+        **{
+            f"{section}.{key}": value
+            for section, values in header.config.model_dump(mode="json").items()
+            for key, value in values.items()
+        },
+        **header.figures,
+        **{name: " × ".join(map(str, shape)) for name, shape in header.tensors.items()},
+    }
 
 
-def _differences(facts: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return the values of each model by name where they differ; None for a missing one."""
-    names = dict.fromkeys(itertools.chain(*facts))
-    rows = {name: [each.get(name) for each in facts] for name in names}
+def _differences(facts: list[dict[str, Any]], vocabs: list[str]) -> dict[str, list[Any]]:
+    """Return the values of each model by name where they differ, None for a missing one.
+
+    The row of own characters has each model's characters that another model lacks.
+    """
+    rows = {name: [each.get(name) for each in facts] for name in dict.fromkeys(itertools.chain(*facts))}
+    common = set(vocabs[0]).intersection(*vocabs)
+    rows["own characters"] = ["".join(char for char in vocab if char not in common) for vocab in vocabs]
     return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
 
 
-def _own_characters(headers: list["Header"]) -> dict[str, list[str]]:
-    """Return each model's characters that another model lacks, as a row of the differences, if any."""
-    common = set.intersection(*(set(header.vocab) for header in headers))
-    own = ["".join(char for char in header.vocab if char not in common) for header in headers]
-    return {"own characters": own} if any(own) else {}
-
-
-def _side_by_side(paths: list[Path], different: dict[str, list[Any]]) -> None:
-    """Print a table of the differences with a column for each model."""
-    rows = [["", *map(str, paths)]]
-    rows += [[one_line(name), *map(_cell, values)] for name, values in different.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-
-
 def _cell(value: Any) -> str:
-    if value is None or value == "":
+    if value in (None, ""):
         return "–"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"

@@ -76,6 +76,11 @@ class Header:
     fingerprint: str = ""
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def parameters(self) -> int:
+        """The number of trainable numbers."""
+        return sum(prod(shape) for shape in self.tensors.values())
+
 
 def read_header(path: Path) -> Header:
     """Read and check the header of the model file at `path`; its weights are not read.

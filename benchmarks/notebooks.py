@@ -12,7 +12,8 @@ import torch
 from charlm import config as configuration
 from charlm.cli.train import TrainingDisplay
 from charlm.storage import run as run_folders
-from charlm.study.compare import at_epochs, compare, markdown
+from charlm.storage.log import evaluations
+from charlm.study.compare import compare, markdown
 
 EPOCHS = [1, 11, 50, 100]
 
@@ -33,7 +34,7 @@ def report(rows, runs):
     """Return the table, with a dash for an epoch that was not reached."""
     lines = []
     for row in rows:
-        reached = at_epochs(runs[row.name], EPOCHS)
+        reached = {each["epoch"]: each for each in evaluations(runs[row.name])}
         cells, ratio = [], "-"
         for epoch, notebook in zip(EPOCHS, NOTEBOOK[row.name], strict=True):
             ours = reached[epoch]["train_perplexity"] if epoch in reached else None

@@ -12,7 +12,7 @@ from charlm.nn.model import CharLM, num_parameters
 from charlm.storage import run as run_folders
 from charlm.storage.model_file import load_model
 from charlm.storage.run import Run
-from charlm.study.compare import Comparison, _comparison, at_epochs, compare, table
+from charlm.study.compare import Comparison, _comparison, compare, table
 from charlm.text.corpus import Corpus
 from charlm.training.trainer import Trainer
 from conftest import TINY
@@ -197,9 +197,3 @@ def test_csv_and_json_have_all_digits():
 def test_unknown_format_is_refused():
     with pytest.raises(ConfigError, match="'html'.*markdown, csv, json"):
         table(ROWS, "html")
-
-
-def test_at_epochs_returns_the_evaluations_at_the_ends_of_epochs(compared):
-    _, _, runs, _ = compared
-    rows = evaluations(runs["gru"])
-    assert at_epochs(runs["gru"], [1, 3, 11]) == {1: rows[0], 3: rows[2]}

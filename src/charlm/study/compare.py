@@ -3,11 +3,8 @@
 All metrics are read from the files of the runs.
 """
 
-import csv
 import io
-from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, fields
-from math import prod
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from charlm.config import Config, CorpusConfig
@@ -16,7 +13,7 @@ from charlm.files import json_text
 from charlm.metrics import Score, perplexity
 from charlm.storage import run as run_folders
 from charlm.storage.header import read_header
-from charlm.storage.log import Row, evaluations, read
+from charlm.storage.log import read, write
 from charlm.storage.run import Run
 from charlm.text.corpus import Corpus
 from charlm.training.reporting import Reporter
@@ -85,9 +82,7 @@ def table(rows: list[Comparison], format: Format = "markdown") -> str:  # noqa: 
         return json_text([asdict(row) for row in rows], indent=2, ensure_ascii=False)
     if format == "csv":
         file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Comparison))
-        writer.writerows(astuple(row) for row in rows)
+        write([asdict(row) for row in rows], "csv", file)
         return file.getvalue().rstrip("\n")
     if format != "markdown":
         raise ConfigError(f"table format {format!r} is invalid; allowed: markdown, csv, json")
@@ -119,12 +114,6 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     ]
     lines.insert(1, rule)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def at_epochs(run: Run, epochs: Iterable[int]) -> dict[int, Row]:
-    """Return the evaluations at the ends of `epochs` by epoch, without the epochs that have none."""
-    rows = {row["epoch"]: row for row in evaluations(run)}
-    return {epoch: rows[epoch] for epoch in epochs if epoch in rows}
 
 
 def _refuse_differences(configs: dict[str, Config]) -> None:
@@ -166,7 +155,7 @@ def _comparison(name: str, run: Run) -> Comparison:
         train_perplexity=None if train_loss is None else perplexity(train_loss),
         val_perplexity=loss.perplexity,
         bits_per_character=loss.bits_per_character,
-        parameters=sum(prod(shape) for shape in best.tensors.values()),
+        parameters=best.parameters,
         seconds=seconds,
         chars_per_second=characters / seconds,
         best_epoch=best.figures["epoch"],

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch.nn import functional as F
 from charlm import config as configuration
 from charlm.config import CELL_NAMES, Config
 from charlm.errors import CharlmError, ConfigError
-from charlm.files import write_atomically
-from charlm.nn.cells import cell_of, input_product
+from charlm.nn.cells import input_product
+from charlm.nn.layers import Scratch
 from charlm.nn.model import CharLM
+from charlm.study.plot import save
 from charlm.text.corpus import Corpus
 from charlm.training.learner import Learner
 
@@ -41,12 +43,9 @@ def gradflow_by_cell(config: Config, steps: int, train_steps: int, scale: float)
         for state, norms in gradflow(model, ids, steps).items():
             curves[f"{name}, {state}"] = norms
 
+    overrides = ["model.direction=forward", "model.dropout=0.0", f"train.max_steps={max(train_steps, 1)}"]
     for cell in CELL_NAMES:
-        changes = {"cell": cell, "direction": "forward", "dropout": "0.0"}
-        overrides = [f"model.{key}={value}" for key, value in changes.items()]
-        learner = Learner(
-            configuration.override(config, [*overrides, f"train.max_steps={max(train_steps, 1)}"]), corpus
-        )
+        learner = Learner(configuration.override(config, [f"model.cell={cell}", *overrides]), corpus)
         measure(cell, learner.model)
         if cell == "rnn":
             scaled = copy.deepcopy(learner.model)
@@ -86,31 +85,26 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
             f"the gradient {steps} steps back needs {steps + 2} characters, and the text has {T + 1}; "
             "take a longer text or fewer steps"
         )
-    config = model.config
-    cell = cell_of(config)
-    weights = {name: tensor.cpu().double() for name, tensor in model.state_dict().items()}
-    ids = ids.cpu()
-    if config.input == "embedding":
-        y = F.embedding(ids[:, :-1], weights["embedding.weight"])
-    else:
-        y = F.one_hot(ids[:, :-1], model.vocab_size).double()
-    y = y.transpose(0, 1)
+    config = model.config.model_copy(update={"implementation": "scratch"})
+    scratch = CharLM(model.vocab_size, config).cpu().double().eval().requires_grad_(False)
+    scratch.load_state_dict(model.state_dict())
+    ids, recurrent = ids.cpu(), scratch.recurrent
+    assert isinstance(recurrent, Scratch)
+    y: Any = scratch.embed(ids[:, :-1]).transpose(0, 1)
     for k in range(config.num_layers):
-        W_ih, W_hh, b_ih, b_hh = (
-            weights[f"recurrent.{name}_l{k}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
+        W_ih, W_hh, b_ih, b_hh = recurrent.weights(k)
         # The weights are constants; the graph through time comes from the state, which requires a gradient.
-        state = tuple(zeros[k].cpu().double().requires_grad_() for zeros in model.initial_state(B))
+        state = tuple(zeros[k].requires_grad_() for zeros in scratch.initial_state(B))
         states = []
         for a in input_product(y, W_ih, b_ih).unbind(0):
-            state = cell.step(a, state, W_hh, b_hh)
+            state = recurrent.cell.step(a, state, W_hh, b_hh)
             states.append(state)
         y = torch.stack([state[0] for state in states])
-    logits = F.linear(states[-1][0], weights["head.weight"], weights["head.bias"])
+    logits = scratch.head(states[-1][0])
     loss = F.cross_entropy(logits, ids[:, -1], reduction="sum")  # a mean would divide each gradient by B
     back = reversed(states[-1 - steps :])
     flow = {}
-    for name, tensors in zip(cell.state, zip(*back, strict=True), strict=True):
+    for name, tensors in zip(recurrent.cell.state, zip(*back, strict=True), strict=True):
         gradients = torch.stack(torch.autograd.grad(loss, tensors, retain_graph=True))  # (steps+1, B, H)
         flow[name] = gradients.square().sum(dim=2).mean(dim=1).sqrt().tolist()
     return flow
@@ -119,16 +113,14 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
 def plot(curves: dict[str, list[float]], path: Path) -> None:
     """Draw named curves, entry k at k steps back, on a logarithmic scale, to the image file `path`.
 
-    Norms of 0 are left out. The suffix of `path` chooses the format; see `charlm.study.plot.check_plot`.
-
-    Raises `CharlmError` for a file that cannot be written.
+    Norms of 0 are left out. Raises `CharlmError` for a file that cannot be written.
     """
     from matplotlib.figure import Figure
 
-    figure, ending = Figure(figsize=(7, 4.5), layout="constrained"), path.suffix.lower().removeprefix(".")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(yscale="log", xlabel="steps back", ylabel="norm of the loss gradient")
     for name, norms in curves.items():
         axes.plot(norms, label=name)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=ending, dpi=150))
+    save(figure, path)

@@ -107,7 +107,11 @@ def plot(curves: Curves, path: Path, along: Along = "step") -> None:
     Raises `CharlmError` as `check_plot` does, and for a file that cannot be written.
     """
     check_plot(path)
-    figure = draw(curves, along)
+    save(draw(curves, along), path)
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write `figure` to the image file `path`, as `plot` does."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, format=_suffix(path), dpi=150))
 
 

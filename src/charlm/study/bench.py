@@ -6,8 +6,10 @@ figure is the median over the rounds. The text is random, because the speed does
 
 import math
 import platform
+import re
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,32 +87,25 @@ def bench(
         for cell in cells
         for name in CELLS[cell].implementations
     }
-    place, round_seconds = choose_device(device), seconds / ROUNDS
-    products: dict[str, list[float]] = {"float32": [], "bfloat16": []}
-    trained: dict[tuple[str, str], list[float]] = {key: [] for key in learners}
-    written: dict[tuple[str, str], list[float]] = {key: [] for key in learners}
+    place, rates = choose_device(device), defaultdict[tuple[str, ...], list[float]](list)
     for turn in range(ROUNDS + 1):  # the first one warms up and compiles
-        length = round_seconds if turn else 0.0
-        for name, rates in products.items():
-            rates.append(matrix_rate(place, getattr(torch, name), length / 3))
-        for key, learner in learners.items():
-            trained[key].append(training_rate(learner, length))
-            written[key].append(writing_rate(learner, length / 3))
-    limits = {name: statistics.median(rates[1:]) for name, rates in products.items()}
+        length = seconds / ROUNDS if turn else 0.0
+        for name in ("float32", "bfloat16"):
+            rates["product", name].append(matrix_rate(place, getattr(torch, name), length / 3))
+        for (cell, name), learner in learners.items():
+            rates["trained", cell, name].append(training_rate(learner, length))
+            rates["written", cell, name].append(writing_rate(learner, length / 3))
+    medians = {key: statistics.median(values[1:]) for key, values in rates.items()}
     precision = str(choose_precision("auto", place)[0]).removeprefix("torch.")
-    medians = {key: statistics.median(rates[1:]) for key, rates in trained.items()}
-    rows = [
-        Speed(
-            cell,
-            name,
-            medians[cell, name],
-            medians[cell, name] / medians.get((cell, "builtin"), medians[cell, "scratch"]),
-            medians[cell, name] * operations(learner.model) / limits[precision],
-            statistics.median(written[cell, name][1:]),
-        )
-        for (cell, name), learner in learners.items()
-    ]
-    return Report(machine(), str(place), precision, torch.get_num_threads(), limits, rows)
+    rows = []
+    for (cell, name), learner in learners.items():
+        trained = medians["trained", cell, name]
+        scratch = medians["trained", cell, "scratch"]
+        ratio = trained / medians.get(("trained", cell, "builtin"), scratch)
+        share = trained * operations(learner.model) / medians["product", precision]
+        rows.append(Speed(cell, name, trained, ratio, share, medians["written", cell, name]))
+    products = {name: medians["product", name] for name in ("float32", "bfloat16")}
+    return Report(machine(), str(place), precision, torch.get_num_threads(), products, rows)
 
 
 def make_learner(config: Config) -> Learner:
@@ -175,16 +170,12 @@ def operations(model: CharLM) -> int:
 
 def machine() -> str:
     """Describe the processor, its threads and instructions, torch's version and the date in one line."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*:(.*)", text, re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
     instructions = torch.backends.cpu.get_cpu_capability()
     if choose_precision("auto", torch.device("cpu"))[0] == torch.bfloat16:
         instructions += " with bfloat16"
-    threads = torch.get_num_threads()
-    return (
-        f"{name}, {threads} threads, {instructions}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-    )
+    threads, date = torch.get_num_threads(), time.strftime("%Y-%m-%d")
+    return f"{name}, {threads} threads, {instructions}, torch {torch.__version__}, {date}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
+from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig, override
 from charlm.errors import ConfigError
 from charlm.inference.sample import Sampling, generate
 from charlm.nn.cells import CELLS
@@ -76,14 +76,9 @@ def bench(
     if not math.isfinite(seconds):
         raise ConfigError(f"--seconds is {seconds}; allowed: a finite number, for example 3")
     train = TrainConfig(device=device, lr=1e-4, schedule="constant")
+    config = Config(model=model, batches=batches, train=train)
     learners = {
-        (cell, name): make_learner(
-            Config(
-                model=ModelConfig(**{**model.model_dump(), "cell": cell, "implementation": name}),
-                batches=batches,
-                train=train,
-            )
-        )
+        (cell, name): make_learner(override(config, [f"model.cell={cell}", f"model.implementation={name}"]))
         for cell in cells
         for name in CELLS[cell].implementations
     }

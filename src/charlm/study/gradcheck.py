@@ -43,10 +43,8 @@ def gradcheck(config: Config, entries: int = 10, delta: float = 3e-5, seed: int 
     rectified units within a step of their kink. The equations do not depend on the weights, so those of
     ``default`` are used instead.
     """
-    model_config = config.model
-    if model_config.init == "normal":
-        model_config = model_config.model_copy(update={"init": "default"})
-    model = make_model(V, model_config).initialise(seed).double().eval()
+    init = "default" if config.model.init == "normal" else config.model.init
+    model = make_model(V, config.model.model_copy(update={"init": init})).initialise(seed).double().eval()
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randint(V, (2, B, min(config.batches.seq_len, MAX_T)), generator=generator)
     state = tuple(
@@ -70,8 +68,7 @@ def gradcheck(config: Config, entries: int = 10, delta: float = 3e-5, seed: int 
 
     # A step across the kink of a rectified unit gives a mean of two slopes; a smaller step stays on one side.
     # The nearest difference is taken, which hides no error: a wrong gradient is far from all of them.
-    smooth = cell_of(model_config).smooth
-    steps = [delta] if smooth else [delta, delta / 10, delta / 100, delta / 1000]
+    steps = [delta] if cell_of(config.model).smooth else [delta / 10**k for k in range(4)]
 
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(losses().mean(), parameters, materialize_grads=True)

@@ -58,11 +58,10 @@ def draw(curves: Curves, along: Along = "step") -> "Figure":
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
-    legend_rows = -(-len(curves) // 2)
-    figure = Figure(figsize=(10, 4.4 + 0.22 * legend_rows), layout="constrained")
+    figure = Figure(figsize=(10, 4.4 + 0.22 * math.ceil(len(curves) / 2)), layout="constrained")
     panels = figure.subplots(1, 2)
     prefix = kind(next(iter(curves.values())))
-    keys = []
+    keys, worst = [], -math.inf
     scales: tuple[Callable[[float], float], ...] = (float, _drawn)
     for i, (name, rows) in enumerate(curves.items()):
         colour = _COLOURS[min(i, len(_COLOURS) - 1)]
@@ -76,6 +75,7 @@ def draw(curves: Curves, along: Along = "step") -> "Figure":
                 # A single point has no line.
                 panel.plot(x, y, color=colour, marker=marker if len(points) == 1 else "", **look)
         best = min(row["val_loss"] for row in evaluated)
+        worst = max(best, worst)
         worth = format(perplexity(best), ".2f" if best < 20 else ".3g")
         label = f"{name}: best val {best:.3f}, {prefix}perplexity {worth}"
         keys.append(Line2D([], [], color=colour, lw=2, label=label))
@@ -85,12 +85,10 @@ def draw(curves: Curves, along: Along = "step") -> "Figure":
         if along == "step":
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     # The perplexity of an untrained model would leave no height for the rest.
-    worst = max(min(row["val_loss"] for row in rows if "val_loss" in row) for rows in curves.values())
     panels[1].set_ylim(top=min(panels[1].get_ylim()[1], 3 * perplexity(worst)))
     lines = [Line2D([], [], color="#444", ls=ls, label=name) for ls, name in (("-", "val"), ("--", "train"))]
     panels[0].legend(handles=lines)
-    columns = min(len(keys), 2)
-    legend = figure.legend(handles=keys, loc="outside lower center", ncols=columns, frameon=False)
+    legend = figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 2), frameon=False)
     for shown in legend.get_texts():
         shown.set_parse_math(False)  # a run's name can contain $
     return figure

@@ -65,18 +65,16 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    texts = samples(loaded)
-    copied = {title: novelty(loaded.vocab.encode(text), corpus.train) for title, text in texts.items()}
+    model, vocab = LanguageModel(loaded), loaded.vocab
+    texts = {f"temperature {t}": model.generate(length=WRITTEN, temperature=t, seed=1) for t in TEMPERATURES}
+    copied = {title: novelty(vocab.encode(text), corpus.train) for title, text in texts.items()}
     return environment.get_template("page.html").render(
         title=name,
         script=script,
         style=style,
         digest=_digest,
-        model=loaded.config.model,
+        loaded=loaded,
         parameters=num_parameters(loaded.model),
-        characters=len(loaded.vocab),
-        source=loaded.config.corpus.source,
-        figures=loaded.figures,
         last={key: value for row in log for key, value in row.items()},
         charts=_charts(rows),
         samples=texts,
@@ -86,12 +84,6 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
         config=configuration.to_yaml(loaded.config),
         data=study(loaded, corpus.val[:STUDIED].long()),
     )
-
-
-def samples(loaded: Loaded) -> dict[str, str]:
-    """Return a text for each temperature, from a fixed seed."""
-    model = LanguageModel(loaded)
-    return {f"temperature {t}": model.generate(length=WRITTEN, temperature=t, seed=1) for t in TEMPERATURES}
 
 
 @torch.inference_mode()
@@ -138,9 +130,9 @@ def study(loaded: Loaded, ids: Tensor) -> dict[str, Any]:
 
 def _units(found: dict[str, list[tuple[int, float]]], hidden_size: int, shown: int) -> list[int]:
     """Return the units shown: those that correlate with a feature, then the first ones, up to the limit."""
-    room = min(max(_ACTIVATIONS // max(shown, 1), 1), hidden_size)
-    wanted = dict.fromkeys(unit for units in found.values() for unit, _ in units)
-    return sorted(list(dict.fromkeys([*wanted, *range(hidden_size)]))[:room])
+    wanted = [unit for units in found.values() for unit, _ in units]
+    room = max(_ACTIVATIONS // max(shown, 1), 1)
+    return sorted([*dict.fromkeys([*wanted, *range(hidden_size)])][:room])
 
 
 def features(text: str) -> dict[str, list[float]]:
@@ -166,11 +158,7 @@ def features(text: str) -> dict[str, list[float]]:
 
 def _since(text: str, mark: str) -> list[float]:
     """Return the number of characters since the last `mark`, for each character."""
-    counts, count = [], 0.0
-    for char in text:
-        count = 0.0 if char == mark else count + 1
-        counts.append(count)
-    return counts
+    return [float(k - text.rfind(mark, 0, k + 1)) for k in range(len(text))]
 
 
 def _inside(text: str, opening: str, closing: str) -> list[float]:

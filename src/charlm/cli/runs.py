@@ -167,7 +167,6 @@ def plot(names: tuple[str, ...], output: str, along: "Along") -> None:
     """
     from charlm.study import plot as plotting
 
-    plotting.check_plot(Path(output))
     plotting.plot(plotting.curves(_find(names)), Path(output), along)
     click.echo(f"wrote {output}", err=True)
 

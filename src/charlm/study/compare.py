@@ -134,8 +134,7 @@ def _refuse_differences(configs: dict[str, Config]) -> None:
             differences.append(f"{section}.{key} ({shown})")
     if differences:
         raise ConfigError(
-            f"the configurations differ in {' and '.join(differences)}; set corpus.*, train.seed, "
-            "train.epochs and train.max_steps to the same values for all with --set"
+            f"the configurations differ in {' and '.join(differences)}; set the same values with --set"
         )
 
 

@@ -72,8 +72,7 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
     with c_t held fixed; ∂ℓ/∂c_t has all paths from c_t, through h_t = o_t ⊙ tanh(c_t) and through
     c_{t+1} = f_{t+1} ⊙ c_t + ..., the constant error carousel (Hochreiter & Schmidhuber 1997).
 
-    Computed in float64 on the CPU by the steps of `cells`, whatever the implementation of `model`: float32
-    underflows for gradients that have vanished.
+    Computed in float64 by the steps of `cells`, because vanished gradients underflow in float32.
 
     Raises `CharlmError` for T ≤ `steps` and for a fill-in model.
     """
@@ -82,8 +81,7 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
     B, T = ids.shape[0], ids.shape[1] - 1
     if steps >= T:
         raise CharlmError(
-            f"the gradient {steps} steps back needs {steps + 2} characters, and the text has {T + 1}; "
-            "take a longer text or fewer steps"
+            f"{steps} steps back need {steps + 2} characters, and the text has {T + 1}; take fewer steps"
         )
     config = model.config.model_copy(update={"implementation": "scratch"})
     scratch = CharLM(model.vocab_size, config).cpu().double().eval().requires_grad_(False)

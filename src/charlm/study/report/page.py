@@ -97,22 +97,21 @@ def study(loaded: Loaded, ids: Tensor) -> dict[str, Any]:
     """
     model, vocab = loaded.model, loaded.vocab
     backward = loaded.config.model.direction == "backward"
-    read = ids.flip(0) if backward else ids
-    y, _ = model.recurrent(model.embed(read[None]), model.initial_state(1))  # (1, T, H)
+    inputs = model.embed((ids.flip(0) if backward else ids)[None])
+    y, _ = model.recurrent(inputs, model.initial_state(1))  # (1, T, H)
+    states = y[0].flip(0) if backward else y[0]
     shown = min(PASSAGE, len(ids))
-    # A character is predicted from the state after the previous one.
-    first = len(ids) - shown if backward else 0
-    states = y[0, max(first - 1, 0) : first + shown - 1]
-    probabilities, best = model.head(states).softmax(-1).topk(min(_GUESSES, len(vocab)))
+    # A character is predicted from the state at the one that was read before it.
+    before = states[1 : shown + 1] if backward else states[: shown - 1]
+    probabilities, best = model.head(before).softmax(-1).topk(min(_GUESSES, len(vocab)))
     guesses: list[Any] = [
         [[vocab.characters[i], round(p, 4)] for i, p in zip(row, row_probabilities, strict=True)]
         for row, row_probabilities in zip(best.tolist(), probabilities.tolist(), strict=True)
     ]
-    if first == 0:
-        guesses.insert(0, None)
+    if len(guesses) < shown:
+        guesses.insert(shown if backward else 0, None)
     nats = text_surprisals(model, ids)[:shown].tolist()
     bits = [round(value / math.log(2), 3) if math.isfinite(value) else None for value in nats]
-    states = y[0].flip(0) if backward else y[0]
     found = correlate(features(vocab.decode(ids)), states)
     units = _units(found, states.shape[1], shown)
     part = states[:shown, units]
@@ -121,7 +120,7 @@ def study(loaded: Loaded, ids: Tensor) -> dict[str, Any]:
     return {
         "passage": list(vocab.decode(ids[:shown])),
         "bits": bits,
-        "guesses": guesses[::-1] if backward else guesses,
+        "guesses": guesses,
         "units": units,
         "activations": base64.b64encode(bytes(values.view(torch.uint8).flatten().tolist())).decode(),
         "features": found,

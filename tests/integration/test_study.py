@@ -53,7 +53,7 @@ def test_fill_in_model_reports_a_pseudo_perplexity(charlm, filling):
         (["fill", "a_", "--blank", "ab"], 2, "one character"),
     ],
 )
-def test_fill_refuses(charlm, filling, arguments, code, part):
+def test_fill_refuses_invalid_arguments(charlm, filling, arguments, code, part):
     done = charlm(*arguments)
     assert (done.code, done.out, done.err.count("\n")) == (code, "", 1) and part in done.err
 

@@ -132,7 +132,7 @@ def test_train_perplexity_is_absent_if_all_steps_were_skipped(folder, monkeypatc
     "override",
     ["corpus.lowercase=true", "corpus.max_chars=900", "train.seed=2", "train.epochs=4", "train.max_steps=9"],
 )
-def test_configurations_must_agree_on(folder, override):
+def test_configurations_that_differ_in_data_seed_or_budget_are_refused(folder, override):
     key = override.partition("=")[0]
     configs = {"a": configure(), "b": configure(override, "train.lr=0.5")}
     runs = {name: Run(folder / name) for name in configs}
@@ -173,7 +173,7 @@ ROWS = [
 ]
 
 
-def test_markdown():
+def test_markdown_is_rounded_and_aligned():
     assert table(ROWS) == (
         "|                | train ppl | val ppl | bits/char | parameters | seconds | chars/s | best epoch |\n"
         "| -------------- | --------: | ------: | --------: | ---------: | ------: | ------: | ---------: |\n"

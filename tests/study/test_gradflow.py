@@ -115,7 +115,7 @@ def test_linear_recurrence_is_geometric(w):
     assert gradflow(model, ids, T - 1)["h"] == pytest.approx([w**k * at_the_end for k in range(T)], rel=1e-12)
 
 
-def test_constant_error_carousel():
+def test_cell_state_gradient_is_a_product_of_forget_gates():
     model, bias = make(cell="lstm", forget_bias=1.5).double(), 1.5
     with torch.no_grad():
         model.recurrent.weight_hh_l0.zero_()  # the gates see no h ...
@@ -152,7 +152,7 @@ def test_model_is_unchanged():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_norms_below_the_range_of_float32():
+def test_norms_below_the_range_of_float32_are_not_zero():
     model, ids = make(cell="rnn", init="normal"), random_ids(length=40)
     norms = gradflow(model, ids, 38)["h"]
     assert 0 < norms[38] < torch.finfo(torch.float32).tiny

@@ -50,7 +50,7 @@ def test_train_curve_has_the_rows_between_evaluations():
     assert (train.get_marker(), val.get_marker()) == ("", "o")
 
 
-def test_curves_have_no_rows_that_a_rollback_took_back(tmp_path):
+def test_curves_leave_out_rows_that_a_rollback_discarded(tmp_path):
     rows = [{"step": k, "train_loss": 2.0, "val_loss": 2.0} for k in (5, 10)]
     for row in [*rows, {"step": 5, "event": "rollback", "from_step": 12}, rows[1]]:
         log.append(Run(tmp_path), row)

@@ -109,7 +109,7 @@ def test_backward_model_has_a_page_and_fill_in_model_is_refused(charlm, monkeypa
     assert done.code == 1 and "model.direction is 'both'" in done.err
 
 
-def test_folder_name_that_is_not_utf8(charlm, trained, monkeypatch):
+def test_folder_name_that_is_not_utf8_is_shown_with_question_marks(charlm, trained, monkeypatch):
     monkeypatch.setattr(report, "WRITTEN", 30)
     run = trained.rename(os.fsdecode(b"runs/t\xff"))
     done = charlm("report", run)

@@ -41,13 +41,12 @@ def info(models: tuple[str, ...], as_json: bool) -> None:
         }
         for path, header in zip(paths, headers, strict=True)
     ]
-    if len(paths) > 1:
-        facts = [_facts(header) for header in headers]
-        different = _differences(facts, [header.vocab for header in headers])
-        if as_json:
-            found = {"models": described, "differences": different}
-            click.echo(json_text(found, indent=2, ensure_ascii=False))
-            return
+    facts = [_facts(header) for header in headers]
+    different = _differences(facts, [header.vocab for header in headers])
+    if as_json:
+        data = {"models": described, "differences": different} if len(paths) > 1 else described[0]
+        click.echo(json_text(data, indent=2, ensure_ascii=False))
+    elif len(paths) > 1:
         rows = [["", *map(str, paths)]]
         rows += [[one_line(name), *map(_cell, values)] for name, values in different.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -56,8 +55,6 @@ def info(models: tuple[str, ...], as_json: bool) -> None:
             click.echo(line.rstrip())
         same = sum(name not in different for name in facts[0])
         click.echo(f"equal: {same} of {len(facts[0])} settings, metrics and shapes")
-    elif as_json:
-        click.echo(json_text(described[0], indent=2, ensure_ascii=False))
     else:
         (header,) = headers
         click.echo(f"{paths[0]}: {header.parameters:,} parameters")

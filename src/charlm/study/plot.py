@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 Along = Literal["step", "epoch", "seconds"]
 Curves = dict[str, list[Row]]
-_LARGEST = 1e300  # an axis with margins cannot hold more
 
 # The colour-blind safe palette of Okabe & Ito; the last is for the ninth run and all after it.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6bb1", "#7f7f7f")
@@ -95,8 +94,8 @@ def draw(curves: Curves, along: Along = "step") -> "Figure":
 
 
 def _drawn(loss: float) -> float:
-    """Return the perplexity, NaN if it is too large for an axis: a gap in the curve."""
-    return value if (value := perplexity(loss)) < _LARGEST else math.nan
+    """Return the perplexity, NaN if an axis with margins cannot hold it: a gap in the curve."""
+    return value if (value := perplexity(loss)) < 1e300 else math.nan
 
 
 def plot(curves: Curves, path: Path, along: Along = "step") -> None:

@@ -74,28 +74,23 @@ def _read_zip(file: BinaryIO) -> Any:
     """Read an archive: a pickle ``data.pkl`` and one file for each storage, all uncompressed."""
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
-        check_parts(archive, size)
-        names = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
-        if len(names) != 1:
-            raise ValueError(f"it has {len(names)} files data.pkl, not one")
-        folder = names[0].removesuffix("data.pkl")
-        order = f"{folder}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
+        entries = archive.infolist()
+        if any(entry.compress_type or entry.file_size != entry.compress_size for entry in entries):
+            raise ValueError("parts of it are compressed")
+        if sum(entry.file_size for entry in entries) > size:
+            raise ValueError("its parts overlap")
+        names = archive.namelist()
+        folders = [name.removesuffix("data.pkl") for name in names if Path(name).name == "data.pkl"]
+        if len(folders) != 1:
+            raise ValueError(f"it has {len(folders)} files data.pkl, not one")
+        (folder,) = folders
+        if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are not little-endian")
         builder = Builder(size)
-        data = read_pickle(io.BytesIO(archive.read(names[0])), builder)
+        data = read_pickle(io.BytesIO(archive.read(f"{folder}data.pkl")), builder)
         for key, storage in builder.storages.items():
             _fill(storage, archive.read(f"{folder}data/{key}"))
     return data
-
-
-def check_parts(archive: zipfile.ZipFile, size: int) -> None:
-    """Raise `ValueError` for an archive of `size` bytes whose parts would take more memory than that."""
-    entries = archive.infolist()
-    if any(entry.compress_type or entry.file_size != entry.compress_size for entry in entries):
-        raise ValueError("parts of it are compressed")
-    if sum(entry.file_size for entry in entries) > size:
-        raise ValueError("its parts overlap")
 
 
 def _read_sequence(file: BinaryIO) -> Any:
@@ -124,11 +119,10 @@ class Builder:
 
     def find_storage(self, reference: Any) -> Tensor:
         """Return the vector that a persistent id refers to; `ValueError` for an invalid id."""
-        if type(reference) is not tuple or not 5 <= len(reference) <= 6:
+        numbered = type(reference) is tuple and len(reference) in (5, 6) and type(reference[4]) is int
+        if not (numbered and isinstance(reference[1], torch.dtype) and isinstance(reference[2], str)):
             raise ValueError("its pickle has an invalid persistent id")
         _, dtype, key, _, length, *view = reference
-        if not (isinstance(dtype, torch.dtype) and isinstance(key, str) and type(length) is int):
-            raise ValueError("its pickle has an invalid persistent id")
         if key not in self.storages:
             self.bytes_left -= length * dtype.itemsize
             if length < 0 or self.bytes_left < 0:
@@ -264,34 +258,19 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-def _dict(items: Any = ()) -> dict[Any, Any]:
-    return _add({}, items)
-
-
+_SAME_NAMES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
 _STAND_INS = {
     "flair.data Dictionary": lambda *_: FlairDictionary(),
     "_codecs encode": _latin1,
-    "collections OrderedDict": _dict,
+    "collections OrderedDict": lambda items=(): _add({}, items),
     "torch._utils _rebuild_tensor": _tensor,
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": lambda data, *_: data,
     "torch._utils _rebuild_parameter_with_state": lambda data, *_: data,
-    "torch FloatStorage": torch.float32,
-    "torch DoubleStorage": torch.float64,
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch LongStorage": torch.int64,
-    "torch IntStorage": torch.int32,
-    "torch ShortStorage": torch.int16,
+    **{f"torch {name}Storage": getattr(torch, name.lower()) for name in _SAME_NAMES},
     "torch CharStorage": torch.int8,
     "torch ByteStorage": torch.uint8,
-    "torch BoolStorage": torch.bool,
 }
-TENSOR_NAMES = (
-    r"torch (\w+Storage|Size|device|u?int\d+|b?float\d+|bool)"
-    r"|torch\._utils _rebuild_(tensor(_v2)?|parameter(_with_state)?)"
-    r"|collections (OrderedDict|Counter|defaultdict)"
-)
 _IGNORED = re.compile(  # a checkpoint may contain them; charlm does not need their values
     r"torch (Size|device|u?int\d{1,2}|b?float\d{1,2}|bool)|collections (Counter|defaultdict)"
     r"|(__builtin__|builtins) (int|long|set)"

@@ -57,36 +57,37 @@ def checked_onnx(
 
 def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) -> "onnx.ModelProto":
     """Return the graph from ids (B, T), h and, for the LSTM, c (L, B, H) to logits (B, T, V), h_n and c_n."""
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, helper, numpy_helper
 
     config = loaded.config.model
     L, H, V = config.num_layers, config.hidden_size, len(loaded.vocab)
     cell = cell_of(config)
     states, onnx = cell.state, cell.onnx
     assert onnx, "check_format refuses other cells"
-    constants: dict[str, Any] = {"embedding": weights["embedding.weight"]}
+    constants = {
+        "embedding": weights["embedding.weight"],
+        "bias": weights["head.bias"],
+        "ones": torch.ones(L, dtype=torch.int64),
+        "one": torch.tensor([1]),
+    }
+    head = "embedding" if config.tie_weights else "head"
+    constants[head] = weights["head.weight"]
     nodes = [
         helper.make_node("Transpose", ["ids"], ["ids_by_time"], perm=[1, 0]),
         helper.make_node("Gather", ["embedding", "ids_by_time"], ["y0"]),  # (T, B, E)
     ]
     for name in states:  # one tensor (1, B, H) for each layer
         nodes.append(helper.make_node("Split", [name, "ones"], [f"{name}{k}" for k in range(L)], axis=0))
-    constants["ones"], constants["one"] = torch.ones(L, dtype=torch.int64), torch.tensor([1])
     for k in range(L):
         constants |= _layer(weights, onnx.order, k)
         inputs = [f"y{k}", f"W{k}", f"R{k}", f"B{k}", "", *(f"{name}{k}" for name in states)]
         outputs = [f"all{k}", *(f"{name}_n{k}" for name in states)]
         nodes.append(helper.make_node(onnx.op, inputs, outputs, hidden_size=H, **onnx.attributes))
-        nodes.append(
-            helper.make_node("Squeeze", [f"all{k}", "one"], [f"y{k + 1}"])
-        )  # removes ONNX's dimension of directions
-    tied = config.tie_weights
-    if not tied:
-        constants["head"] = weights["head.weight"]
-    constants["bias"] = weights["head.bias"]
+        # Removes ONNX's dimension of directions.
+        nodes.append(helper.make_node("Squeeze", [f"all{k}", "one"], [f"y{k + 1}"]))
     nodes += [
         helper.make_node("Transpose", [f"y{L}"], ["y"], perm=[1, 0, 2]),
-        helper.make_node("Transpose", ["embedding" if tied else "head"], ["head_t"], perm=[1, 0]),
+        helper.make_node("Transpose", [head], ["head_t"], perm=[1, 0]),
         helper.make_node("MatMul", ["y", "head_t"], ["products"]),
         helper.make_node("Add", ["products", "bias"], ["logits"]),
     ]
@@ -100,7 +101,7 @@ def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) 
         + [describe(name, TensorProto.FLOAT, [L, "B", H]) for name in states],
         [describe("logits", TensorProto.FLOAT, ["B", "T", V])]
         + [describe(f"{name}_n", TensorProto.FLOAT, [L, "B", H]) for name in states],
-        [_constant(name, tensor) for name, tensor in constants.items()],
+        [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in constants.items()],
     )
     opset = helper.make_opsetid("", OPSET)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="charlm")
@@ -116,18 +117,7 @@ def _layer(weights: dict[str, Tensor], order: tuple[int, ...], k: int) -> dict[s
         return torch.cat([blocks[gate] for gate in order])
 
     biases = torch.cat([ordered("bias_ih"), ordered("bias_hh")])
-    return {
-        f"W{k}": ordered("weight_ih")[None],
-        f"R{k}": ordered("weight_hh")[None],
-        f"B{k}": biases[None],
-    }
-
-
-def _constant(name: str, tensor: Tensor) -> "onnx.TensorProto":
-    from onnx import TensorProto, helper
-
-    kind = TensorProto.FLOAT if tensor.is_floating_point() else TensorProto.INT64
-    return helper.make_tensor(name, kind, tensor.shape, tensor.contiguous().numpy().tobytes(), raw=True)
+    return {f"W{k}": ordered("weight_ih")[None], f"R{k}": ordered("weight_hh")[None], f"B{k}": biases[None]}
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from torch import Tensor
 from charlm.errors import CharlmError, one_line
 from charlm.interop.torchfile import FlairDictionary, read_torch_file
 
+# The names of the embedding, the recurrent stack and the head.
+STANZA_NAMES = ("char_emb", "charlstm.lstm", "decoder")
+FLAIR_NAMES = ("encoder", "rnn", "decoder")
+
 _MAX_IDS = 0x200000  # of a vocabulary
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_LISTED = 8  # weights in a message
@@ -24,17 +28,13 @@ class Parts:
     """The parts of a model of another program.
 
     units: the text of each id; None where the file has none.
-    embedding: (V, E), or None where the stack reads one-hot vectors. recurrent: by torch's names without a
-        prefix. head: (V, H). bias: (V,).
+    weights: by charlm's names; a row of the embedding, if there is one, and of the head for each id.
     settings: configuration values by dotted key. start: the learned initial state, tensors (L, 1, H).
     """
 
     units: list[str | None]
-    embedding: Tensor | None
-    recurrent: dict[str, Tensor]
-    head: Tensor
-    bias: Tensor
-    settings: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor]
+    settings: dict[str, Any]
     start: tuple[Tensor, ...] = ()
 
 
@@ -43,31 +43,23 @@ def read_stanza(path: Path) -> Parts:
     data = read_torch_file(path)
     if not (isinstance(data, dict) and "state_dict" in data):
         data = _entry(data, "model", dict, path, "Stanza")
-    weights = _weights(_entry(data, "state_dict", dict, path, "Stanza"), path)
-    vocab, arguments = (_entry(data, key, dict, path, "Stanza") for key in ("vocab", "args"))
+    state, vocab, arguments = (
+        _entry(data, key, dict, path, "Stanza") for key in ("state_dict", "vocab", "args")
+    )
     units = _entry(vocab, "_id2unit", list, path, "Stanza")
     if not all(isinstance(unit, str) for unit in units):
         raise CharlmError(f"{path} is damaged: its vocabulary is not a list of texts")
     # With recurrent dropout Stanza has a module for each layer: cells.0.weight_ih is weight_ih_l0.
     weights = {
         re.sub(r"^charlstm\.lstm\.cells\.(\d+)\.(\w+)$", r"charlstm.lstm.\2_l\1", name): tensor
-        for name, tensor in weights.items()
+        for name, tensor in _weights(state, path).items()
     }
-    parts = Parts(
-        units,
-        _take(weights, "char_emb.weight", path),
-        _take_stack(weights, "charlstm.lstm."),
-        _take(weights, "decoder.weight", path),
-        _take(weights, "decoder.bias", path),
-        {
-            "corpus.lowercase": vocab.get("lower") is True,
-            "model.direction": "backward" if data.get("is_forward_lm") is False else "forward",
-            "model.dropout": _dropout(arguments.get("char_dropout")),
-        },
-        (_take(weights, "charlstm_h_init", path), _take(weights, "charlstm_c_init", path)),
-    )
-    _refuse_rest(weights, path)
-    return parts
+    start = (_take(weights, "charlstm_h_init", path), _take(weights, "charlstm_c_init", path))
+    settings = {
+        "corpus.lowercase": vocab.get("lower") is True,
+        **_settings(data.get("is_forward_lm"), arguments.get("char_dropout")),
+    }
+    return Parts(units, _renamed(weights, STANZA_NAMES, path), settings, start)
 
 
 def read_flair(path: Path) -> Parts:
@@ -79,9 +71,9 @@ def read_flair(path: Path) -> Parts:
         raise CharlmError(f"{path} is damaged: its dictionary is not a list of bytes")
     if data.get("has_decoder") is False:
         raise CharlmError(f"{path} was saved without its decoder and cannot predict characters")
-    head, bias = _take(weights, "decoder.weight", path), _take(weights, "decoder.bias", path)
     if "proj.weight" in weights:  # a linear layer before the head: multiply both
-        inner, inner_bias = _take(weights, "proj.weight", path), _take(weights, "proj.bias", path)
+        names = ("decoder.weight", "decoder.bias", "proj.weight", "proj.bias")
+        head, bias, inner, inner_bias = (_take(weights, name, path) for name in names)
         fits = head.dim() == inner.dim() == 2 and head.shape[1:] == inner.shape[:1] == inner_bias.shape
         if not (fits and bias.shape == head.shape[:1]):
             raise CharlmError(f"{path} is damaged: its projection does not fit its decoder")
@@ -89,20 +81,31 @@ def read_flair(path: Path) -> Parts:
             raise CharlmError(
                 f"{path} is damaged: its projection makes a decoder that is larger than the file"
             )
-        head, bias = head @ inner, head @ inner_bias + bias
-    parts = Parts(
-        [_decoded(item) for item in items],
-        _take(weights, "encoder.weight", path),
-        _take_stack(weights, "rnn."),
-        head,
-        bias,
-        {
-            "model.direction": "backward" if data.get("is_forward_lm") is False else "forward",
-            "model.dropout": _dropout(data.get("dropout")),
-        },
-    )
+        weights |= {"decoder.weight": head @ inner, "decoder.bias": head @ inner_bias + bias}
+    settings = _settings(data.get("is_forward_lm"), data.get("dropout"))
+    return Parts([_decoded(item) for item in items], _renamed(weights, FLAIR_NAMES, path), settings)
+
+
+def _renamed(weights: dict[str, Tensor], names: tuple[str, str, str], path: Path) -> dict[str, Tensor]:
+    """Return `weights` by charlm's names; raise `CharlmError` if one is missing or not supported."""
+    embedding, stack, head = names
+    found = {
+        "embedding.weight": _take(weights, f"{embedding}.weight", path),
+        "head.weight": _take(weights, f"{head}.weight", path),
+        "head.bias": _take(weights, f"{head}.bias", path),
+        **_take_stack(weights, f"{stack}."),
+    }
     _refuse_rest(weights, path)
-    return parts
+    return found
+
+
+def _settings(forward: Any, dropout: Any) -> dict[str, Any]:
+    """Return the settings for these values of a file; an invalid dropout is read as 0."""
+    valid = isinstance(dropout, (int, float)) and 0 <= dropout < 1
+    return {
+        "model.direction": "backward" if forward is False else "forward",
+        "model.dropout": float(dropout) if valid else 0.0,
+    }
 
 
 def read_plain(path: Path, vocab: Path) -> Parts:
@@ -121,18 +124,13 @@ def read_plain(path: Path, vocab: Path) -> Parts:
     stack = _take_stack(weights, prefixes.pop())
     biases = [name for name, tensor in weights.items() if tensor.shape == (len(units),)]
     head, embedding = _find_ends(weights, stack, biases, len(units), path)
-    parts = Parts(
-        units,
-        weights[embedding] if embedding else None,
-        stack,
-        weights[head],
-        weights[biases[0]] if biases else torch.zeros(len(units)),
-        settings,
-    )
-    for name in {head, embedding, *biases[:1]} - {None}:
-        del weights[str(name)]
-    _refuse_rest(weights, path)
-    return parts
+    parts = {"head.weight": weights[head], "head.bias": torch.zeros(len(units)), **stack}
+    if embedding:
+        parts["embedding.weight"] = weights[embedding]
+    if biases:
+        parts["head.bias"] = weights.pop(biases[0])
+    _refuse_rest({name: weights[name] for name in weights if name not in (head, embedding)}, path)
+    return Parts(units, parts, settings)
 
 
 def _find_ends(
@@ -143,7 +141,7 @@ def _find_ends(
     Their shapes, (V, H) and (V, E), identify them; if E = H, the bias beside the head or their names do.
     The embedding is None where the stack reads one-hot vectors, E = V.
     """
-    E, H = (_take(dict(stack), f"weight_{part}_l0", path).shape[-1] for part in ("ih", "hh"))
+    E, H = (_take(dict(stack), f"recurrent.weight_{part}_l0", path).shape[-1] for part in ("ih", "hh"))
     heads = [name for name, tensor in weights.items() if tensor.shape == (V, H)]
     tables = [name for name, tensor in weights.items() if tensor.shape == (V, E)]
     if len(heads) > 1:
@@ -237,10 +235,10 @@ def _weights(data: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _take_stack(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Remove from `weights` the recurrent stack, whose names start with `prefix`, and return it."""
+    """Remove the recurrent stack, whose names start with `prefix`; return it by charlm's names."""
     pattern = re.escape(prefix) + r"((?:weight|bias)_(?:ih|hh)_l\d+)"
     names = {found[1]: name for name in weights if (found := re.fullmatch(pattern, name))}
-    return {short: weights.pop(name) for short, name in names.items()}
+    return {f"recurrent.{short}": weights.pop(name) for short, name in names.items()}
 
 
 def _take(weights: dict[str, Tensor], name: str, path: Path) -> Tensor:
@@ -265,11 +263,6 @@ def _entry(data: Any, key: str, kind: type, path: Path, origin: str) -> Any:
     if not isinstance(value, kind):
         raise CharlmError(f"{path} is not a language model of {origin}: it has no {key}")
     return value
-
-
-def _dropout(value: Any) -> float:
-    """Return `value` if it is a valid dropout, else 0."""
-    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1 else 0.0
 
 
 def _decoded(item: bytes) -> str | None:

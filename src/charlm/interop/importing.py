@@ -36,7 +36,8 @@ def import_model(
 
     origin: stanza, flair or torch-char-rnn. vocab: the JSON file with the vocabulary, for torch-char-rnn.
     overrides: ``section.key=value`` texts for settings that the weights do not determine.
-    Raises `CharlmError` for a file that is damaged, is of another kind, or has parts that charlm lacks.
+    Raises `CharlmError` for a file that is damaged or of another kind and for parts that charlm lacks or that
+    do not fit together, `ConfigError` for `overrides` of settings that the weights determine.
     """
     if origin == "stanza":
         parts = read_stanza(path)
@@ -45,20 +46,12 @@ def import_model(
     else:
         assert vocab is not None, "the command checks it"
         parts = read_plain(path, vocab)
-    return assemble(parts, path, origin, overrides)
-
-
-def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) -> tuple[Loaded, list[str]]:
-    """Make a model of `parts`; return it with notes on the parts that were left out.
-
-    Raises `CharlmError` where the parts do not fit together, `ConfigError` for `overrides` of what they fix.
-    """
     notes: list[str] = []
     ids = [n for n, unit in enumerate(parts.units) if _is_character(unit)]
-    vocab = "".join(str(parts.units[n]) for n in ids)
-    if repeated := [char for char, count in Counter(vocab).items() if count > 1]:
+    characters = "".join(str(parts.units[n]) for n in ids)
+    if repeated := [char for char, count in Counter(characters).items() if count > 1]:
         raise CharlmError(f"the vocabulary of {path} has {ascii_name(repeated[0])} more than once")
-    if not vocab:
+    if not characters:
         raise CharlmError(f"the vocabulary of {path} has no characters")
     if others := [one_line(repr(unit), 40) for unit in parts.units if not _is_character(unit)]:
         more = f" and {len(others) - _MAX_LISTED} more" if len(others) > _MAX_LISTED else ""
@@ -66,9 +59,9 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
     weights = _weights(parts, ids, path)
     config = _config(weights, parts.settings, f"{path.name}, imported from {origin}", path)
     config = _overridden(config, overrides)
-    _check_shapes(weights, len(vocab), config, path)
+    _check_shapes(weights, len(characters), config, path)
     with Uninitialised():
-        model = make_model(len(vocab), config.model)
+        model = make_model(len(characters), config.model)
     load_weights(model, weights)
     model.eval()
     if any(tensor.any() for tensor in parts.start):
@@ -77,7 +70,7 @@ def assemble(parts: Parts, path: Path, origin: str, overrides: tuple[str, ...]) 
             "left out the learned initial state: charlm starts from zeros. On random characters the "
             f"prediction after the first differs by {first:.2g} bits, after {_STEPS} by {last:.2g} bits"
         )
-    return Loaded(model, Vocab(vocab), config, {"imported_from": origin}), notes
+    return Loaded(model, Vocab(characters), config, {"imported_from": origin}), notes
 
 
 def _check_shapes(weights: dict[str, Tensor], V: int, config: Config, path: Path) -> None:
@@ -98,24 +91,25 @@ def _check_shapes(weights: dict[str, Tensor], V: int, config: Config, path: Path
 
 def _weights(parts: Parts, ids: list[int], path: Path) -> dict[str, Tensor]:
     """Return the weights by charlm's names, with the rows of `ids` only."""
-    V, embedding = len(parts.units), parts.embedding
-    for name, tensor in (("an embedding", embedding), ("a head", parts.head)):
-        if tensor is not None and not (tensor.dim() == 2 and len(tensor) == V):
+    V, weights = len(parts.units), dict(parts.weights)
+    for name, part in (("embedding.weight", "an embedding"), ("head.weight", "a head")):
+        if name in weights and not (weights[name].dim() == 2 and len(weights[name]) == V):
             raise CharlmError(
-                f"{path} has a vocabulary of {V} ids, but {name} of shape {tuple(tensor.shape)}"
+                f"{path} has a vocabulary of {V} ids, but {part} of shape {tuple(weights[name].shape)}"
             )
-    if parts.bias.shape != (V,):
-        raise CharlmError(f"the head of {path} has a bias of shape {tuple(parts.bias.shape)}, not {(V,)}")
-    weights = {f"recurrent.{name}": tensor for name, tensor in parts.recurrent.items()}
-    if not any("bias" in name for name in weights):
+    if weights["head.bias"].shape != (V,):
+        shape = tuple(weights["head.bias"].shape)
+        raise CharlmError(f"the head of {path} has a bias of shape {shape}, not {(V,)}")
+    if not any("recurrent.bias" in name for name in weights):
         for name in [name for name in weights if "weight_hh" in name]:
             for kind in ("ih", "hh"):
                 weights[name.replace("weight_hh", f"bias_{kind}")] = torch.zeros(len(weights[name]))
-    weights |= {"head.weight": parts.head[ids], "head.bias": parts.bias[ids]}
-    if embedding is None:  # one column for each id
+    if "embedding.weight" not in weights:  # one column for each id
         weights["recurrent.weight_ih_l0"] = weights["recurrent.weight_ih_l0"][..., ids]
-    elif not _is_identity(table := embedding[ids]):
-        weights["embedding.weight"] = table
+    for name in {"embedding.weight", "head.weight", "head.bias"} & weights.keys():
+        weights[name] = weights[name][ids]
+    if "embedding.weight" in weights and _is_identity(weights["embedding.weight"]):
+        del weights["embedding.weight"]
     return weights
 
 

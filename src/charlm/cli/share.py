@@ -1,6 +1,5 @@
 """The commands export and import, which write and read the files of other programs."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -33,37 +32,29 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
 
     _check_name(output)
     with caught_signals() as caught:  # an exception inside native code would end in a traceback
+        from charlm.interop.export import ENDINGS, check_format, export_model, files_of, is_module
+        from charlm.storage import run as runs
+        from charlm.storage.header import read_header
+        from charlm.storage.model_file import load_model
 
         def stop_if_interrupted() -> None:
             if caught:
                 raise Interrupted("interrupted; no file was written", caught[0])
 
-        notes, files = _export(model, to, output, force, stop_if_interrupted)
-    for note in notes:
-        click.echo(note, err=True)
-    click.echo(f"wrote {', '.join(map(str, files))}", err=True)
-
-
-def _export(
-    model: str | None, to: str, output: Path | None, force: bool, stop_if_interrupted: Callable[[], None]
-) -> tuple[list[str], list[Path]]:
-    """Write the model; return notes for the user and the paths of the files."""
-    from charlm.interop.export import ENDINGS, check_format, export_model, files_of, is_module
-    from charlm.storage import run as runs
-    from charlm.storage.header import read_header
-    from charlm.storage.model_file import load_model
-
-    stop_if_interrupted()
-    path = runs.find_model(model)
-    check_format(to, read_header(path).config)
-    if output is None:
-        output = Path((path.parent.name if path.name == "model.safetensors" else path.stem) + ENDINGS[to])
-    if to == "torch" and output.suffix in (".json", ".py"):
-        raise ConfigError(f"--output {output}: .json and .py are the files beside the weights; use NAME.pt")
-    files = files_of(to, output)
-    # char_rnn.py is the same for all models.
-    _check_existing([path for path in files if not is_module(path)], force)
-    return export_model(load_model(path), to, output, stop_if_interrupted), files
+        stop_if_interrupted()
+        path = runs.find_model(model)
+        check_format(to, read_header(path).config)
+        name = path.parent.name if path.name == "model.safetensors" else path.stem
+        output = output or Path(name + ENDINGS[to])
+        if to == "torch" and output.suffix in (".json", ".py"):
+            raise ConfigError(
+                f"--output {output}: .json and .py are the files beside the weights; use NAME.pt"
+            )
+        files = files_of(to, output)
+        # char_rnn.py is the same for all models.
+        _check_existing([path for path in files if not is_module(path)], force)
+        notes = export_model(load_model(path), to, output, stop_if_interrupted)
+    click.echo("\n".join([*notes, f"wrote {', '.join(map(str, files))}"]), err=True)
 
 
 @click.command("import")
@@ -109,14 +100,10 @@ def import_model(
     _check_existing([output], force)
     loaded, notes = read(file, origin, vocab, overrides)
     save_model(output, loaded.model, loaded.vocab, loaded.config, loaded.figures)
-    for note in notes:
-        click.echo(note, err=True)
     model = loaded.config.model
-    click.echo(
-        f"wrote {output}: {model.cell} {model.num_layers} × {model.hidden_size}, {model.direction}, "
-        f"{len(loaded.vocab)} characters; use it with --model {output}",
-        err=True,
-    )
+    size = f"{model.cell} {model.num_layers} × {model.hidden_size}, {model.direction}"
+    wrote = f"wrote {output}: {size}, {len(loaded.vocab)} characters; use it with --model {output}"
+    click.echo("\n".join([*notes, wrote]), err=True)
 
 
 def _check_name(output: Path | None) -> None:

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from charlm.config import Config
 from charlm.errors import CharlmError
 from charlm.files import write_atomically
-from charlm.interop import char_rnn
+from charlm.interop.foreign import FLAIR_NAMES, STANZA_NAMES
 from charlm.interop.onnx import checked_onnx
 from charlm.interop.torchfile import FlairDictionary
-from charlm.nn.cells import CELLS, cell_of
+from charlm.nn.cells import cell_of
 from charlm.nn.model import CharLM
 from charlm.storage.model_file import Loaded
 from charlm.text.vocab import Vocab
@@ -31,6 +31,7 @@ from charlm.text.vocab import Vocab
 ENDINGS = {"onnx": ".onnx", "stanza": "-stanza.pt", "flair": "-flair.pt", "torch": ".pt"}
 STANZA_UNITS = ("<PAD>", "<UNK>", "<EMPTY>", "<ROOT>")  # Stanza's ids 0 to 3
 FLAIR_UNITS = ("<unk>",)  # Flair's id 0
+_MODULE = Path(__file__).with_name("char_rnn.py")  # loads the files of ``--to torch``
 _RESERVED_LOGIT = -100.0  # gives a reserved id a probability below e⁻⁵⁰ in practice
 
 
@@ -45,15 +46,11 @@ def check_format(to: str, config: Config) -> None:
     formats = ["onnx"] * bool(cell.onnx) + ["torch"] * bool(cell.builtin)
     formats += ["flair"] * (model.cell in ("lstm", "gru") and bool(cell.builtin))
     formats += ["stanza"] * (model.cell == "lstm")
-    if not formats:
-        exportable = ", ".join(name for name, each in CELLS.items() if each.onnx)
-        raise CharlmError(
-            f"a model with model.cell: {model.cell} cannot be exported; train one of model.cell: {exportable}"
-        )
     if to not in formats:
+        use = f"use --to {' or '.join(formats)}, or " if formats else ""
         raise CharlmError(
-            f"--to {to} cannot represent a model with {cell.setting}; use --to {' or '.join(formats)}, "
-            "or train another model.cell"
+            f"--to {to} cannot represent a model with {cell.setting}; {use}train one with model.cell: lstm, "
+            "which all formats represent"
         )
 
 
@@ -83,7 +80,7 @@ def _notes(to: str, config: Config, vocab: Vocab) -> list[str]:
 def files_of(to: str, output: Path) -> list[Path]:
     """Return the paths that `export_model` writes for `output`, `output` first."""
     if to == "torch":
-        return [output, output.with_suffix(".json"), output.with_name("char_rnn.py")]
+        return [output, output.with_suffix(".json"), output.with_name(_MODULE.name)]
     return [output]
 
 
@@ -107,7 +104,7 @@ def export_model(
             else f"compared in onnxruntime: the logits differ from torch's by {difference:.1e} at most"
         )
     elif to == "torch":
-        contents = [_torch_saved(plain_weights(loaded.model)), _module_json(loaded), module_source()]
+        contents = [_torch_saved(plain_weights(loaded.model)), _module_json(loaded), _MODULE.read_bytes()]
     else:
         contents = [_torch_saved((stanza_state if to == "stanza" else flair_state)(loaded))]
     before_writing()
@@ -129,39 +126,33 @@ def _write_all(files: list[tuple[Path, bytes]]) -> None:
         write_atomically(path, write)
 
 
-def plain_weights(model: CharLM, extra: int = 0) -> dict[str, Tensor]:
+def plain_weights(
+    model: CharLM, extra: int = 0, names: tuple[str, str, str] = ("embedding", "recurrent", "head")
+) -> dict[str, Tensor]:
     """Return the weights in float32, by the names of an `nn.Embedding`, a recurrent stack and an `nn.Linear`.
 
-    extra: the number of reserved ids before those of the characters. A model that reads one-hot vectors gets
-        the embedding that makes them.
+    extra: the number of reserved ids before those of the characters. names: of the three modules.
+    A model that reads one-hot vectors gets the embedding that makes them.
     """
-    weights = {
-        name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+    weights = {name: tensor.float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     table = weights.pop("embedding.weight", None)
     if table is None:
         table = torch.eye(model.vocab_size)
-    head, bias = weights.pop("head.weight"), weights.pop("head.bias")
+    matrix, bias = weights.pop("head.weight"), weights.pop("head.bias")
+    embedding, recurrent, head = names
     return {
-        "embedding.weight": F.pad(table, (0, 0, extra, 0)),
-        **weights,
-        "head.weight": F.pad(head, (0, 0, extra, 0)),
-        "head.bias": F.pad(bias, (extra, 0), value=_RESERVED_LOGIT),
+        f"{embedding}.weight": F.pad(table, (0, 0, extra, 0)),
+        **{name.replace("recurrent", recurrent): tensor for name, tensor in weights.items()},
+        f"{head}.weight": F.pad(matrix, (0, 0, extra, 0)),
+        f"{head}.bias": F.pad(bias, (extra, 0), value=_RESERVED_LOGIT),
     }
-
-
-def _renamed(weights: dict[str, Tensor], embedding: str, recurrent: str, head: str) -> dict[str, Tensor]:
-    """Return `weights` with the first part of each name replaced."""
-    names = {"embedding": embedding, "recurrent": recurrent, "head": head}
-    parts = {name: name.split(".") for name in weights}
-    return {f"{names[parts[name][0]]}.{parts[name][1]}": tensor for name, tensor in weights.items()}
 
 
 def stanza_state(loaded: Loaded) -> dict[str, Any]:
     """Return what Stanza's `CharacterLanguageModel` loads: plain values and tensors."""
     model, config = loaded.model, loaded.config
     units = [*STANZA_UNITS, *loaded.vocab.characters]
-    weights = plain_weights(model, len(STANZA_UNITS))
+    weights = plain_weights(model, len(STANZA_UNITS), STANZA_NAMES)
     start = torch.zeros(config.model.num_layers, 1, config.model.hidden_size)
     return {
         "model": {
@@ -174,7 +165,7 @@ def stanza_state(loaded: Loaded) -> dict[str, Any]:
                 "_id2unit": units,
             },
             "args": {
-                "char_emb_dim": weights["embedding.weight"].shape[1],
+                "char_emb_dim": weights["char_emb.weight"].shape[1],
                 "char_hidden_dim": config.model.hidden_size,
                 "char_num_layers": config.model.num_layers,
                 "char_dropout": config.model.dropout,
@@ -184,7 +175,7 @@ def stanza_state(loaded: Loaded) -> dict[str, Any]:
             "state_dict": {
                 "charlstm_h_init": start,
                 "charlstm_c_init": start.clone(),
-                **_renamed(weights, "char_emb", "charlstm.lstm", "decoder"),
+                **weights,
             },
             "pad": False,
             "is_forward_lm": config.model.direction == "forward",
@@ -198,16 +189,14 @@ def flair_state(loaded: Loaded) -> dict[str, Any]:
     """Return what Flair's `LanguageModel` loads: plain values, tensors and a `flair.data.Dictionary`."""
     model, config = loaded.model, loaded.config
     items = [unit.encode() for unit in (*FLAIR_UNITS, *loaded.vocab.characters)]
-    dictionary = FlairDictionary()
-    dictionary.idx2item, dictionary.item2idx = items, {item: number for number, item in enumerate(items)}
-    weights = plain_weights(model, len(FLAIR_UNITS))
+    weights = plain_weights(model, len(FLAIR_UNITS), FLAIR_NAMES)
     return {
-        "state_dict": _renamed(weights, "encoder", "rnn", "decoder"),
-        "dictionary": dictionary,
+        "state_dict": weights,
+        "dictionary": FlairDictionary(items),
         "is_forward_lm": config.model.direction == "forward",
         "hidden_size": config.model.hidden_size,
         "nlayers": config.model.num_layers,
-        "embedding_size": weights["embedding.weight"].shape[1],
+        "embedding_size": weights["encoder.weight"].shape[1],
         "nout": None,
         "document_delimiter": "\n",
         "dropout": config.model.dropout,
@@ -241,14 +230,9 @@ def _module_json(loaded: Loaded) -> bytes:
     return json.dumps({"model": arguments, **metadata(loaded)}, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
-def module_source() -> bytes:
-    """Return the source of `char_rnn`, the module that loads what ``--to torch`` writes."""
-    return Path(char_rnn.__file__).read_bytes()
-
-
 def is_module(path: Path) -> bool:
-    """Return whether `path` contains that module already."""
-    return path.name == "char_rnn.py" and path.is_file() and path.read_bytes() == module_source()
+    """Return whether `path` is the char_rnn.py that ``--to torch`` writes."""
+    return path.name == _MODULE.name and path.is_file() and path.read_bytes() == _MODULE.read_bytes()
 
 
 class _Pickler(pickle._Pickler):

@@ -33,9 +33,8 @@ _MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of the older format
 class FlairDictionary:
     """Stands for `flair.data.Dictionary`, both in the pickles that are read and in those that are written."""
 
-    def __init__(self) -> None:
-        self.idx2item: list[bytes] = []
-        self.item2idx: dict[bytes, int] = {}
+    def __init__(self, items: list[bytes]) -> None:
+        self.idx2item, self.item2idx = items, {item: number for number, item in enumerate(items)}
         self.add_unk, self.multi_label, self.span_labels = True, False, False
 
 
@@ -260,7 +259,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 _SAME_NAMES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
 _STAND_INS = {
-    "flair.data Dictionary": lambda *_: FlairDictionary(),
+    "flair.data Dictionary": lambda *_: FlairDictionary([]),
     "_codecs encode": _latin1,
     "collections OrderedDict": lambda items=(): _add({}, items),
     "torch._utils _rebuild_tensor": _tensor,

@@ -30,7 +30,6 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
     """
     from charlm.training.reporting import caught_signals
 
-    _check_name(output)
     with caught_signals() as caught:  # an exception inside native code would end in a traceback
         from charlm.interop.export import ENDINGS, check_format, export_model, files_of, is_module
         from charlm.storage import run as runs
@@ -52,7 +51,7 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
             )
         files = files_of(to, output)
         # char_rnn.py is the same for all models.
-        _check_existing([path for path in files if not is_module(path)], force)
+        _check_output([path for path in files if not is_module(path)], force)
         notes = export_model(load_model(path), to, output, stop_if_interrupted)
     click.echo("\n".join([*notes, f"wrote {', '.join(map(str, files))}"]), err=True)
 
@@ -86,18 +85,15 @@ def import_model(
     """
     if (vocab is None) == (origin == "torch-char-rnn"):
         raise ConfigError(
-            "--from torch-char-rnn needs --vocab FILE.json, the character of each id"
-            if vocab is None
-            else f"--vocab is for --from torch-char-rnn; --from {origin} reads the vocabulary from the file"
+            f"--from {origin}: torch-char-rnn alone needs --vocab FILE.json, the character of each id"
         )
-    _check_name(output)
     from charlm.interop.importing import import_model as read
     from charlm.storage.model_file import save_model
 
     output = output or Path(f"{file.stem}.safetensors")
     if output.resolve() == file.resolve():
         raise ConfigError(f"--output {output} is the imported file itself; use another name")
-    _check_existing([output], force)
+    _check_output([output], force)
     loaded, notes = read(file, origin, vocab, overrides)
     save_model(output, loaded.model, loaded.vocab, loaded.config, loaded.figures)
     model = loaded.config.model
@@ -106,12 +102,10 @@ def import_model(
     click.echo("\n".join([*notes, wrote]), err=True)
 
 
-def _check_name(output: Path | None) -> None:
-    if output is not None and not output.name:
-        raise ConfigError("--output is ''; give a file name, or omit --output")
-
-
-def _check_existing(files: list[Path], force: bool) -> None:
-    """Raise `ConfigError` if one of `files` exists, unless `force` is set."""
-    if not force and (existing := [path for path in files if path.exists()]):
-        raise ConfigError(f"{existing[0]} exists; use another --output, or --force to overwrite it")
+def _check_output(files: list[Path], force: bool) -> None:
+    """Raise `ConfigError` for a file without a name, and for one that exists unless `force` is set."""
+    for path in files:
+        if not path.name:
+            raise ConfigError("--output is ''; give a file name, or omit --output")
+        if path.exists() and not force:
+            raise ConfigError(f"{path} exists; use another --output, or --force to overwrite it")

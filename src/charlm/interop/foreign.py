@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Parts:
     settings: configuration values by dotted key. start: the learned initial state, tensors (L, 1, H).
     """
 
-    units: list[str | None]
+    units: Sequence[str | None]
     weights: dict[str, Tensor]
     settings: dict[str, Any]
     start: tuple[Tensor, ...] = ()
@@ -83,7 +84,8 @@ def read_flair(path: Path) -> Parts:
             )
         weights |= {"decoder.weight": head @ inner, "decoder.bias": head @ inner_bias + bias}
     settings = _settings(data.get("is_forward_lm"), data.get("dropout"))
-    return Parts([_decoded(item) for item in items], _renamed(weights, FLAIR_NAMES, path), settings)
+    units = [item.decode(errors="surrogateescape") for item in items]  # bytes that are not UTF-8: surrogates
+    return Parts(units, _renamed(weights, FLAIR_NAMES, path), settings)
 
 
 def _renamed(weights: dict[str, Tensor], names: tuple[str, str, str], path: Path) -> dict[str, Tensor]:
@@ -263,10 +265,3 @@ def _entry(data: Any, key: str, kind: type, path: Path, origin: str) -> Any:
     if not isinstance(value, kind):
         raise CharlmError(f"{path} is not a language model of {origin}: it has no {key}")
     return value
-
-
-def _decoded(item: bytes) -> str | None:
-    try:
-        return item.decode()
-    except UnicodeDecodeError:
-        return None

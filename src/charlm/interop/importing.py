@@ -57,8 +57,7 @@ def import_model(
         more = f" and {len(others) - _MAX_LISTED} more" if len(others) > _MAX_LISTED else ""
         notes.append(f"left out ids that are not a single character: {', '.join(others[:_MAX_LISTED])}{more}")
     weights = _weights(parts, ids, path)
-    config = _config(weights, parts.settings, f"{path.name}, imported from {origin}", path)
-    config = _overridden(config, overrides)
+    config = _config(weights, parts.settings, f"{path.name}, imported from {origin}", path, overrides)
     _check_shapes(weights, len(characters), config, path)
     with Uninitialised():
         model = make_model(len(characters), config.model)
@@ -92,23 +91,19 @@ def _check_shapes(weights: dict[str, Tensor], V: int, config: Config, path: Path
 def _weights(parts: Parts, ids: list[int], path: Path) -> dict[str, Tensor]:
     """Return the weights by charlm's names, with the rows of `ids` only."""
     V, weights = len(parts.units), dict(parts.weights)
-    for name, part in (("embedding.weight", "an embedding"), ("head.weight", "a head")):
-        if name in weights and not (weights[name].dim() == 2 and len(weights[name]) == V):
-            raise CharlmError(
-                f"{path} has a vocabulary of {V} ids, but {part} of shape {tuple(weights[name].shape)}"
-            )
-    if weights["head.bias"].shape != (V,):
-        shape = tuple(weights["head.bias"].shape)
-        raise CharlmError(f"the head of {path} has a bias of shape {shape}, not {(V,)}")
+    for name, dimensions in (("embedding.weight", 2), ("head.weight", 2), ("head.bias", 1)):
+        if name in weights:
+            shape = weights[name].shape
+            if shape[0] != V or len(shape) != dimensions:
+                raise CharlmError(f"{path} has a vocabulary of {V} ids, but {name} of shape {tuple(shape)}")
+            weights[name] = weights[name][ids]
     if not any("recurrent.bias" in name for name in weights):
         for name in [name for name in weights if "weight_hh" in name]:
             for kind in ("ih", "hh"):
                 weights[name.replace("weight_hh", f"bias_{kind}")] = torch.zeros(len(weights[name]))
     if "embedding.weight" not in weights:  # one column for each id
         weights["recurrent.weight_ih_l0"] = weights["recurrent.weight_ih_l0"][..., ids]
-    for name in {"embedding.weight", "head.weight", "head.bias"} & weights.keys():
-        weights[name] = weights[name][ids]
-    if "embedding.weight" in weights and _is_identity(weights["embedding.weight"]):
+    elif _is_identity(weights["embedding.weight"]):
         del weights["embedding.weight"]
     return weights
 
@@ -119,8 +114,16 @@ def _is_identity(matrix: Tensor) -> bool:
     return N == K == int(matrix.count_nonzero()) and bool((matrix.diagonal() == 1).all())
 
 
-def _config(weights: dict[str, Tensor], settings: dict[str, Any], source: str, path: Path) -> Config:
-    """Return the configuration that `weights` and `settings` determine."""
+def _config(
+    weights: dict[str, Tensor], settings: dict[str, Any], source: str, path: Path, overrides: tuple[str, ...]
+) -> Config:
+    """Return the configuration that `weights`, `settings` and `overrides` determine."""
+    keys = {text: configuration.find_key(text.partition("=")[0].strip()) for text in overrides}
+    if fixed := [text for text, key in keys.items() if not key.startswith(_CHANGEABLE)]:
+        raise ConfigError(
+            f"--set {fixed[0]!r}: an import takes this setting from the file; allowed: corpus.*, "
+            + ", ".join(_CHANGEABLE[1:])
+        )
     hidden = weights.get("recurrent.weight_hh_l0", torch.empty(0))
     rows, H = hidden.shape if hidden.dim() == 2 else (0, 0)
     cells = {cell.gates * H: name for name, cell in CELLS.items() if cell.builtin}
@@ -141,18 +144,7 @@ def _config(weights: dict[str, Tensor], settings: dict[str, Any], source: str, p
     for key, value in settings.items():
         section, _, name = key.partition(".")
         data[section][name] = value
-    return configuration.from_data(data, str(path))
-
-
-def _overridden(config: Config, overrides: tuple[str, ...]) -> Config:
-    """Return `config` with `overrides`; `ConfigError` for a setting that the weights determine."""
-    keys = {text: configuration.find_key(text.partition("=")[0].strip()) for text in overrides}
-    if fixed := [text for text, key in keys.items() if not key.startswith(_CHANGEABLE)]:
-        raise ConfigError(
-            f"--set {fixed[0]!r}: an import takes this setting from the file; allowed: corpus.*, "
-            + ", ".join(_CHANGEABLE[1:])
-        )
-    config = configuration.override(config, overrides)
+    config = configuration.from_data(data, str(path), overrides)
     if config.model.direction == "both":
         raise ConfigError("model.direction is both; allowed for an import: forward, backward")
     return config
@@ -165,8 +157,7 @@ def _divergence_from_zeros(model: CharLM, start: tuple[Tensor, ...], path: Path)
     start: tensors (L, 1, H). The first value is after one random character, the second after `_STEPS`.
     """
     zeros = model.initial_state(1)
-    L, _, H = zeros[0].shape
-    if [tensor.shape for tensor in start] != [(L, 1, H)] * len(zeros):
+    if [tensor.shape for tensor in start] != [tensor.shape for tensor in zeros]:
         raise CharlmError(f"{path} is damaged: its initial state does not fit its weights")
     ids = torch.randint(model.vocab_size, (_TEXTS, _STEPS), generator=torch.Generator().manual_seed(1))
 

@@ -6,7 +6,7 @@ is their first dimension.
 """
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +15,17 @@ from charlm.errors import NOT_FINITE, CharlmError
 from charlm.nn.cells import cell_of
 from charlm.storage.model_file import Loaded
 
-if TYPE_CHECKING:
-    import onnx
-
 OPSET, IR_VERSION = 17, 8  # of 2022; all current runtimes read them
 TOLERANCE = 1e-4
 _RELATIVE_TOLERANCE = 1e-5  # of the largest logit; the larger of both tolerances applies
 _MAX_WEIGHTS = 2**31 - 2**25  # bytes: a protocol buffer takes 2 GiB; the rest is for the vocabulary
 
 
-def checked_onnx(
-    loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]
-) -> tuple[bytes, float | None]:
-    """Return the bytes of the ONNX file, and the largest difference of its logits from torch's.
+def checked_onnx(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) -> tuple[bytes, str]:
+    """Return the bytes of the ONNX file, and a note on its comparison with torch in onnxruntime.
 
     weights: of an embedding, a recurrent stack and a head, by name. metadata: stored as JSON.
-    The difference is None without onnxruntime. Raises `CharlmError` without the package onnx, for a model of
+    Raises `CharlmError` without the package onnx, for a model of
     more than 2 GiB, and for a difference of more than 1e-4 and more than 1e-5 of the largest logit.
     """
     tied = {"head.weight"} if loaded.config.model.tie_weights else set()
@@ -40,23 +35,26 @@ def checked_onnx(
             f"the model's weights take {size:,} bytes, an ONNX file at most {_MAX_WEIGHTS:,}: use --to torch"
         )
     try:
-        model = build(loaded, weights, metadata)
+        content = build(loaded, weights, metadata)
     except ImportError as error:
         raise CharlmError(
             f"--to onnx needs the package {error.name}: pip install 'charlm-torch[onnx]'"
         ) from None
-    content = bytes(model.SerializeToString())
     compared = compare(content, loaded)
-    if compared and not compared[0] <= max(TOLERANCE, _RELATIVE_TOLERANCE * compared[1]):
+    if compared is None:
+        missing = "onnxruntime is not installed: pip install 'charlm-torch[onnx]'"
+        return content, f"not compared with torch, because {missing}"
+    difference, largest = compared
+    if not difference <= max(TOLERANCE, _RELATIVE_TOLERANCE * largest):
         raise CharlmError(
-            f"onnxruntime's logits differ from torch's by {compared[0]:.2g}: no file was written; this is "
+            f"onnxruntime's logits differ from torch's by {difference:.2g}: no file was written; this is "
             "a bug in charlm, please report it"
         )
-    return content, compared[0] if compared else None
+    return content, f"compared in onnxruntime: the logits differ from torch's by {difference:.1e} at most"
 
 
-def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) -> "onnx.ModelProto":
-    """Return the graph from ids (B, T), h and, for the LSTM, c (L, B, H) to logits (B, T, V), h_n and c_n."""
+def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
+    """Return the file of the graph from ids (B, T), h and, for the LSTM, c (L, B, H) to logits (B, T, V), h_n and c_n."""
     from onnx import TensorProto, helper, numpy_helper
 
     config = loaded.config.model
@@ -106,7 +104,7 @@ def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) 
     opset = helper.make_opsetid("", OPSET)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="charlm")
     helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
-    return model
+    return bytes(model.SerializeToString())
 
 
 def _layer(weights: dict[str, Tensor], order: tuple[int, ...], k: int) -> dict[str, Tensor]:

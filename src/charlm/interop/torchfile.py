@@ -148,9 +148,7 @@ class Builder:
 def _fill(storage: Tensor, content: bytes) -> None:
     """Copy `content` to `storage`."""
     if len(content) != storage.nbytes:
-        raise ValueError(
-            f"a storage takes {storage.nbytes:,} bytes, and the file has {len(content):,} for it"
-        )
+        raise ValueError(f"a storage takes {storage.nbytes:,} bytes, and the file has {len(content):,}")
     if content:
         storage.copy_(torch.frombuffer(bytearray(content), dtype=storage.dtype))
 

@@ -67,7 +67,7 @@ def read_flair(path: Path) -> Parts:
     """Read a file of Flair's `LanguageModel` or a checkpoint of its trainer."""
     data = read_torch_file(path)
     weights = _weights(_entry(data, "state_dict", dict, path, "Flair"), path)
-    items = getattr(_entry(data, "dictionary", FlairDictionary, path, "Flair"), "idx2item", None)
+    items = _entry(data, "dictionary", FlairDictionary, path, "Flair").idx2item
     if not (isinstance(items, list) and all(isinstance(item, bytes) for item in items)):
         raise CharlmError(f"{path} is damaged: its dictionary is not a list of bytes")
     if data.get("has_decoder") is False:
@@ -76,11 +76,9 @@ def read_flair(path: Path) -> Parts:
         names = ("decoder.weight", "decoder.bias", "proj.weight", "proj.bias")
         head, bias, inner, inner_bias = (_take(weights, name, path) for name in names)
         fits = head.dim() == inner.dim() == 2 and head.shape[1:] == inner.shape[:1] == inner_bias.shape
-        if not (fits and bias.shape == head.shape[:1]):
-            raise CharlmError(f"{path} is damaged: its projection does not fit its decoder")
-        if len(head) * inner.shape[1] > path.stat().st_size:
+        if not (fits and bias.shape == head.shape[:1] and len(head) * inner.shape[1] <= path.stat().st_size):
             raise CharlmError(
-                f"{path} is damaged: its projection makes a decoder that is larger than the file"
+                f"{path} is damaged: its projection does not fit its decoder or the file's size"
             )
         weights |= {"decoder.weight": head @ inner, "decoder.bias": head @ inner_bias + bias}
     settings = _settings(data.get("is_forward_lm"), data.get("dropout"))

@@ -39,13 +39,8 @@ def import_model(
     Raises `CharlmError` for a file that is damaged or of another kind and for parts that charlm lacks or that
     do not fit together, `ConfigError` for `overrides` of settings that the weights determine.
     """
-    if origin == "stanza":
-        parts = read_stanza(path)
-    elif origin == "flair":
-        parts = read_flair(path)
-    else:
-        assert vocab is not None, "the command checks it"
-        parts = read_plain(path, vocab)
+    readers = {"stanza": read_stanza, "flair": read_flair}
+    parts = read_plain(path, vocab) if vocab else readers[origin](path)
     notes: list[str] = []
     ids = [n for n, unit in enumerate(parts.units) if _is_character(unit)]
     characters = "".join(str(parts.units[n]) for n in ids)

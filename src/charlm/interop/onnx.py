@@ -54,7 +54,7 @@ def checked_onnx(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str,
 
 
 def build(loaded: Loaded, weights: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
-    """Return the file of the graph from ids (B, T), h and, for the LSTM, c (L, B, H) to logits (B, T, V), h_n and c_n."""
+    """Return a graph, from ids (B, T), h and the LSTM's c (L, B, H) to logits (B, T, V), h_n and c_n."""
     from onnx import TensorProto, helper, numpy_helper
 
     config = loaded.config.model

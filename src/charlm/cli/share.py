@@ -46,9 +46,7 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
         name = path.parent.name if path.name == "model.safetensors" else path.stem
         output = output or Path(name + ENDINGS[to])
         if to == "torch" and output.suffix in (".json", ".py"):
-            raise ConfigError(
-                f"--output {output}: .json and .py are the files beside the weights; use NAME.pt"
-            )
+            raise ConfigError(f"--output {output}: use NAME.pt; .json and .py are the files beside it")
         files = files_of(to, output)
         # char_rnn.py is the same for all models.
         _check_output([path for path in files if not is_module(path)], force)

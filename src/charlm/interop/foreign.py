@@ -44,9 +44,8 @@ def read_stanza(path: Path) -> Parts:
     data = read_torch_file(path)
     if not (isinstance(data, dict) and "state_dict" in data):
         data = _entry(data, "model", dict, path, "Stanza")
-    state, vocab, arguments = (
-        _entry(data, key, dict, path, "Stanza") for key in ("state_dict", "vocab", "args")
-    )
+    keys = ("state_dict", "vocab", "args")
+    state, vocab, arguments = (_entry(data, key, dict, path, "Stanza") for key in keys)
     units = _entry(vocab, "_id2unit", list, path, "Stanza")
     if not all(isinstance(unit, str) for unit in units):
         raise CharlmError(f"{path} is damaged: its vocabulary is not a list of texts")
@@ -77,9 +76,7 @@ def read_flair(path: Path) -> Parts:
         head, bias, inner, inner_bias = (_take(weights, name, path) for name in names)
         fits = head.dim() == inner.dim() == 2 and head.shape[1:] == inner.shape[:1] == inner_bias.shape
         if not (fits and bias.shape == head.shape[:1] and len(head) * inner.shape[1] <= path.stat().st_size):
-            raise CharlmError(
-                f"{path} is damaged: its projection does not fit its decoder or the file's size"
-            )
+            raise CharlmError(f"{path} is damaged: its projection does not fit its decoder or the file")
         weights |= {"decoder.weight": head @ inner, "decoder.bias": head @ inner_bias + bias}
     settings = _settings(data.get("is_forward_lm"), data.get("dropout"))
     units = [item.decode(errors="surrogateescape") for item in items]  # bytes that are not UTF-8: surrogates

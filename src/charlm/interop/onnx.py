@@ -135,10 +135,10 @@ def compare(content: bytes, loaded: Loaded) -> tuple[float, float] | None:
     state = loaded.model.initial_state(2)
     theirs = [tensor.numpy() for tensor in state]
     differences, largest = [], []
+    inputs = ["ids", *cell_of(loaded.config.model).state]
     for part in (ids[:, :16], ids[:, 16:]):
         logits, state = loaded.model(part, state)
-        names = ["ids", "h", "c"]
-        found, *theirs = session.run(None, dict(zip(names, [part.numpy(), *theirs], strict=False)))
+        found, *theirs = session.run(None, dict(zip(inputs, [part.numpy(), *theirs], strict=True)))
         if not logits.isfinite().all():
             raise CharlmError(NOT_FINITE)
         differences.append((torch.from_numpy(found) - logits).abs().max())

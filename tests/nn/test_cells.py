@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from charlm.config import ModelConfig
-from charlm.nn.cells import cell_of, input_product
+from charlm.nn.cells import cell_of
 
 B, E, H = 2, 3, 4
 
@@ -64,7 +64,7 @@ def test_a_step_is_the_equations(cell, options, naive):
         torch.randn(shape, dtype=torch.double) for shape in [(rows, E), (rows, H), (rows,), (rows,), (B, E)]
     )
     state = tuple(torch.randn(B, H, dtype=torch.double) for _ in record.state)
-    after = record.step(input_product(x, Wi, bi), state, Wh, bh)
+    after = record.step(x @ Wi.t() + bi, state, Wh, bh)
     assert len(after) == len(record.state)
     for n in range(B):
         expected = naive(

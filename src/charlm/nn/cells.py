@@ -1,16 +1,17 @@
 """RNN, LSTM and GRU: the equations of one time step, and one `Cell` record for each.
 
 x_t is the input at step t, of shape (B, E), and h_{t-1} the state before it, (B, H). The input's part of a
-step, a_t = W_ih x_t + b_ih of shape (B, G·H) for G gates, does not depend on the state: `input_product`
-computes it for all steps in one product, and a step function receives it. Weights have torch's names, shapes
-and gate order: W_ih (G·H, E), W_hh (G·H, H), biases (G·H,).
+step, a_t = W_ih x_t + b_ih of shape (B, G·H) for G gates, does not depend on the state: it is computed for
+all steps in one product, and a step function receives it. Weights have torch's names, shapes and gate order:
+W_ih (G·H, E), W_hh (G·H, H), biases (G·H,).
 
 A `Cell` holds everything that differs between cells; all other code asks `cell_of` for the record.
 `register` adds a cell: with a name, a number of gates and a step it runs in the implementation ``scratch``.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +24,6 @@ from charlm.nn import fused
 
 State = tuple[Tensor, ...]
 Step = Callable[[Tensor, State, Tensor, Tensor], State]
-
-
-def input_product(x: Tensor, W_ih: Tensor, b_ih: Tensor) -> Tensor:
-    """Compute a_t = W_ih x_t + b_ih for all steps: x (T, B, E) gives (T, B, G·H)."""
-    return linear(x, W_ih, b_ih)
 
 
 def rnn_tanh(a: Tensor, state: State, W_hh: Tensor, b_hh: Tensor) -> State:
@@ -135,8 +131,7 @@ class Cell:
     inner_bias: whether another gate multiplies the last gate's b_hh, which then cannot be added to b_ih.
     smooth: whether the step has a derivative everywhere.
     builtin, fused, onnx: None where torch, `fused` or ONNX does not compute the cell.
-    variants: {(key, value): the record that replaces this one where `ModelConfig.key` has the value}.
-    variant: the setting that selects this record where it is a variant.
+    variant: the setting in addition to ``model.cell`` that selects this record.
     """
 
     name: str
@@ -149,7 +144,6 @@ class Cell:
     builtin: Builtin | None = None
     fused: Fused | None = None
     onnx: Onnx | None = None
-    variants: Mapping[tuple[str, str], "Cell"] = field(default_factory=dict)
     variant: str = ""
 
     @property
@@ -164,29 +158,25 @@ class Cell:
         return "scratch", *(name for name, how in others.items() if how)
 
 
-class BuiltinGRU(nn.GRU):
-    """`torch.nn.GRU` with the state as a tuple."""
-
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:  # type: ignore[override]
-        """Map x (B, T, E) and (h,) to y (B, T, H) and (h,)."""
+class _TupleState(nn.Module):
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, h = super().forward(x, *state)
         return y, (h,)
 
 
-class BuiltinRNN(nn.RNN):
+class _BuiltinRNN(_TupleState, nn.RNN):  # type: ignore[misc]
     """`torch.nn.RNN` with the state as a tuple."""
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:  # type: ignore[override]
-        """Map x (B, T, E) and (h,) to y (B, T, H) and (h,)."""
-        y, h = super().forward(x, *state)
-        return y, (h,)
+
+class _BuiltinGRU(_TupleState, nn.GRU):  # type: ignore[misc]
+    """`torch.nn.GRU` with the state as a tuple."""
 
 
 _RNN = Cell(
     name="rnn",
     gates=1,
     step=rnn_tanh,
-    builtin=Builtin("RNN", BuiltinRNN, torch.rnn_tanh, {"nonlinearity": "tanh"}),
+    builtin=Builtin("RNN", _BuiltinRNN, torch.rnn_tanh, {"nonlinearity": "tanh"}),
     fused=Fused(fused.rnn, 0),
     onnx=Onnx("RNN", (0,), {"activations": ["Tanh"]}),
 )
@@ -195,8 +185,8 @@ _RNN_RELU = replace(
     variant="nonlinearity: relu",
     step=rnn_relu,
     smooth=False,
-    builtin=Builtin("RNN", BuiltinRNN, torch.rnn_relu, {"nonlinearity": "relu"}),
-    fused=Fused(fused.rnn_relu, 1),
+    builtin=Builtin("RNN", _BuiltinRNN, torch.rnn_relu, {"nonlinearity": "relu"}),
+    fused=Fused(partial(fused.rnn, relu=True), 1),
     onnx=Onnx("RNN", (0,), {"activations": ["Relu"]}),
 )
 _LSTM = Cell(
@@ -214,7 +204,7 @@ _GRU = Cell(
     gates=3,
     step=gru,
     inner_bias=True,
-    builtin=Builtin("GRU", BuiltinGRU, torch.gru),
+    builtin=Builtin("GRU", _BuiltinGRU, torch.gru),
     fused=Fused(fused.gru, 3),
     onnx=Onnx("GRU", (1, 0, 2), {"linear_before_reset": 1}),  # z, r, h of r, z, n
 )
@@ -228,20 +218,16 @@ _GRU_RESET_BEFORE = replace(
     onnx=Onnx("GRU", (1, 0, 2), {"linear_before_reset": 0}),
 )
 
-CELLS = {
-    "rnn": replace(_RNN, variants={("nonlinearity", "relu"): _RNN_RELU}),
-    "lstm": _LSTM,
-    "gru": replace(_GRU, variants={("gru_reset", "before"): _GRU_RESET_BEFORE}),
-}
+CELLS = {cell.name: cell for cell in (_RNN, _LSTM, _GRU)}
 
 
 def cell_of(config: ModelConfig) -> Cell:
     """Return the record of the cell that `config` names."""
-    cell = CELLS[config.cell]
-    for (key, value), variant in cell.variants.items():
-        if getattr(config, key) == value:
-            return variant
-    return cell
+    if config.cell == "rnn" and config.nonlinearity == "relu":
+        return _RNN_RELU
+    if config.cell == "gru" and config.gru_reset == "before":
+        return _GRU_RESET_BEFORE
+    return CELLS[config.cell]
 
 
 def register(cell: Cell) -> None:

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from charlm import config as configuration
 from charlm.config import CELL_NAMES, Config
 from charlm.errors import CharlmError, ConfigError
-from charlm.nn.cells import input_product
 from charlm.nn.layers import Scratch
 from charlm.nn.model import CharLM
 from charlm.study.plot import save
@@ -94,7 +93,7 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
         # The weights are constants; the graph through time comes from the state, which requires a gradient.
         state = tuple(zeros[k].requires_grad_() for zeros in scratch.initial_state(B))
         states = []
-        for a in input_product(y, W_ih, b_ih).unbind(0):
+        for a in F.linear(y, W_ih, b_ih).unbind(0):
             state = recurrent.cell.step(a, state, W_hh, b_hh)
             states.append(state)
         y = torch.stack([state[0] for state in states])

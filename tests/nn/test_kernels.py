@@ -141,6 +141,10 @@ def test_a_file_in_memory_whose_name_is_not_utf_8(tmp_path):
             native._torch_openmp()
 
 
+def address(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
 @needs_compiler
 def test_sigmoid_and_tanh_have_a_small_relative_error_over_the_whole_range():
     """The sigmoid of a large negative number is the exponential function."""
@@ -150,10 +154,11 @@ def test_sigmoid_and_tanh_have_a_small_relative_error_over_the_whole_range():
     x = torch.cat([-x, x])[None]
     kernels, H = native.kernels(torch.float32), x.shape[1]
     h, gates = torch.empty_like(x), torch.zeros(1, 4 * H)
-    kernels.rnn_forward(False, x, None, torch.zeros_like(x), h)
+    u, c, after = torch.zeros_like(x), torch.zeros_like(x), torch.empty_like(x)
+    kernels.bind("rnn_forward", 1, H)(False, *map(address, (x, None, u, h)))
     torch.testing.assert_close(h.double(), x.double().tanh(), rtol=5e-7, atol=tiny)
-    c = torch.zeros_like(x)
-    kernels.lstm_forward(x.repeat(1, 4), None, gates, c, torch.empty_like(x), h)
+    repeated = x.repeat(1, 4)
+    kernels.bind("lstm_forward", 1, H)(*map(address, (repeated, None, gates, c, after, h)))
     for gate in (0, 1, 3):
         found = gates[:, gate * H : (gate + 1) * H].double()
         torch.testing.assert_close(found, x.double().sigmoid(), rtol=5e-7, atol=tiny)

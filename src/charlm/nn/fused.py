@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from charlm.nn.kernels.native import STEPS, Kernels, kernels
+from charlm.nn.kernels.native import Kernels, kernels
 
 Ids = Tensor | None
 _HALF = (torch.bfloat16, torch.float16)
@@ -38,11 +38,6 @@ def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, relu: bool = False) -> tup
     """
     y: Tensor = _RNN.apply(x.contiguous(), _checked(ids, len(x)), W_hh, h, relu)  # type: ignore[no-untyped-call]
     return y, y[-1]
-
-
-def rnn_relu(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The simple recurrent network of rectified linear units, h_t = max(0, x_t + W_hh h_{t-1}); see `rnn`."""
-    return rnn(x, ids, W_hh, h, relu=True)
 
 
 def lstm(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,11 +86,8 @@ class _RNN(torch.autograd.Function):
         ids, W_hh, h = ctx.saved_tensors
         steps, dy, da = steps_for(h), dy.contiguous(), h.new_empty(dy.shape)
         dh = torch.zeros_like(h[0])
-        multiply, step, at_dh = (
-            steps.product(W_hh, len(dh)),
-            steps.bind("rnn_backward", *dh.shape),
-            steps.at(dh),
-        )
+        multiply, step = steps.product(W_hh, len(dh)), steps.bind("rnn_backward", *dh.shape)
+        at_dh = steps.at(dh)
         for h_t, dy_t, da_t in _backwards(steps, h[1:], dy, da):
             step(ctx.relu, h_t, dy_t, at_dh, da_t)
             multiply(da_t, at_dh)
@@ -185,7 +177,12 @@ class Steps:
 
     ``x`` and ``ids`` hold the input's part of the step; results are written to the arguments on the left of
     an equation. dy is the gradient of h_t from the layer above, dh that from the next step's product.
+
+    compiled: the kernels that compute the steps between torch's products, or None.
     """
+
+    def __init__(self, compiled: Kernels | None = None):
+        self.compiled = compiled
 
     def at(self, tensor: Tensor) -> Any:
         """Return `tensor` as a step takes it."""
@@ -197,8 +194,10 @@ class Steps:
 
     def bind(self, name: str, B: int, H: int) -> Callable[..., None]:
         """Return the step `name` for a batch of B and H units."""
-        step: Callable[..., None] = getattr(self, name)
-        return step
+        if self.compiled is None:
+            return getattr(self, name)  # type: ignore[no-any-return]
+        step = self.compiled.bind(name, B, H)
+        return lambda *arguments: step(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
     def product(self, W: Tensor, M: int) -> Callable[[Any, Any], None]:
         """Return a function of a (M, K) and out (M, N) that writes a W into out; W (K, N) must not change."""
@@ -232,14 +231,7 @@ class Steps:
         gates.copy_(torch.cat([i, f, g, o], -1))
 
     def lstm_backward(
-        self,
-        gates: Tensor,
-        c_before: Tensor,
-        c: Tensor,
-        dy: Tensor,
-        dh: Tensor,
-        da: Tensor,
-        dc: Tensor,
+        self, gates: Tensor, c_before: Tensor, c: Tensor, dy: Tensor, dh: Tensor, da: Tensor, dc: Tensor
     ) -> None:
         """da (B, 4H); dc, in: the gradient of c_t from the step after, out: that of c_before."""
         i, f, g, o = _wide(gates).chunk(4, -1)
@@ -304,14 +296,7 @@ class Steps:
 def steps_for(tensor: Tensor) -> "Steps | Kernels":
     """Return the compiled steps for `tensor`'s type and device if there are any, else torch's."""
     found = kernels(tensor.dtype) if tensor.device.type == "cpu" else None
-    if found is None:
-        return Steps()
-    if found.multiplies:
-        return found
-    steps = Steps()  # compiled arithmetic between torch's products
-    for name in STEPS:
-        setattr(steps, name, getattr(found, name))
-    return steps
+    return found if found and found.multiplies else Steps(found)
 
 
 def _wide_type(dtype: torch.dtype) -> torch.dtype:

@@ -27,67 +27,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from charlm.files import cache_folder, is_ours
+from charlm.errors import CharlmError
+from charlm.files import cache_folder, is_ours, write_atomically
 
 _SOURCE = Path(__file__).with_name("kernels.c")  # it includes the other
 _SOURCES = (_SOURCE, Path(__file__).with_name("kernels_writing.c"))
 _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden"]
 _NATIVE = ["-march=native"]
 _STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
-_COUNT, _POINTER, _FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+_COUNT, _POINTER, _FLAG, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_double
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-STEPS: dict[str, list[Any]] = {  # the arguments after B and H
-    "rnn_forward": [_FLAG] + [_POINTER] * 4,
-    "rnn_backward": [_FLAG] + [_POINTER] * 4,
-    "lstm_forward": [_POINTER] * 6,
-    "lstm_backward": [_POINTER] * 7,
-    "gru_forward": [_POINTER] * 8,
-    "gru_backward": [_POINTER] * 9,
+_STEPS: dict[str, list[Any]] = {  # the types of the arguments
+    "rnn_forward": [_COUNT] * 2 + [_FLAG] + [_POINTER] * 4,
+    "rnn_backward": [_COUNT] * 2 + [_FLAG] + [_POINTER] * 4,
+    "lstm_forward": [_COUNT] * 2 + [_POINTER] * 6,
+    "lstm_backward": [_COUNT] * 2 + [_POINTER] * 7,
+    "gru_forward": [_COUNT] * 2 + [_POINTER] * 8,
+    "gru_backward": [_COUNT] * 2 + [_POINTER] * 9,
 }
+_PRODUCT: dict[str, list[Any]] = {  # where the library has a product
+    "packed_size": [_COUNT] * 2,
+    "pack": [_COUNT] * 2 + [_POINTER] + [_COUNT] * 2 + [_POINTER],
+    "product": [_COUNT] * 3 + [_POINTER] * 3,
+    "laid_size": [_COUNT] * 2,
+    "lay": [_COUNT] * 3 + [_POINTER] * 2,
+    "step": [_POINTER, _COUNT] + [_POINTER] * 7,
+    "draw": [_COUNT] * 2 + [_POINTER] * 5,
+}
+_RESULTS = {"packed_size": _COUNT, "laid_size": _COUNT, "step": _FLAG, "draw": _FLAG}
+
+
+def _fields(kind: type, *names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, kind) for name in names)
 
 
 class Matrix(ctypes.Structure):
     """A matrix (K, N), laid out for writing text."""
 
-    _fields_ = (
-        ("kind", _COUNT),
-        ("K", _COUNT),
-        ("N", _COUNT),
-        ("weights", _POINTER),
-        ("scale", _POINTER),
-        ("bias", _POINTER),
-    )
+    _fields_ = _fields(_COUNT, "kind", "K", "N") + _fields(_POINTER, "weights", "scale", "bias")
 
 
 class Layer(ctypes.Structure):
     """A layer's matrices, and the GRU's b_hn or NULL."""
 
-    _fields_ = (("input", Matrix), ("recurrent", Matrix), ("b_hn", _POINTER))
+    _fields_ = _fields(Matrix, "input", "recurrent") + _fields(_POINTER, "b_hn")
 
 
 class Model(ctypes.Structure):
     """A model, laid out for writing text."""
 
     _fields_ = (
-        ("cell", _COUNT),
-        ("layers", _COUNT),
-        ("H", _COUNT),
-        ("V", _COUNT),
-        ("table", _POINTER),
-        ("layer", ctypes.POINTER(Layer)),
-        ("head", Matrix),
+        *_fields(_COUNT, "cell", "layers", "H", "V"),
+        *(("table", _POINTER), ("layer", ctypes.POINTER(Layer)), ("head", Matrix)),
     )
 
 
 class DrawOptions(ctypes.Structure):
     """How `kernels.c` draws characters, as in `inference.sampling.Sampling`; 0 turns a filter off."""
 
-    _fields_ = (
-        ("temperature", ctypes.c_double),
-        ("top_k", _COUNT),
-        ("top_p", ctypes.c_double),
-        ("min_p", ctypes.c_double),
-    )
+    _fields_ = _fields(_REAL, "temperature") + _fields(_COUNT, "top_k") + _fields(_REAL, "top_p", "min_p")
 
 
 class Kernels:
@@ -97,32 +95,12 @@ class Kernels:
     where there is no product for the type, in bfloat16 and without AVX: torch's product is used there.
     """
 
-    rnn_forward: Callable[..., None]
-    rnn_backward: Callable[..., None]
-    lstm_forward: Callable[..., None]
-    lstm_backward: Callable[..., None]
-    gru_forward: Callable[..., None]
-    gru_backward: Callable[..., None]
-
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
-        self.dtype = dtype
-        self.library = library
+        self.dtype, self.library = dtype, library
         self.multiplies = hasattr(library, "product")
-        for name, arguments in STEPS.items():
+        for name, arguments in {**_STEPS, **(_PRODUCT if self.multiplies else {})}.items():
             function = getattr(library, name)
-            function.argtypes = [_COUNT, _COUNT, *arguments]
-            function.restype = None
-            setattr(self, name, functools.partial(_step, function))
-        if self.multiplies:
-            library.packed_size.argtypes, library.packed_size.restype = [_COUNT] * 2, _COUNT
-            library.pack.argtypes = [_COUNT] * 2 + [_POINTER, _COUNT, _COUNT, _POINTER]
-            library.product.argtypes = [_COUNT] * 3 + [_POINTER] * 3
-            library.pack.restype = library.product.restype = None
-            library.laid_size.argtypes, library.laid_size.restype = [_COUNT] * 2, _COUNT
-            library.lay.argtypes, library.lay.restype = [*[_COUNT] * 3, *[_POINTER] * 2], None
-            library.step.argtypes, library.step.restype = [_POINTER, _COUNT, *[_POINTER] * 7], _FLAG
-            library.draw.argtypes = [_COUNT, _COUNT, ctypes.POINTER(DrawOptions), *[_POINTER] * 4]
-            library.draw.restype = _FLAG
+            function.argtypes, function.restype = arguments, _RESULTS.get(name)
 
     def at(self, tensor: Tensor) -> int:
         """Return the address of `tensor`."""
@@ -157,7 +135,7 @@ class Kernels:
         B, V = logits.shape
         up_to, ids = uniforms.new_empty(V), logits.new_empty(B, dtype=torch.int64)
         pointers = (tensor.data_ptr() for tensor in (logits, uniforms, up_to, ids))
-        return None if self.library.draw(B, V, options, *pointers) else ids
+        return None if self.library.draw(B, V, ctypes.addressof(options), *pointers) else ids
 
     def matrix(
         self, weights: Tensor, scale: Tensor | None, bias: Tensor | None
@@ -177,22 +155,11 @@ class Kernels:
         return Matrix(kind, K, N, laid.data_ptr(), *pointers), kept
 
 
-def _step(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a step: B and H are the shape of the last argument; a tensor is passed as its address."""
-    pointers = (item.data_ptr() if isinstance(item, Tensor) else item for item in arguments)
-    function(*arguments[-1].shape, *pointers)
-
-
 @functools.cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
     """Return the kernels for tensors of `dtype`, compiled if necessary; None where that is impossible."""
     library = load(_STORE.get(dtype, ""))[0]
     return Kernels(library, dtype) if library else None
-
-
-def why_no_kernels() -> str:
-    """Return the reason why `kernels` returns None for float32."""
-    return load(_STORE[torch.float32])[1]
 
 
 @functools.cache
@@ -222,7 +189,7 @@ def load(store: str) -> tuple[ctypes.CDLL | None, str]:
     for place, build in itertools.product(dict.fromkeys((folder, None)), builds):
         try:
             return build.compiled(place), f"compiled by {compiler[0]}"
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, subprocess.SubprocessError, CharlmError) as error:
             output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
             why = (output.strip().splitlines() or ["it gave no reason"])[-1]
     return None, f"{compiler[0]} could not compile them: {why}"
@@ -271,9 +238,7 @@ class _Build:
             made.chmod(0o700)
             library = _open(made, self.openmp)
             if folder:
-                with made.open("rb") as file:
-                    os.fsync(file.fileno())
-                made.replace(folder / f"{self.name}-{_checksum(made)}.so")
+                write_atomically(folder / f"{self.name}-{_checksum(made)}.so", made.replace)
             return library
 
 

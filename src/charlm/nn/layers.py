@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from charlm.config import ModelConfig
 from charlm.errors import ConfigError
-from charlm.nn.cells import State, cell_of, input_product
-from charlm.nn.kernels.native import kernels, why_no_kernels
+from charlm.nn.cells import State, cell_of
+from charlm.nn.kernels.native import kernels, load
 
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # torch's names, without the layer
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -43,7 +44,7 @@ def choose_implementation(config: ModelConfig, device: torch.device) -> tuple[st
         return "builtin", f"the fastest on {device.type}"
     if kernels(torch.float32):
         return "fused", "the fastest on the CPU with compiled kernels"
-    return "builtin", f"no kernels: {why_no_kernels()}"
+    return "builtin", f"no kernels: {load('f32')[1]}"
 
 
 def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:
@@ -94,12 +95,9 @@ class Stack(nn.Module):
         self.cell = cell_of(config)
         H, rows = config.hidden_size, self.cell.gates * config.hidden_size
         for k in range(config.num_layers):
-            self.register_parameter(
-                f"weight_ih_l{k}", nn.Parameter(torch.empty(rows, H if k else input_size))
-            )
-            self.register_parameter(f"weight_hh_l{k}", nn.Parameter(torch.empty(rows, H)))
-            self.register_parameter(f"bias_ih_l{k}", nn.Parameter(torch.empty(rows)))
-            self.register_parameter(f"bias_hh_l{k}", nn.Parameter(torch.empty(rows)))
+            shapes = ((rows, H if k else input_size), (rows, H), (rows,), (rows,))
+            for name, shape in zip(WEIGHTS, shapes, strict=True):
+                self.register_parameter(f"{name}_l{k}", nn.Parameter(torch.empty(shape)))
 
     def weights(self, k: int) -> Weights:
         """Return W_ih, W_hh, b_ih and b_hh of layer k for one forward pass.
@@ -107,19 +105,10 @@ class Stack(nn.Module):
         In training each number of W_hh is dropped with probability ``weight_dropout``, the same ones for all
         steps and streams (DropConnect: Wan et al. 2013; on W_hh: Merity, Keskar & Socher 2018).
         """
-        W_ih, W, b_ih, b_hh = (
-            getattr(self, f"{name}_l{k}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
-        if not (self.training and self.weight_dropout):
-            return W_ih, W, b_ih, b_hh
-        W_hh = once((self, "W_hh", k), lambda: dropped(W, self.weight_dropout))
+        W_ih, W, b_ih, b_hh = (getattr(self, f"{name}_l{k}") for name in WEIGHTS)
+        dropping = self.training and self.weight_dropout
+        W_hh = once((self, "W_hh", k), lambda: dropped(W, self.weight_dropout)) if dropping else W
         return W_ih, W_hh, b_ih, b_hh
-
-    def drop(self, y: Tensor, k: int) -> Tensor:
-        """Apply dropout to y (T, B, H), the input of layer k."""
-        if self.training and self.locked_dropout:
-            return locked(y, self.dropout, 0, (self, "y", k))
-        return dropped(y, self.dropout) if self.training else y
 
     def forward(self, x: "Tensor | Characters", state: State) -> tuple[Tensor, State]:
         """Map x (B, T, E) and a state of (L, B, H) tensors to y (B, T, H) and the state after the last step.
@@ -135,8 +124,9 @@ class Stack(nn.Module):
                 )
         last = []
         for k in range(self.num_layers):
-            if k:
-                y = self.drop(y, k)
+            if k and self.training:
+                p = self.dropout
+                y = locked(y, p, 0, (self, "y", k)) if self.locked_dropout else dropped(y, p)
             y, layer_state = self.layer(y, tuple(tensor[k] for tensor in state), self.weights(k))
             last.append(layer_state)
         return y.transpose(0, 1), tuple(torch.stack(tensors) for tensors in zip(*last, strict=True))
@@ -153,7 +143,7 @@ class Scratch(Stack):
         """Map x (T, B, E or H) and a state of (B, H) tensors to y (T, B, H) and the state after."""
         W_ih, W_hh, b_ih, b_hh = weights
         outputs = []
-        for a in input_product(x, W_ih, b_ih).unbind(0):
+        for a in F.linear(x, W_ih, b_ih).unbind(0):
             state = self.cell.step(a, state, W_hh, b_hh)
             outputs.append(state[0])
         return torch.stack(outputs), state

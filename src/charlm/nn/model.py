@@ -43,10 +43,7 @@ class CharLM(nn.Module):
     def initial_state(self, batch_size: int) -> State:
         """Return zeros: a tuple of tensors of shape (L, B, H), on the weights' device."""
         shape = (self.config.num_layers, batch_size, self.config.hidden_size)
-        weight = self.head.weight
-        return tuple(
-            torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in cell_of(self.config).state
-        )
+        return tuple(self.head.weight.new_zeros(shape) for _ in cell_of(self.config).state)
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Map ids x (B, T) and the state before them to logits (B, T, V) and the state after them."""
@@ -68,11 +65,11 @@ class CharLM(nn.Module):
         In training whole rows are dropped with probability ``embedding_dropout``: the character's vector is
         then zero everywhere in the batch (Gal & Ghahramani 2016). A tied head keeps its rows.
         """
+        p, head = self.config.embedding_dropout, self.head.weight
         if self.config.input == "one_hot":
-            table = torch.eye(self.vocab_size, dtype=self.head.weight.dtype, device=self.head.weight.device)
+            table = torch.eye(self.vocab_size, dtype=head.dtype, device=head.device)
         else:
             table = self.embedding.weight
-        p = self.config.embedding_dropout
         if not (self.training and p):
             return table
         return once((self, "table"), lambda: table * dropped(table.new_ones(len(table), 1), p))
@@ -101,21 +98,16 @@ class CharLM(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         H, cell = self.config.hidden_size, cell_of(self.config)
         for name, parameter in self.named_parameters():
-            values = torch.empty(parameter.shape)
+            values = torch.zeros(parameter.shape)
             if self.config.init == "normal":
-                _ = (
-                    init.zeros_(values)
-                    if values.dim() == 1
-                    else init.normal_(values, std=0.01, generator=generator)
-                )
+                if values.dim() > 1:
+                    init.normal_(values, std=0.01, generator=generator)
             elif name == "embedding.weight":
                 init.normal_(values, std=H**-0.5 if self.config.tie_weights else 1.0, generator=generator)
             elif self.config.init == "default":
                 bound = (self.head.in_features if name.startswith("head.") else H) ** -0.5
                 init.uniform_(values, -bound, bound, generator=generator)
-            elif values.dim() == 1:
-                init.zeros_(values)
-            else:
+            elif values.dim() > 1:
                 fill = init.xavier_uniform_ if self.config.init == "xavier" else init.orthogonal_
                 gates = cell.gates if name.startswith(("recurrent.", "reverse.")) else 1
                 for block in values.chunk(gates):

@@ -20,6 +20,7 @@ from charlm.errors import ConfigError
 from charlm.nn import fused
 from charlm.nn.cells import State, cell_of
 from charlm.nn.kernels import native
+from charlm.nn.layers import WEIGHTS
 from charlm.nn.model import CharLM, evaluating
 
 Quantize = Literal["bf16", "int8"]
@@ -88,15 +89,13 @@ class Stepper:
 
     def _prepare(self, quantize: Quantize | None) -> None:
         """Quantise the matrices; then pack them for the kernels, or copy them for torch."""
-        model, names = self.model, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        layers = []
+        model, layers = self.model, []
         for k in range(self.config.num_layers):
-            W_ih, W_hh, b_ih, b_hh = (getattr(model.recurrent, f"{name}_l{k}").detach() for name in names)
+            W_ih, W_hh, b_ih, b_hh = (getattr(model.recurrent, f"{name}_l{k}").detach() for name in WEIGHTS)
             if k == 0:
                 rows = W_ih.t() if self.config.input == "one_hot" else F.linear(model.embedding.weight, W_ih)
-            layers.append(
-                _Layer(quantised(W_ih, quantize if k else None), quantised(W_hh, quantize), b_ih, b_hh)
-            )
+            quantised_ih = quantised(W_ih, quantize if k else None)
+            layers.append(_Layer(quantised_ih, quantised(W_hh, quantize), b_ih, b_hh))
         head = quantised(model.head.weight.detach(), quantize)
         steps = fused.steps_for(rows)
         self.kernels = steps if isinstance(steps, native.Kernels) and steps.multiplies else None

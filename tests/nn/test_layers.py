@@ -37,7 +37,7 @@ def stacks(cell, num_layers, **options):
 @pytest.mark.parametrize(("cell", "options"), KINDS)
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("T", [1, 7])
-def test_all_equal_torch_forward_and_backward(cell, options, num_layers, T):
+def test_implementations_equal_torch_forward_and_backward(cell, options, num_layers, T):
     results = []
     for stack in stacks(cell, num_layers, dropout=0.0, **options):
         torch.manual_seed(2)
@@ -56,14 +56,14 @@ def test_all_equal_torch_forward_and_backward(cell, options, num_layers, T):
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_names_and_shapes_are_torch_s(cell):
+def test_parameters_have_the_names_and_shapes_of_torch(cell):
     reference = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell](E, H, 2)
     for stack in stacks(cell, 2):
         named = [(name, parameter.shape) for name, parameter in stack.named_parameters()]
         assert named == [(name, parameter.shape) for name, parameter in reference.named_parameters()]
 
 
-def test_gradients_of_the_gru_that_torch_lacks():
+def test_gradients_of_gru_reset_before_equal_numeric_ones():
     config = ModelConfig(
         cell="gru", implementation="scratch", gru_reset="before", hidden_size=3, num_layers=2
     )
@@ -80,13 +80,13 @@ def test_gradients_of_the_gru_that_torch_lacks():
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_dropout_falls_between_layers_and_only_in_training(cell):
+def test_dropout_applies_between_layers_and_only_in_training(cell):
     for stack in stacks(cell, 2, dropout=0.5):
         x = torch.randn(B, 6, E, dtype=torch.double)
         state = tuple(torch.zeros(2, B, H, dtype=torch.double) for _ in CELLS[cell].state)
         (y1, last1), (y2, last2) = stack(x, state), stack(x, state)
-        assert torch.equal(last1[0][0], last2[0][0]), "the first layer sees the whole input"
-        assert not torch.equal(y1, y2), "the second does not"
+        assert torch.equal(last1[0][0], last2[0][0]), "the first layer reads the whole input"
+        assert not torch.equal(y1, y2), "the second reads a dropped input"
         stack.eval()
         assert torch.equal(stack(x, state)[0], stack(x, state)[0])
 
@@ -113,7 +113,7 @@ def run(stack, cell, seed=3):
 
 @pytest.mark.parametrize("regulariser", REGULARISERS)
 @pytest.mark.parametrize(("cell", "options"), KINDS)
-def test_the_regularisers_are_the_same_in_all_implementations(cell, options, regulariser):
+def test_regularisers_give_the_same_results_in_all_implementations(cell, options, regulariser):
     implemented = stacks(cell, 3, **options, **regulariser)
     assert isinstance(implemented[0], BuiltinLayers)
     for theirs, *ours in zip(*(run(stack, cell) for stack in implemented), strict=True):
@@ -128,7 +128,7 @@ def test_the_regularisers_are_the_same_in_all_implementations(cell, options, reg
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_weight_dropout_is_one_mask_of_the_recurrent_matrix_a_pass(cell):
+def test_weight_dropout_draws_one_mask_of_the_recurrent_matrix_for_each_pass(cell):
     for stack in stacks(cell, 2, weight_dropout=0.4):
         before = {name: parameter.clone() for name, parameter in stack.named_parameters()}
         (W_ih, W_hh, *biases), (_, other, *_) = stack.weights(1), stack.weights(1)
@@ -138,25 +138,25 @@ def test_weight_dropout_is_one_mask_of_the_recurrent_matrix_a_pass(cell):
         assert W_ih is stack.weight_ih_l1
         assert biases[0] is stack.bias_ih_l1 and biases[1] is stack.bias_hh_l1
         run(stack, cell)
-        assert 0 < (stack.weight_hh_l1.grad == 0).sum() < kept.numel(), "what is dropped learns nothing"
+        assert 0 < (stack.weight_hh_l1.grad == 0).sum() < kept.numel(), "dropped weights have no gradient"
         assert all(torch.equal(parameter, before[name]) for name, parameter in stack.named_parameters())
         assert stack.eval().weights(1)[1] is stack.weight_hh_l1
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_locked_dropout_falls_between_layers_once_for_all_steps(cell):
+def test_locked_dropout_uses_one_mask_between_layers_for_all_steps(cell):
     for stack in stacks(cell, 3, locked_dropout=True, dropout=0.5):
-        entered, layer = [], stack.layer
-        stack.layer = lambda x, state, weights, e=entered, f=layer: (e.append(x), f(x, state, weights))[1]
+        entered, layer = [], stack._layer
+        stack._layer = lambda x, state, weights, e=entered, f=layer: (e.append(x), f(x, state, weights))[1]
         run(stack, cell)
         first, *later = [(x == 0) for x in entered]
-        assert not first.any(), "the input stays whole"
+        assert not first.any(), "the input is not dropped"
         for zeros in later:
             assert zeros.any() and torch.equal(zeros, zeros[:1].expand_as(zeros))
-        assert not torch.equal(*later), "each layer has its own"
+        assert not torch.equal(*later), "each layer has its own mask"
 
 
-def test_without_them_builtin_is_torch_s_module():
+def test_builtin_without_regularisers_is_the_module_of_torch():
     for options in ({}, {"locked_dropout": True}, {"num_layers": 2, "locked_dropout": True, "dropout": 0.0}):
         assert isinstance(make_recurrent(E, ModelConfig(implementation="builtin", **options)), nn.LSTM)
 
@@ -171,20 +171,20 @@ def test_without_them_builtin_is_torch_s_module():
         ({"implementation": "scratch"}, "cpu", True, "scratch"),
     ],
 )
-def test_auto_is_the_fastest_that_is_right(monkeypatch, options, device, kernels, chosen):
+def test_auto_chooses_the_fastest_implementation_of_the_cell(monkeypatch, options, device, kernels, chosen):
     monkeypatch.setattr("charlm.nn.layers.kernels", lambda dtype: kernels)
     assert choose_implementation(ModelConfig(**options), torch.device(device))[0] == chosen
 
 
 @pytest.mark.parametrize("shape", [(2, 1, H), (3, B, H)])
-def test_a_state_of_other_sizes_is_refused(shape):
+def test_state_of_other_sizes_raises_an_error(shape):
     for stack in stacks("lstm", 2)[1:]:
         with pytest.raises(ValueError, match=r"\(2, 3, 'H'\)"):
             stack(torch.zeros(B, 2, E, dtype=torch.double), (torch.zeros(shape, dtype=torch.double),) * 2)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.75])
-def test_dropped_drops_the_share_and_keeps_the_mean(p):
+def test_dropout_has_the_probability_p_and_keeps_the_mean(p):
     torch.manual_seed(0)
     y = torch.ones(301, 333).requires_grad_()
     found = dropped(y, p)
@@ -199,7 +199,7 @@ def test_dropped_drops_the_share_and_keeps_the_mean(p):
 
 
 @pytest.mark.parametrize("time", [0, 1])
-def test_a_locked_mask_is_one_for_all_steps_and_differs_between_streams_and_units(time):
+def test_locked_mask_is_the_same_at_all_steps_and_differs_between_streams_and_units(time):
     torch.manual_seed(0)
     y = torch.ones(9, 8, 7).movedim(0, time).requires_grad_()
     dropped = locked(y, 0.25, time, "key")
@@ -211,7 +211,7 @@ def test_a_locked_mask_is_one_for_all_steps_and_differs_between_streams_and_unit
     assert torch.equal(y.grad, dropped), "the gradient passes through the same mask"
 
 
-def test_a_mask_is_drawn_once_a_sequence():
+def test_mask_is_drawn_once_for_each_sequence():
     draw = lambda: torch.rand(3)
     assert not torch.equal(once("a", draw), once("a", draw))
     with one_sequence():

@@ -41,12 +41,11 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
         return getattr(torch, name), "as configured"
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
-        reason = "this GPU multiplies bfloat16" if native else "this GPU does not multiply bfloat16"
     elif device.type == "cpu":
         native = _cpu("_is_avx512_bf16_supported") or _cpu("_is_amx_tile_supported")
-        reason = "this CPU has bfloat16 instructions" if native else "this CPU has no bfloat16 instructions"
     else:
-        native, reason = False, f"the safe choice on {device.type}"
+        return torch.float32, f"the safe choice on {device.type}"
+    reason = f"the {device.type} device has {'' if native else 'no '}bfloat16 instructions"
     return (torch.bfloat16 if native else torch.float32), reason
 
 

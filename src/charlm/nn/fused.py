@@ -1,17 +1,12 @@
 """RNN, LSTM and GRU over a whole sequence, with the backward pass derived by hand.
 
-The equations and letters are those of `cells`; the order of the computations differs:
-
-- The input's part of all steps, x_t = W_ih input_t + b, is computed before the loop. Where the inputs are
-  characters it is a table of V rows, and `ids` holds the rows of each step.
-- A step has one product, h_{t-1} W_hhᵀ, whose memory then receives the gates.
-- The backward loop computes da_t, the gradient of the gates' sums, from the equations, and one product,
-  da_t W_hh, the gradient of h_{t-1}. The weights' gradients are one product over all steps after it:
-  dW_hh = Σ_t da_tᵀ h_{t-1}.
+The equations and letters are those of `cells`. The input's part of all steps, x_t = W_ih input_t + b, is
+computed before; for characters it is a table of V rows, and `ids` holds the rows of each step. A step has one
+product, h_{t-1} W_hhᵀ, whose memory then receives the gates. The backward loop computes da_t, the gradient of
+the gates' sums, and one product, da_t W_hh, the gradient of h_{t-1}; after it, dW_hh = Σ_t da_tᵀ h_{t-1}.
 
 On the CPU `kernels.c` does the arithmetic of a step where it can be compiled, else torch does. In bfloat16
-the operands and results of the products, and the gates, are bfloat16; arithmetic and the state c (of the GRU:
-h) are float32. T time, B batch, V vocabulary, H hidden, G gates.
+products and gates are bfloat16; arithmetic and the state c (of the GRU: h) are float32. T time, B batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,11 +64,8 @@ class _RNN(torch.autograd.Function):
         steps = steps_for(x)
         h = x.new_empty(T + 1, B, H)
         h[0] = h_0
-        multiply = steps.product(W_hh.t(), B)
-        step = steps.bind("rnn_forward", B, H)
-        for x_t, ids_t, h_before, h_t in zip(
-            *_inputs(steps, x, ids, T), *map(steps.each, (h[:-1], h[1:])), strict=True
-        ):
+        multiply, step = steps.product(W_hh.t(), B), steps.bind("rnn_forward", B, H)
+        for x_t, ids_t, h_before, h_t in _forwards(steps, x, ids, h[:-1], h[1:]):
             multiply(h_before, h_t)
             step(relu, x_t, ids_t, h_t, h_t)
         ctx.save_for_backward(ids, W_hh, h)
@@ -104,13 +96,9 @@ class _LSTM(torch.autograd.Function):
         gates = x.new_empty(T, B, 4 * H)
         h, c = x.new_empty(T + 1, B, H), c_0.new_empty(T + 1, B, H)
         h[0], c[0] = h_0, c_0
-        multiply = steps.product(W_hh.t(), B)
-        step = steps.bind("lstm_forward", B, H)
-        for x_t, ids_t, gates_t, h_before, h_t, c_before, c_t in zip(
-            *_inputs(steps, x, ids, T),
-            *map(steps.each, (gates, h[:-1], h[1:], c[:-1], c[1:])),
-            strict=True,
-        ):
+        multiply, step = steps.product(W_hh.t(), B), steps.bind("lstm_forward", B, H)
+        tensors = gates, h[:-1], h[1:], c[:-1], c[1:]
+        for x_t, ids_t, gates_t, h_before, h_t, c_before, c_t in _forwards(steps, x, ids, *tensors):
             multiply(h_before, gates_t)
             step(x_t, ids_t, gates_t, c_before, c_t, h_t)
         ctx.save_for_backward(ids, W_hh, gates, h, c)
@@ -142,13 +130,9 @@ class _GRU(torch.autograd.Function):
         h = h_0.new_empty(T + 1, B, H)
         h[0] = h_0
         y = h if h.dtype == x.dtype else h.to(x.dtype)  # the products' operands
-        multiply = steps.product(W_hh.t(), B)
-        step = steps.bind("gru_forward", B, H)
-        for x_t, ids_t, gates_t, n_t, h_before, h_t, y_before, y_t in zip(
-            *_inputs(steps, x, ids, T),
-            *map(steps.each, (gates, n, h[:-1], h[1:], y[:-1], y[1:])),
-            strict=True,
-        ):
+        multiply, step = steps.product(W_hh.t(), B), steps.bind("gru_forward", B, H)
+        tensors = gates, n, h[:-1], h[1:], y[:-1], y[1:]
+        for x_t, ids_t, gates_t, n_t, h_before, h_t, y_before, y_t in _forwards(steps, x, ids, *tensors):
             multiply(y_before, gates_t)
             step(x_t, ids_t, steps.at(b_hn), gates_t, h_before, n_t, h_t, y_t)
         ctx.save_for_backward(ids, W_hh, gates, n, h, y)
@@ -199,13 +183,9 @@ class Steps:
         step = self.compiled.bind(name, B, H)
         return lambda *arguments: step(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
-    def product(self, W: Tensor, M: int) -> Callable[[Any, Any], None]:
+    def product(self, W: Tensor, M: int) -> Callable[[Any, Any], object]:
         """Return a function of a (M, K) and out (M, N) that writes a W into out; W (K, N) must not change."""
-
-        def multiply(a: Tensor, out: Tensor) -> None:
-            torch.mm(a, W, out=out)
-
-        return multiply
+        return lambda a, out: torch.mm(a, W, out=out)
 
     def rnn_forward(self, relu: bool, x: Tensor, ids: Ids, u: Tensor, h: Tensor) -> None:
         """h = tanh(x + u) or max(0, x + u), for the recurrent product u."""
@@ -241,21 +221,12 @@ class Steps:
         da.copy_(torch.cat([*parts, d * tanh_c * o * (1 - o)], -1))
         torch.mul(d_c, f, out=dc)
 
-    def gru_forward(
-        self,
-        x: Tensor,
-        ids: Ids,
-        b_hn: Tensor,
-        gates: Tensor,
-        h_before: Tensor,
-        n: Tensor,
-        h: Tensor,
-        y: Tensor,
-    ) -> None:
+    def gru_forward(self, x: Tensor, ids: Ids, b_hn: Tensor, *tensors: Tensor) -> None:
         """gates (B, 3H), in: the recurrent product, out: r, z, u = W_hn h_before + b_hn.
 
         n = tanh(x_n + r ⊙ u); h = n + z ⊙ (h_before - n). y is h, or its copy in the products' type.
         """
+        gates, h_before, n, h, y = tensors
         H = h.shape[-1]
         x_t, products = _wide(_share(x, ids)), _wide(gates)
         r, z = (x_t[:, : 2 * H] + products[:, : 2 * H]).sigmoid().chunk(2, -1)
@@ -267,22 +238,12 @@ class Steps:
         if y is not h:
             y.copy_(h)
 
-    def gru_backward(
-        self,
-        gates: Tensor,
-        n: Tensor,
-        h_before: Tensor,
-        dy: Tensor,
-        dh: Tensor,
-        direct: Tensor,
-        dx: Tensor,
-        du: Tensor,
-        du_n: Tensor,
-    ) -> None:
+    def gru_backward(self, *tensors: Tensor) -> None:
         """dx (B, 3H) of the input's share, du (B, 3H) of the recurrent product, du_n its last third again.
 
         direct: the part of the gradient of h that comes through no product, in: of h_t, out: of h_before.
         """
+        gates, n, h_before, dy, dh, direct, dx, du, du_n = tensors
         (r, z, u), n = _wide(gates).chunk(3, -1), _wide(n)
         d = _wide(dy) + _wide(dh) + direct
         dn = d * (1 - z) * (1 - n * n)
@@ -323,9 +284,11 @@ def _checked(ids: Ids, rows: int) -> Ids:
     return ids.long().contiguous()
 
 
-def _inputs(steps: "Steps | Kernels", x: Tensor, ids: Ids, T: int) -> tuple[Any, Any]:
-    """Return the input's part for each step, and the ids of its rows or None."""
-    return (steps.each(x), [None] * T) if ids is None else ([steps.at(x)] * T, steps.each(ids))
+def _forwards(steps: "Steps | Kernels", x: Tensor, ids: Ids, *tensors: Tensor) -> Any:
+    """Return the input's part, the ids of its rows or None, and the tensors at each step."""
+    T = len(tensors[0])
+    inputs = (steps.each(x), [None] * T) if ids is None else ([steps.at(x)] * T, steps.each(ids))
+    return zip(*inputs, *map(steps.each, tensors), strict=True)
 
 
 def _backwards(steps: "Steps | Kernels", *tensors: Tensor) -> Any:

@@ -80,13 +80,9 @@ class Characters(NamedTuple):
         """Return the characters in reverse order along `axis`."""
         return Characters(self.ids.flip(axis), self.table)
 
-    def transpose(self, first: int, second: int) -> "Characters":
-        """Return the characters with two axes exchanged."""
-        return Characters(self.ids.transpose(first, second), self.table)
-
 
 class Stack(nn.Module):
-    """The parameters of a stack and its dropout; a subclass computes one layer in `layer`."""
+    """The parameters of a stack and its dropout; a subclass computes one layer in `_layer`."""
 
     def __init__(self, input_size: int, config: ModelConfig):
         super().__init__()
@@ -115,8 +111,8 @@ class Stack(nn.Module):
 
         Raises `ValueError` for a state of other sizes, which torch might broadcast.
         """
-        y: Any = x.transpose(0, 1)
-        expected = self.num_layers, (y.ids if isinstance(y, Characters) else y).shape[1]
+        y: Any = x._replace(ids=x.ids.t()) if isinstance(x, Characters) else x.transpose(0, 1)
+        expected = self.num_layers, len(x.ids if isinstance(x, Characters) else x)
         for tensor in state:
             if tensor.shape[:2] != expected:
                 raise ValueError(
@@ -127,11 +123,11 @@ class Stack(nn.Module):
             if k and self.training:
                 p = self.dropout
                 y = locked(y, p, 0, (self, "y", k)) if self.locked_dropout else dropped(y, p)
-            y, layer_state = self.layer(y, tuple(tensor[k] for tensor in state), self.weights(k))
+            y, layer_state = self._layer(y, tuple(tensor[k] for tensor in state), self.weights(k))
             last.append(layer_state)
         return y.transpose(0, 1), tuple(torch.stack(tensors) for tensors in zip(*last, strict=True))
 
-    def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
+    def _layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
         """Map x (T, B, E or H) and a layer's state, (B, H) each, to y (T, B, H) and the state after."""
         raise NotImplementedError
 
@@ -139,8 +135,7 @@ class Stack(nn.Module):
 class Scratch(Stack):
     """The equations of `cells`, step by step and layer by layer, differentiated by autograd."""
 
-    def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
-        """Map x (T, B, E or H) and a state of (B, H) tensors to y (T, B, H) and the state after."""
+    def _layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
         W_ih, W_hh, b_ih, b_hh = weights
         outputs = []
         for a in F.linear(x, W_ih, b_ih).unbind(0):
@@ -152,8 +147,7 @@ class Scratch(Stack):
 class Fused(Stack):
     """The sequences of `fused`, layer by layer; layer 0 reads `Characters` too."""
 
-    def layer(self, x: Tensor | Characters, state: State, weights: Weights) -> tuple[Tensor, State]:
-        """Map x (T, B, E or H) or characters (T, B) and a state to y (T, B, H) and the state after."""
+    def _layer(self, x: Tensor | Characters, state: State, weights: Weights) -> tuple[Tensor, State]:
         W_ih, W_hh, b_ih, b_hh = weights
         # All biases are added to the input's part, except one that a gate multiplies: the GRU's b_hn.
         inner: tuple[Tensor, ...] = ()
@@ -182,13 +176,12 @@ class Fused(Stack):
 class BuiltinLayers(Stack):
     """torch's functions, layer by layer; its modules accept neither dropped weights nor locked masks."""
 
-    def layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
-        """Map x (T, B, E or H) and a state of (B, H) tensors to y (T, B, H) and the state after."""
-        before = tuple(tensor[None] for tensor in state)  # a state of one layer, (1, B, H)
-        hx = before if len(before) == 2 else before[0]
-        # biases, number of layers, dropout, training, bidirectional, batch first
+    def _layer(self, x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
         assert self.cell.builtin  # `choose_implementation` has checked it
-        y, *last = self.cell.builtin.layer(x, hx, weights, True, 1, 0.0, self.training, False, False)
+        h, *c = (tensor[None] for tensor in state)  # a state of one layer, (1, B, H)
+        # biases, number of layers, dropout, training, bidirectional, batch first
+        options = (True, 1, 0.0, self.training, False, False)
+        y, *last = self.cell.builtin.layer(x, (h, *c) if c else h, weights, *options)
         return y, tuple(tensor[0] for tensor in last)
 
 

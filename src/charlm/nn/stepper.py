@@ -3,9 +3,6 @@
 The speed of writing is that of reading the weights. All that does not change between steps is computed once:
 the input's part of layer 0 becomes a table with a row for each character, biases are added to it, and
 matrices are packed for `kernels.c`, which computes a whole step in one call; without a compiler, torch does.
-Quantised matrices take less memory at a small loss in quality: ``bf16`` halves them, ``int8`` makes them a
-quarter, with one scale for each row of a matrix.
-
 V vocabulary, B batch, H hidden, G gates, L layers.
 """
 
@@ -24,6 +21,7 @@ from charlm.nn.layers import WEIGHTS
 from charlm.nn.model import CharLM, evaluating
 
 Quantize = Literal["bf16", "int8"]
+_Layer = tuple["Quantised", "Quantised", Tensor, Tensor]  # W_ih, W_hh, b_ih, b_hh
 
 
 class Quantised(NamedTuple):
@@ -39,7 +37,10 @@ class Quantised(NamedTuple):
 
 
 def quantised(W: Tensor, how: Quantize | None) -> Quantised:
-    """Return W (N, K) unchanged, in bfloat16, or in int8: multiples, up to ±127, of a scale for each row."""
+    """Return W (N, K) unchanged, in bfloat16, or in int8: multiples, up to ±127, of a scale for each row.
+
+    The matrix then takes a half or a quarter of the memory, at a small loss in quality.
+    """
     if how == "bf16":
         return Quantised(W.to(torch.bfloat16))
     if how == "int8":
@@ -48,15 +49,6 @@ def quantised(W: Tensor, how: Quantize | None) -> Quantised:
         scale = torch.where(largest == 0, 1, largest / 127)  # NaN stays NaN
         return Quantised((W / scale[:, None]).round_().to(torch.int8), scale)
     return Quantised(W)
-
-
-class _Layer(NamedTuple):
-    """A layer's matrices, and b_ih and b_hh; `Stepper.table` replaces the input matrix of layer 0."""
-
-    input: Quantised
-    recurrent: Quantised
-    b_ih: Tensor
-    b_hh: Tensor
 
 
 class Stepper:
@@ -94,8 +86,8 @@ class Stepper:
             W_ih, W_hh, b_ih, b_hh = (getattr(model.recurrent, f"{name}_l{k}").detach() for name in WEIGHTS)
             if k == 0:
                 rows = W_ih.t() if self.config.input == "one_hot" else F.linear(model.embedding.weight, W_ih)
-            quantised_ih = quantised(W_ih, quantize if k else None)
-            layers.append(_Layer(quantised_ih, quantised(W_hh, quantize), b_ih, b_hh))
+            # A table replaces the input matrix of layer 0.
+            layers.append((quantised(W_ih, quantize if k else None), quantised(W_hh, quantize), b_ih, b_hh))
         head = quantised(model.head.weight.detach(), quantize)
         steps = fused.steps_for(rows)
         self.kernels = steps if isinstance(steps, native.Kernels) and steps.multiplies else None
@@ -103,35 +95,35 @@ class Stepper:
             self._pack(self.kernels, rows, layers, head)
             return
 
-        def matrix(W: Quantised) -> Quantised:
-            return Quantised(W.wide(self.dtype).clone())
+        def matrix(W: Quantised) -> Tensor:
+            return W.wide(self.dtype).clone()
 
-        self.table, self.head = rows + layers[0].b_ih, matrix(head).values
+        self.table, self.head = rows + layers[0][2], matrix(head)
         self.head_bias = model.head.bias.detach().clone()
-        self.layers = [_Layer(matrix(W_ih), matrix(W_hh), *map(torch.clone, b)) for W_ih, W_hh, *b in layers]
+        self.layers = [(matrix(W_ih), matrix(W_hh), *map(torch.clone, b)) for W_ih, W_hh, *b in layers]
 
     def _pack(self, kernels: native.Kernels, rows: Tensor, layers: list[_Layer], head: Quantised) -> None:
         """Make a `native.Model`; self.buffers keeps the memory that its pointers refer to."""
         packed = (native.Layer * len(layers))()
-        self.buffers: list[Tensor] = []
+        self.buffers: list[Tensor | None] = []
 
         def matrix(W: Quantised, bias: Tensor | None = None) -> native.Matrix:
             made, buffers = kernels.matrix(*W, bias)
             self.buffers += buffers
             return made
 
-        for k, layer in enumerate(layers):
-            bias = layer.b_ih + layer.b_hh
+        for k, (W_ih, W_hh, b_ih, b_hh) in enumerate(layers):
+            bias = b_ih + b_hh
             if self.cell.inner_bias:  # the last gate's b_hh stays in the recurrent part
                 H = self.config.hidden_size
-                bias[-H:] = layer.b_ih[-H:]
-                self.buffers.append(layer.b_hh[-H:].clone())
-                packed[k].b_hn = self.buffers[-1].data_ptr()
+                bias[-H:], b_hn = b_ih[-H:], b_hh[-H:].clone()
+                self.buffers.append(b_hn)
+                packed[k].b_hn = b_hn.data_ptr()
             if k:
-                packed[k].input = matrix(layer.input, bias)
+                packed[k].input = matrix(W_ih, bias)
             else:
                 self.table = (rows + bias).contiguous()
-            packed[k].recurrent = matrix(layer.recurrent)
+            packed[k].recurrent = matrix(W_hh)
         assert self.cell.fused
         self.packed = native.Model(
             self.cell.fused.kernel,
@@ -170,10 +162,9 @@ class Stepper:
     def _step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """Do the same by the equations of the cell: logits (B, V), and the state after."""
         a, after = self.table[ids], list[State]()
-        for k, layer in enumerate(self.layers):
+        for k, (W_ih, W_hh, b_ih, b_hh) in enumerate(self.layers):
             if k:
-                a = F.linear(after[-1][0], layer.input.values, layer.b_ih)
-            before = tuple(tensor[k] for tensor in state)
-            after.append(self.cell.step(a, before, layer.recurrent.values, layer.b_hh))
+                a = F.linear(after[-1][0], W_ih, b_ih)
+            after.append(self.cell.step(a, tuple(tensor[k] for tensor in state), W_hh, b_hh))
         logits = F.linear(after[-1][0], self.head, self.head_bias)
         return logits, tuple(torch.stack(tensors) for tensors in zip(*after, strict=True))

@@ -1,11 +1,9 @@
 """The optional compiled part: compiles `kernels.c` with the machine's C compiler and loads it.
 
-It is compiled at first use, once for each type of number, in a second or two, and kept in the user's cache
-folder (``$XDG_CACHE_HOME/charlm`` or ``~/.cache/charlm``) if only the user can write there; else it is
-compiled in each process. The file's name contains the checksum of its content, which is checked before it is
+It is compiled at first use, once for each type of number, and kept in `files.cache_folder` if that is safe;
+else it is compiled in each process. The file's name contains its checksum, which is checked before it is
 loaded. Without a compiler, or with ``CHARLM_KERNELS=off`` in the environment, `kernels` returns None, and
-`fused` does the same with torch's operations. ``ATEN_CPU_CAPABILITY``, which limits torch to some of the
-processor's instructions, limits the kernels to them too.
+`fused` uses torch's operations. ``ATEN_CPU_CAPABILITY`` limits the kernels' instructions as torch's.
 """
 
 import contextlib
@@ -36,7 +34,6 @@ _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
 _NATIVE = ["-march=native"]
 _STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 _COUNT, _POINTER, _FLAG, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_double
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _STEPS: dict[str, list[Any]] = {  # the types of the arguments
     "rnn_forward": [_COUNT] * 2 + [_FLAG] + [_POINTER] * 4,
     "rnn_backward": [_COUNT] * 2 + [_FLAG] + [_POINTER] * 4,
@@ -116,16 +113,12 @@ class Kernels:
         """Return the step `name` over a batch of B and H units; it takes addresses of tensors."""
         return functools.partial(getattr(self.library, name), B, H)
 
-    def product(self, W: Tensor, M: int) -> Callable[[Any, Any], None]:
+    def product(self, W: Tensor, M: int) -> Callable[[Any, Any], object]:
         """Return a function of a (M, K) and out (M, N) that writes a W into out; W (K, N) must not change."""
         (K, N), library = W.shape, self.library
         packed = W.new_empty(library.packed_size(K, N))
         library.pack(K, N, W.data_ptr(), *W.stride(), packed.data_ptr())
-
-        def multiply(a: int, out: int) -> None:
-            library.product(M, K, N, a, packed.data_ptr(), out)
-
-        return multiply
+        return lambda a, out: library.product(M, K, N, a, packed.data_ptr(), out)
 
     def draw(self, logits: Tensor, uniforms: Tensor, options: DrawOptions) -> Tensor | None:
         """Draw ids (B,) from logits (B, V), sorted in descending order where `options` has a filter.
@@ -137,9 +130,7 @@ class Kernels:
         pointers = (tensor.data_ptr() for tensor in (logits, uniforms, up_to, ids))
         return None if self.library.draw(B, V, ctypes.addressof(options), *pointers) else ids
 
-    def matrix(
-        self, weights: Tensor, scale: Tensor | None, bias: Tensor | None
-    ) -> tuple[Matrix, list[Tensor]]:
+    def matrix(self, weights: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[Matrix, list[Any]]:
         """Lay out weights (N, K) in self.dtype, bfloat16 or int8, with scale and bias (N,).
 
         Return the matrix and the tensors that it points to.
@@ -149,10 +140,9 @@ class Kernels:
         laid = weights.new_empty(self.library.laid_size(K, N))
         self.library.lay(kind, K, N, weights.data_ptr(), laid.data_ptr())
         scale = None if scale is None else scale * 2.0**-24
-        kept = [laid, *(tensor.to(self.dtype).contiguous() for tensor in (scale, bias) if tensor is not None)]
-        found = iter(tensor.data_ptr() for tensor in kept[1:])
-        pointers = (next(found) if tensor is not None else None for tensor in (scale, bias))
-        return Matrix(kind, K, N, laid.data_ptr(), *pointers), kept
+        rows = [tensor if tensor is None else tensor.to(self.dtype).contiguous() for tensor in (scale, bias)]
+        pointers = (tensor if tensor is None else tensor.data_ptr() for tensor in rows)
+        return Matrix(kind, K, N, laid.data_ptr(), *pointers), [laid, *rows]
 
 
 @functools.cache
@@ -302,9 +292,7 @@ def keep_memory() -> None:
     allocates and frees the same large blocks each time; if they are returned to the kernel, all their pages
     fault again, which takes a quarter of the step. With other C libraries this does nothing.
     """
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

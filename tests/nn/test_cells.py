@@ -56,7 +56,7 @@ def naive_gru(x, h, Wi, Wh, bi, bh, before):
         ("gru", {"gru_reset": "before"}, lambda *args: naive_gru(*args, before=True)),
     ],
 )
-def test_a_step_is_the_equations(cell, options, naive):
+def test_step_equals_the_equations_in_plain_python(cell, options, naive):
     torch.manual_seed(0)
     record = cell_of(ModelConfig(cell=cell, **options))
     rows = record.gates * H

@@ -7,7 +7,7 @@ from charlm.nn.device import autocast, choose_device, choose_precision
 CPU = torch.device("cpu")
 
 
-def test_cpu_is_a_device_everywhere():
+def test_cpu_is_available_and_unknown_devices_raise_an_error():
     assert choose_device("cpu") == CPU
     with pytest.raises(ConfigError, match=r"'cuda:99'.*cpu"):
         choose_device("cuda:99")
@@ -44,7 +44,7 @@ def cpu(monkeypatch):
         ("DEFAULT", [], torch.float32),
     ],
 )
-def test_auto_is_bfloat16_where_the_cpu_has_it(cpu, capability, instructions, dtype):
+def test_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(cpu, capability, instructions, dtype):
     cpu(capability, *instructions)
     assert choose_precision("auto", CPU)[0] == dtype
     assert choose_precision("float32", CPU)[0] == torch.float32

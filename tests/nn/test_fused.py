@@ -78,7 +78,7 @@ def loss(results):
 @pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("hidden", [1, H, 64])
-def test_equals_the_equations(steps, cell, nonlinearity, table, hidden):
+def test_results_and_gradients_equal_those_of_the_equations(steps, cell, nonlinearity, table, hidden):
     ids, tensors = example(cell, table, hidden=hidden)
     ours = run_fused(cell, nonlinearity, ids, **tensors)
     theirs = run_cells(cell, nonlinearity, ids, **tensors)
@@ -90,7 +90,7 @@ def test_equals_the_equations(steps, cell, nonlinearity, table, hidden):
 
 
 @pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
-def test_numeric_gradients(steps, cell, nonlinearity):
+def test_gradients_equal_numeric_ones(steps, cell, nonlinearity):
     ids, tensors = example(cell, True, steps=3, batch=2, hidden=3)
     names, values = tensors.keys(), tuple(tensors.values())
     assert torch.autograd.gradcheck(
@@ -100,7 +100,7 @@ def test_numeric_gradients(steps, cell, nonlinearity):
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])  # relu's gradient jumps at 0
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_lower_precision_is_near(steps, cell, dtype, tolerance):
+def test_lower_precision_is_near_float64(steps, cell, dtype, tolerance):
     ids, exact = example(cell, True, hidden=40, batch=9)
     lower = {
         name: tensor.detach().to(torch.float32 if name in ("h", "c", "b_hn") else dtype).requires_grad_()
@@ -131,7 +131,7 @@ def test_states_and_ids_of_other_types_are_converted(cell):
 
 
 @pytest.mark.parametrize("wrong", [-1, V])
-def test_ids_beyond_the_table_are_refused(wrong):
+def test_ids_out_of_range_raise_an_error(wrong):
     ids, tensors = example("rnn", True)
     ids[1, 1] = wrong
     with pytest.raises(IndexError, match=f"0 to {V - 1}"):
@@ -139,7 +139,7 @@ def test_ids_beyond_the_table_are_refused(wrong):
 
 
 @pytest.mark.parametrize("rows", [V, 1500])
-def test_a_table_s_gradient_does_not_sum_in_bfloat16(rows):
+def test_gradient_of_a_table_is_not_summed_in_bfloat16(rows):
     da = torch.full((64, 64, 3), 0.01, dtype=torch.bfloat16)
     ids = torch.zeros(64, 64, dtype=torch.int64)
     found = fused._gathered(da, ids, rows)
@@ -148,7 +148,7 @@ def test_a_table_s_gradient_does_not_sum_in_bfloat16(rows):
 
 
 @pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
-def test_memory_of_any_layout(steps, cell, nonlinearity):
+def test_transposed_tensors_give_the_same_results(steps, cell, nonlinearity):
     """Transposed inputs, and transposed gradients as a batch-first reader of y gives them."""
     ids, tensors = example(cell, True)
     weight = torch.randn(B, T, H, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_gradients_flow_from_the_last_state_alone(steps):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (13, 33, 17), (101, 7, 70)])
 @pytest.mark.usefixtures("steps")
-def test_product_of_any_shape(shape):
+def test_product_is_right_for_any_shape(shape):
     M, K, N = shape
     a, W = torch.randn(M, K, dtype=torch.float64), torch.randn(N, K, dtype=torch.float64)
     out = torch.full((M, N), torch.nan, dtype=torch.float64)
@@ -187,7 +187,7 @@ def test_product_of_any_shape(shape):
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_large_and_undefined_numbers(steps, cell):
+def test_large_numbers_saturate_and_nan_stays_nan(steps, cell):
     """Saturated gates are 0 and 1; NaN stays NaN, so that a divergence is seen."""
     ids, tensors = example(cell, False, dtype=torch.float32)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_large_and_undefined_numbers(steps, cell):
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_a_second_derivative_is_refused(cell):
+def test_second_derivative_raises_an_error(cell):
     """The backward pass is written by hand and has no derivative."""
     ids, tensors = example(cell, True)
     results = run_fused(cell, "tanh", ids, **tensors)
@@ -210,7 +210,7 @@ def test_a_second_derivative_is_refused(cell):
         gradient.sum().backward()
 
 
-def test_a_gradient_that_was_expanded(steps):
+def test_expanded_gradient_is_read_with_its_strides(steps):
     one = torch.ones(1, 1, dtype=torch.float64)
     W_hh = one.clone().requires_grad_()
     fused.rnn(one[None], None, W_hh, one)[0].sum().backward()

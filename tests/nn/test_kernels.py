@@ -1,4 +1,4 @@
-"""The compiled part: kept where only its owner writes, and never needed."""
+"""The compiled part is optional, and stored in a folder that only its owner can write to."""
 
 import mmap
 import os
@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @needs_compiler
-def test_is_compiled_once_and_kept_privately(cache, monkeypatch):
+def test_library_is_compiled_once_into_a_private_folder(cache, monkeypatch):
     library, reason = native.load("f32")
     assert library and "compiled by" in reason
     (kept,) = cache.iterdir()
@@ -43,7 +43,7 @@ def test_is_compiled_once_and_kept_privately(cache, monkeypatch):
 
 
 @needs_compiler
-def test_a_folder_that_others_may_write_to_is_not_trusted(cache):
+def test_cache_folder_that_others_can_write_to_is_not_used(cache):
     cache.mkdir()
     cache.chmod(0o777)
     assert native.load("f32")[0]
@@ -52,13 +52,13 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(cache):
 
 @pytest.mark.skipif(os.name != "posix", reason="no such modes here")
 @pytest.mark.parametrize(("mode", "safe"), [(0o700, True), (0o777, False), (0o1777, True)])
-def test_a_folder_that_others_could_move_away_is_not_trusted(cache, mode, safe):
+def test_cache_folder_that_others_can_rename_is_not_used(cache, mode, safe):
     cache.parent.chmod(mode)
     assert cache_folder() == (cache if safe else None)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no such modes here")
-def test_only_a_library_of_one_s_own_is_loaded(tmp_path):
+def test_links_and_files_that_others_can_write_to_are_not_loaded(tmp_path):
     library, link = tmp_path / "a.so", tmp_path / "b.so"
     library.touch(mode=0o700)
     link.symlink_to(library)
@@ -83,7 +83,7 @@ def test_damaged_library_is_compiled_again(cache):
 
 
 @needs_compiler
-def test_a_folder_that_cannot_be_made_is_done_without(tmp_path, cache, monkeypatch):
+def test_library_is_compiled_without_a_cache_folder(tmp_path, cache, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert native.load("f32")[0] and not cache.exists()
@@ -98,14 +98,14 @@ def test_a_folder_that_cannot_be_made_is_done_without(tmp_path, cache, monkeypat
         ("CC", 'gcc "', "CC"),
     ],
 )
-def test_without_them_says_why(cache, monkeypatch, name, value, why):
+def test_load_returns_the_reason_where_there_are_no_kernels(cache, monkeypatch, name, value, why):
     monkeypatch.setenv(name, value)
     library, reason = native.load("f32")
     assert library is None and why in reason
 
 
 @needs_compiler
-def test_uses_the_threads_of_torch():
+def test_kernels_use_the_openmp_library_of_torch():
     """One pool of threads: a second OpenMP library would fight torch's for the cores."""
     if not Path("/proc/self/maps").exists():
         pytest.skip("no /proc here")
@@ -119,7 +119,7 @@ def test_uses_the_threads_of_torch():
 
 
 @needs_compiler
-def test_a_folder_where_nothing_may_be_executed_is_done_without(cache, monkeypatch):
+def test_cache_folder_that_forbids_execution_is_not_used(cache, monkeypatch):
     load = native._open
 
     def open_(path, openmp):
@@ -132,7 +132,7 @@ def test_a_folder_where_nothing_may_be_executed_is_done_without(cache, monkeypat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_file_in_memory_whose_name_is_not_utf_8(tmp_path):
+def test_openmp_library_is_looked_up_beside_file_names_that_are_not_utf_8(tmp_path):
     path = os.fsencode(tmp_path) + b"/caf\xe9"
     with open(path, "wb+") as file:  # noqa: PTH123 - the name is bytes
         file.write(b"x")
@@ -175,7 +175,7 @@ def commands(monkeypatch):
 
 
 @pytest.mark.parametrize("compiler", ["cc", "clang"])
-def test_library_that_cannot_have_threads_is_compiled_once(cache, commands, monkeypatch, compiler):
+def test_library_without_threads_is_compiled_once(cache, commands, monkeypatch, compiler):
     """As with clang, whose threads need another library than torch's; here for every compiler."""
     if not shutil.which(compiler):
         pytest.skip(f"no {compiler} here")

@@ -13,7 +13,7 @@ def make(**options):
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 @pytest.mark.parametrize("init", ["default", "xavier", "orthogonal", "normal"])
-def test_the_implementations_begin_alike(cell, init):
+def test_implementations_have_the_same_initial_weights(cell, init):
     builtin, *others = (
         make(cell=cell, init=init, num_layers=2, implementation=i) for i in ("builtin", "scratch", "fused")
     )
@@ -29,7 +29,7 @@ def test_the_implementations_begin_alike(cell, init):
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 @pytest.mark.parametrize("implementation", ["builtin", "scratch", "fused"])
-def test_the_state_is_all_that_passes_from_one_call_to_the_next(cell, implementation):
+def test_two_calls_with_the_state_between_equal_one_call(cell, implementation):
     model = make(cell=cell, implementation=implementation, num_layers=2)
     x = torch.randint(V, (B, T))
     whole, last = model(x, model.initial_state(B))
@@ -43,7 +43,7 @@ def test_the_state_is_all_that_passes_from_one_call_to_the_next(cell, implementa
 
 @pytest.mark.parametrize("implementation", ["builtin", "scratch", "fused"])
 @pytest.mark.parametrize("length", [1, T])  # fewer characters than the vocabulary has, and more
-def test_one_hot_is_an_embedding_that_is_the_identity(implementation, length):
+def test_one_hot_equals_an_identity_embedding(implementation, length):
     one_hot = make(input="one_hot", implementation=implementation)
     embedding = make(input="embedding", embedding_size=V, implementation=implementation)
     embedding.load_state_dict({**one_hot.state_dict(), "embedding.weight": torch.eye(V)})
@@ -53,14 +53,14 @@ def test_one_hot_is_an_embedding_that_is_the_identity(implementation, length):
     )
 
 
-def test_tied_weights_are_one():
+def test_tied_weights_are_one_tensor():
     tied, free = (make(embedding_size=8, tie_weights=t) for t in (True, False))
     assert tied.head.weight is tied.embedding.weight
     assert num_parameters(free) - num_parameters(tied) == V * 8
 
 
 @torch.no_grad()
-def test_initialisations():
+def test_initial_weights_have_their_distributions():
     big = {"hidden_size": 64, "cell": "lstm", "input": "one_hot"}
     normal = make(init="normal", **big, forget_bias=None)
     assert normal.recurrent.weight_hh_l0.std() == pytest.approx(0.01, rel=0.05)
@@ -75,7 +75,7 @@ def test_initialisations():
         assert 0.9 < gate.abs().max() / (6 / 128) ** 0.5 <= 1, "the bound is a gate's, not all four's"
 
 
-def test_forget_bias_is_the_sum_of_both():
+def test_forget_bias_is_the_sum_of_both_vectors():
     model = make(num_layers=2, forget_bias=1.5)
     for k in range(2):
         total = model.recurrent.get_parameter(f"bias_ih_l{k}") + model.recurrent.get_parameter(
@@ -85,7 +85,7 @@ def test_forget_bias_is_the_sum_of_both():
         assert not torch.equal(total[:8], torch.full((8,), 1.5))
 
 
-def test_seeds_differ():
+def test_two_seeds_give_different_weights():
     first, second = (CharLM(V, ModelConfig()).initialise(seed) for seed in (1, 2))
     assert not torch.equal(first.head.weight, second.head.weight)
 
@@ -104,19 +104,19 @@ def filling(request):
     return make_model(V, config).initialise(4).double().eval()
 
 
-def test_no_logit_of_a_filling_model_depends_on_its_own_character(filling):
+def test_logits_of_a_filling_model_do_not_depend_on_their_own_character(filling):
     x = torch.randint(V, (B, T))
     logits, _ = filling(x, filling.initial_state(B))
     for t in range(T):
         other = x.clone()
         other[:, t] = (x[:, t] + 1) % V
         changed, _ = filling(other, filling.initial_state(B))
-        assert torch.equal(changed[:, t], logits[:, t]), "the answer is not read"
+        assert torch.equal(changed[:, t], logits[:, t]), "character t is not read"
         for neighbour in {max(t - 1, 0), min(t + 1, T - 1), 0, T - 1} - {t}:
-            assert not torch.equal(changed[:, neighbour], logits[:, neighbour]), "everything else is"
+            assert not torch.equal(changed[:, neighbour], logits[:, neighbour]), "every other character is"
 
 
-def test_a_filling_model_reads_both_sides_by_its_two_stacks(filling):
+def test_filling_model_reads_each_side_with_its_own_stack(filling):
     x = torch.randint(V, (1, T))
     logits, _ = filling(x, filling.initial_state(1))
     half = len(filling.initial_state(1)) // 2
@@ -128,7 +128,7 @@ def test_a_filling_model_reads_both_sides_by_its_two_stacks(filling):
     assert torch.allclose(logits[:, t], expected, atol=1e-12)
 
 
-def test_a_filling_model_predicts_the_whole_window():
+def test_filling_model_predicts_the_whole_window():
     model = make_model(V, ModelConfig(direction="both", hidden_size=4, embedding_size=3)).initialise(0)
     x, y = torch.arange(6)[None], torch.arange(1, 7)[None]
     logits, targets, _ = model.predict(x, y, model.initial_state(1))
@@ -140,7 +140,7 @@ REGULARISED = {"locked_dropout": True, "dropout": 0.4, "weight_dropout": 0.4, "e
 
 @pytest.mark.parametrize("options", [{}, {"embedding_size": 8, "tie_weights": True}, {"direction": "both"}])
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_regularised_models_agree_and_are_plain_in_eval(cell, options):
+def test_regularised_implementations_agree_and_eval_turns_regularisers_off(cell, options):
     options = {"cell": cell, "num_layers": 2, "hidden_size": 8, "embedding_size": 5, **options}
     builtin, scratch, plain = (
         make_model(V, ModelConfig(implementation=i, **options, **regularisers)).initialise(4).double()
@@ -156,18 +156,18 @@ def test_regularised_models_agree_and_are_plain_in_eval(cell, options):
     evaluated = [model.eval()(x, model.initial_state(B))[0] for model in (builtin, scratch, plain)]
     assert all(torch.allclose(logits, evaluated[2], atol=1e-12) for logits in evaluated)
     for ours, theirs in zip(builtin.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(ours, theirs), "they begin alike"
+        assert torch.equal(ours, theirs), "the same initial weights"
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
-def test_locked_dropout_on_what_the_head_reads_is_the_same_at_every_step(both_ways):
+def test_locked_dropout_before_the_head_is_the_same_at_every_step(both_ways):
     config = ModelConfig(
         locked_dropout=True, dropout=0.5, hidden_size=8, direction="both" if both_ways else "forward"
     )
     model = make_model(V, config).initialise(4)
     read = []
     model.head.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
-    # From ones, so that a filling model's first and last reading, the states themselves, are not 0 undropped.
+    # A state of ones: a filling model's head reads the state itself first and last, and 0 would look dropped.
     model(torch.randint(V, (B, T)), tuple(torch.ones_like(s) for s in model.initial_state(B)))
     dropped = read[0] == 0
     assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
@@ -175,7 +175,7 @@ def test_locked_dropout_on_what_the_head_reads_is_the_same_at_every_step(both_wa
 
 
 @pytest.mark.parametrize("kind", ["embedding", "one_hot"])
-def test_embedding_dropout_drops_characters_wherever_they_stand(kind):
+def test_embedding_dropout_drops_a_character_everywhere_in_the_batch(kind):
     model = make(input=kind, embedding_dropout=0.4, implementation="builtin")
     full = model.embedding_table()
     x = torch.randint(V, (B, 50))
@@ -187,10 +187,10 @@ def test_embedding_dropout_drops_characters_wherever_they_stand(kind):
         assert len(dropped[x == character].unique()) == 1, "a character is dropped everywhere or nowhere"
     assert torch.allclose(embedded[~dropped], full[x][~dropped] / 0.6)
     fused = make(input=kind, embedding_dropout=0.4, implementation="fused").train()
-    assert (fused.embed(x).table == 0).all(-1).any(), "there the table itself has lost rows"
+    assert (fused.embed(x).table == 0).all(-1).any(), "rows of the table are dropped"
 
 
-def test_the_regularisers_are_off_by_default():
+def test_regularisers_are_off_by_default():
     config = ModelConfig()
     off = (config.locked_dropout, config.weight_dropout, config.embedding_dropout)
     assert off == (False, 0, 0)

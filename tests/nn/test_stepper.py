@@ -65,7 +65,7 @@ def by_itself(model):
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("more", [{}, {"input": "one_hot"}, {"tie_weights": True, "embedding_size": H}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_equals_the_model(steps, cell, layers, more, dtype, tolerance):
+def test_stepper_equals_the_model(steps, cell, layers, more, dtype, tolerance):
     model = make(dtype, num_layers=layers, **cell, **more)
     for mine, its in zip(run(Stepper(model).step, model), run(by_itself(model), model), strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=tolerance)
@@ -74,7 +74,7 @@ def test_equals_the_model(steps, cell, layers, more, dtype, tolerance):
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 @pytest.mark.parametrize("how", ["bf16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_equals_the_model_of_the_quantised_weights(steps, cell, how, dtype):
+def test_quantised_stepper_equals_a_model_with_the_quantised_weights(steps, cell, how, dtype):
     model = make(dtype, cell=cell, num_layers=2)
     found = run(Stepper(model, how).step, model)
     with torch.no_grad():
@@ -87,18 +87,18 @@ def test_equals_the_model_of_the_quantised_weights(steps, cell, how, dtype):
 
 
 @pytest.mark.parametrize(("how", "share"), [("bf16", 1 / 256), ("int8", 1 / 254)])
-def test_quantised_numbers_are_near(how, share):
+def test_quantisation_error_is_bounded(how, share):
     W = torch.randn(30, 40) * torch.logspace(-9, 3, 30)[:, None]
     W[3] = 0
     error = (quantised(W, how).wide(torch.float32) - W).abs()
-    # of the row's largest number; of bf16's, of each number
+    # relative to the row's largest number, in bf16 to each number
     assert (error <= 1.001 * share * (W.abs() if how == "bf16" else W.abs().amax(1, keepdim=True))).all()
 
 
 @needs_kernels
 @pytest.mark.parametrize("how", [None, "bf16", "int8"])
 @pytest.mark.parametrize("hidden", [H, 64])
-def test_a_row_is_the_same_alone_and_among_others(how, hidden):
+def test_logits_of_a_row_do_not_depend_on_the_batch(how, hidden):
     model = make(torch.float32, hidden_size=hidden, num_layers=2)
     together, *_ = run(Stepper(model, how).step, model, batch=7)
     stepper = Stepper(model, how)
@@ -111,7 +111,7 @@ def test_a_row_is_the_same_alone_and_among_others(how, hidden):
     assert torch.equal(run(one_by_one, model, batch=7)[0], together)
 
 
-def test_a_state_is_a_value(steps):
+def test_step_does_not_change_the_state_it_receives(steps):
     model = make()
     stepper, state, ids = Stepper(model), model.initial_state(2), torch.tensor([1, 2])
     first, after = stepper.step(ids, state)
@@ -122,14 +122,14 @@ def test_a_state_is_a_value(steps):
     assert torch.equal(stepper.step(ids, state)[0], first)
 
 
-def test_ids_out_of_range_are_refused(steps):
+def test_ids_out_of_range_raise_an_error(steps):
     model = make()
     for wrong in (V, -1):
         with pytest.raises(IndexError):
             Stepper(model).step(torch.tensor([wrong]), model.initial_state(1))
 
 
-def test_what_it_cannot_do_is_refused():
+def test_unsupported_models_raise_an_error():
     with pytest.raises(ConfigError, match="gru_reset: before"):
         Stepper(make(cell="gru", gru_reset="before", implementation="scratch"), "int8")
     with pytest.raises(ConfigError, match="direction"):
@@ -141,7 +141,7 @@ def test_what_it_cannot_do_is_refused():
 
 
 @needs_kernels
-def test_threads_may_share_one():
+def test_threads_can_share_a_stepper():
     model = make(torch.float32, cell="lstm", hidden_size=128, num_layers=2)
     stepper = Stepper(model)
     ids = [torch.randint(V, (2,), generator=torch.Generator().manual_seed(k)) for k in range(2)]

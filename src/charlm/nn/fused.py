@@ -189,7 +189,7 @@ class Steps:
 
     def rnn_forward(self, relu: bool, x: Tensor, ids: Ids, u: Tensor, h: Tensor) -> None:
         """h = tanh(x + u) or max(0, x + u), for the recurrent product u."""
-        a = _wide(_share(x, ids)) + _wide(u)
+        a = _wide(_input_part(x, ids)) + _wide(u)
         h.copy_(a.relu() if relu else a.tanh())
 
     def rnn_backward(self, relu: bool, h: Tensor, dy: Tensor, dh: Tensor, da: Tensor) -> None:
@@ -204,7 +204,7 @@ class Steps:
 
         c = f ⊙ c_before + i ⊙ g; h = o ⊙ tanh(c).
         """
-        i, f, g, o = (_wide(_share(x, ids)) + _wide(gates)).chunk(4, -1)
+        i, f, g, o = (_wide(_input_part(x, ids)) + _wide(gates)).chunk(4, -1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         torch.addcmul(f * c_before, i, g, out=c)
         h.copy_(o * c.tanh())
@@ -228,7 +228,7 @@ class Steps:
         """
         gates, h_before, n, h, y = tensors
         H = h.shape[-1]
-        x_t, products = _wide(_share(x, ids)), _wide(gates)
+        x_t, products = _wide(_input_part(x, ids)), _wide(gates)
         r, z = (x_t[:, : 2 * H] + products[:, : 2 * H]).sigmoid().chunk(2, -1)
         u = products[:, 2 * H :] + b_hn
         candidate = (x_t[:, 2 * H :] + r * u).tanh()
@@ -239,7 +239,7 @@ class Steps:
             y.copy_(h)
 
     def gru_backward(self, *tensors: Tensor) -> None:
-        """dx (B, 3H) of the input's share, du (B, 3H) of the recurrent product, du_n its last third again.
+        """dx (B, 3H) of the input's part, du (B, 3H) of the recurrent product, du_n its last third again.
 
         direct: the part of the gradient of h that comes through no product, in: of h_t, out: of h_before.
         """
@@ -270,7 +270,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(_wide_type(tensor.dtype))
 
 
-def _share(x: Tensor, ids: Ids) -> Tensor:
+def _input_part(x: Tensor, ids: Ids) -> Tensor:
     """Return the input's part of a step: x (B, N), or the rows ids (B,) of the table x (V, N)."""
     return x if ids is None else x[ids]
 

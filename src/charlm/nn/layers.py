@@ -158,18 +158,18 @@ class Fused(Stack):
         bias = b_ih + b_hh
         ids = None
         if isinstance(x, Tensor):
-            share = F.linear(x, W_ih, bias)
+            part = F.linear(x, W_ih, bias)
         elif x.table is None:
-            share, ids = W_ih.t() + bias, x.ids
+            part, ids = W_ih.t() + bias, x.ids
         elif x.ids.numel() < len(x.table):  # fewer products than for all characters
-            share = F.linear(F.embedding(x.ids, x.table), W_ih, bias)
+            part = F.linear(F.embedding(x.ids, x.table), W_ih, bias)
         else:
-            share, ids = F.linear(x.table, W_ih, bias), x.ids
-        if torch.is_autocast_enabled(share.device.type):
-            share = share.to(torch.get_autocast_dtype(share.device.type))
-        W_hh = W_hh.to(share.dtype)
+            part, ids = F.linear(x.table, W_ih, bias), x.ids
+        if torch.is_autocast_enabled(part.device.type):
+            part = part.to(torch.get_autocast_dtype(part.device.type))
+        W_hh = W_hh.to(part.dtype)
         assert self.cell.fused  # `choose_implementation` has checked it
-        y, *last = self.cell.fused.sequence(share, ids, W_hh, *inner, *state)
+        y, *last = self.cell.fused.sequence(part, ids, W_hh, *inner, *state)
         return y, tuple(last)
 
 

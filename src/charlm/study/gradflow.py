@@ -87,7 +87,8 @@ def gradflow(model: CharLM, ids: Tensor, steps: int) -> dict[str, list[float]]:
     scratch.load_state_dict(model.state_dict())
     ids, recurrent = ids.cpu(), scratch.recurrent
     assert isinstance(recurrent, Scratch)
-    y: Any = scratch.embed(ids[:, :-1]).transpose(0, 1)
+    embedded: Any = scratch.embed(ids[:, :-1])
+    y = embedded.transpose(0, 1)
     for k in range(config.num_layers):
         W_ih, W_hh, b_ih, b_hh = recurrent.weights(k)
         # The weights are constants; the graph through time comes from the state, which requires a gradient.

@@ -29,13 +29,11 @@ from pydantic_core import PydanticCustomError
 
 from charlm.errors import ConfigError
 
-PACKAGE = Path(__file__).parent
-
 
 def shipped(folder: str) -> Path:
     """Return the folder ``configs`` or ``data``, inside the installed package or at the top of a checkout."""
-    packaged = PACKAGE / folder
-    return packaged if packaged.is_dir() else PACKAGE.parents[1] / folder
+    package = Path(__file__).parent
+    return package / folder if (package / folder).is_dir() else package.parents[1] / folder
 
 
 class Section(BaseModel):
@@ -271,12 +269,7 @@ class Config(Section):
         return self
 
 
-_SECTIONS: dict[str, type[Section]] = {
-    "corpus": CorpusConfig,
-    "batches": BatchesConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-}
+_SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
 KEYS = [f"{section}.{name}" for section, model in _SECTIONS.items() for name in model.model_fields]
 
 
@@ -313,18 +306,6 @@ def reference(names: Iterable[str] = ()) -> list[Setting]:
     return rows
 
 
-def reference_yaml() -> str:
-    """Return the defaults as a recipe, with the meaning of every key as a comment."""
-    lines: list[str] = []
-    for row in reference():
-        section, name = row.key.split(".")
-        if f"{section}:" not in lines:
-            lines.append(f"{section}:")
-        choices = f" ({', '.join(row.choices)})" if row.choices else ""
-        lines.append(f"  {f'{name}: {row.default_text}':<26}  # {row.description}{choices}")
-    return "\n".join(lines) + "\n"
-
-
 def find_key(name: str) -> str:
     """Return the full key for `name`: ``section.key``, or ``key`` alone where one section only has it.
 
@@ -336,7 +317,9 @@ def find_key(name: str) -> str:
     if not found:
         near = [*_SECTIONS, *(key.partition(".")[2] for key in KEYS), *KEYS]
         near = [each for each in near if each != name]  # a section is not a key
-        raise ConfigError(f"unknown key {_shown(name)}" + _nearest(name, near, _SECTIONS))
+        raise ConfigError(
+            f"unknown key {_shown(name)}" + _nearest(name, near, f"; allowed: {', '.join(_SECTIONS)}")
+        )
     return found[0]
 
 
@@ -363,7 +346,6 @@ def _allowed(schema: dict[str, Any]) -> str:
 
 
 _LISTED = 20  # errors of a configuration that a message lists
-_QUOTES = "'\""
 _MERGE = "tag:yaml.org,2002:merge"
 _MAX_YAML = 2**20  # characters, with what aliases stand for written out
 
@@ -384,8 +366,7 @@ class _Loader(yaml.SafeLoader):
         """Return the next node; counts its characters, those of an alias as those of its target."""
         before, is_alias = self.size, self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
-        if node is None:
-            return None
+        assert node is not None
         if is_alias:
             self.size += self.sizes.get(node, _MAX_YAML)  # no size yet: an alias inside its own target
         else:
@@ -401,14 +382,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node in [key for key, _ in node.value if key.tag != _MERGE]:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} cannot be a key", node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} occurs twice", node.start_mark
-                )
+            if not isinstance(key, Hashable) or key in seen:
+                problem = f"the key {key!r} occurs twice, or is a list or a mapping"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -460,23 +436,13 @@ def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
             f"{where} is {_shown(data)}; allowed: a mapping with the sections {', '.join(_SECTIONS)}"
         )
     data = _overlay(data, overrides)
-    problems = list(itertools.islice(_misplaced(data), _LISTED))
-    known = {
-        section: {key: value for key, value in values.items() if key in _SECTIONS[section].model_fields}
-        for section, values in data.items()
-        if section in _SECTIONS and isinstance(values, dict)
-    }
     try:
-        config = Config.model_validate(known)
+        return Config.model_validate(data)
     except ValidationError as error:
-        problems += _explain(error, known)
-    if len(problems) == 1:
-        raise ConfigError(f"{where}: {problems[0]}".removeprefix(": "))
-    if problems:
-        raise ConfigError(
-            f"{where}: {len(problems)} errors".removeprefix(": ") + "".join(f"\n  {p}" for p in problems)
-        )
-    return config
+        problems = list(itertools.islice(_explain(error, data), _LISTED))
+    if len(problems) > 1:
+        problems.insert(0, f"{len(problems)} errors")
+    raise ConfigError(f"{where}: ".removeprefix(": ") + "\n  ".join(problems))
 
 
 def load(recipe: str | None, overrides: Iterable[str] = ()) -> Config:
@@ -504,7 +470,10 @@ def find_recipe(name: str) -> Path:
             if (folder / candidate).is_file():
                 return folder / candidate
     known = sorted(str(path.relative_to(shipped("configs"))) for path in shipped("configs").rglob("*.yaml"))
-    raise ConfigError(f"no recipe {name!r}, neither a file nor in ./configs" + _nearest(name, known, known))
+    raise ConfigError(
+        f"no recipe {name!r}, neither a file nor in ./configs"
+        + _nearest(name, known, f"; allowed: {', '.join(known)}")
+    )
 
 
 def _overlay(data: dict[Any, Any], overrides: Iterable[str]) -> dict[Any, Any]:
@@ -522,45 +491,32 @@ def _overlay(data: dict[Any, Any], overrides: Iterable[str]) -> dict[Any, Any]:
     return data
 
 
-def _misplaced(data: dict[Any, Any]) -> Iterator[str]:
-    """An error for each unknown section and key, with the nearest known one."""
-    for section, values in data.items():
-        if section not in _SECTIONS:
-            yield f"unknown section {_shown(section)}" + _nearest(
-                str(section), [*_SECTIONS, *KEYS], _SECTIONS
-            )
-        elif isinstance(values, dict):
-            known = list(_SECTIONS[section].model_fields)
-            for key in [key for key in values if key not in known]:
-                yield f"unknown key {section}.{_shown(key).strip(_QUOTES)}" + _nearest(
-                    str(key), [*known, *KEYS], known
-                )
-        else:
-            yield f"{section} is {_shown(values)}; allowed: a mapping of keys to values"
-
-
 def _shown(value: Any) -> str:
     """`value` as Python writes it, in at most 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _nearest(name: str, candidates: list[str], listed: Iterable[str]) -> str:
-    """A suggestion: the same key in another section, else the nearest spelling, else all of `listed`."""
+def _nearest(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
+    """A suggestion: the same key in another section, else the nearest spelling, else `otherwise`."""
     elsewhere = [key for key in candidates if key.endswith(f".{name}")]
     near = elsewhere or difflib.get_close_matches(name, candidates, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(listed)}"
+    return f"; did you mean {near[0]}?" if near else otherwise
 
 
 def _explain(errors: ValidationError, data: dict[str, Any]) -> Iterator[str]:
-    """Each wrong key once, with its value and the allowed values."""
-    names = {".".join(map(str, error["loc"][:2])): error for error in errors.errors()}
-    for name, error in names.items():
+    """Each wrong section or key once, with its value and the allowed values."""
+    for place, error in {error["loc"][:2]: error for error in errors.errors()}.items():
+        section, *keys = map(str, place) if place else [""]
+        name = ".".join([section, *keys])
         if error["type"] == "value_error":  # raised by a section, whose message begins with the key
             yield f"{name}.{error['msg'].removeprefix('Value error, ')}".removeprefix(".")
+        elif error["type"] in ("extra_forbidden", "invalid_key"):
+            known = [*(_SECTIONS[section].model_fields if keys else _SECTIONS)]
+            near = _nearest(str(place[-1]), [*known, *KEYS], f"; allowed: {', '.join(known)}")
+            yield f"unknown {'key' if keys else 'section'} {_shown(name)}{near}"
+        elif not keys:
+            yield f"{name} is {_shown(data[section])}; allowed: a mapping of keys to values"
         else:
-            section, key = name.split(".")
-            value, (row,) = data[section][key], reference([name])
-            near = difflib.get_close_matches(str(value), row.choices, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield f"{name} is {_shown(value)}; allowed: {row.allowed}{hint}"
+            (row,), value = reference([name]), data[section][keys[0]]
+            yield f"{name} is {_shown(value)}; allowed: {row.allowed}{_nearest(str(value), row.choices)}"

@@ -4,7 +4,6 @@
 differs in one command: another help text, another name of the parameter.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -44,9 +43,7 @@ def complete_settings(context: click.Context, parameter: click.Parameter, typed:
 
     offered = []
     for row in reference():
-        value = (
-            row.default if isinstance(row.default, str) else json.dumps(row.default, separators=(",", ":"))
-        )
+        value = row.default_text.replace(" ", "")  # an argument of the shell
         # Bare keys only after a first letter, so that the list of all has each key once.
         for key in (row.key, row.key.partition(".")[2])[: 2 if typed else 1]:
             offered += [CompletionItem(f"{key}={text}", help=row.description) for text in ("", value)]

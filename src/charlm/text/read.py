@@ -88,7 +88,7 @@ class TextFile:
 
     on_read: called with the number of bytes just read, of the file as it is on the disk.
     stat: the file's stat when this object was made.
-    settled: whether any later change of the file will show in its stat.
+    identity: device, inode, size and times of last change, if any later change will show in them, else None.
     sha256: the SHA-256 of the bytes that `pieces` has read.
     Raises `CharlmError` if the file cannot be read.
     """
@@ -98,7 +98,9 @@ class TextFile:
         with _reading(path):
             now, self.stat = time.time_ns(), path.stat()
             self.regular = stat.S_ISREG(self.stat.st_mode)
-            self.settled = max(self.stat.st_mtime_ns, self.stat.st_ctime_ns) < now - _TICK
+            times = self.stat.st_mtime_ns, self.stat.st_ctime_ns
+            place = self.stat.st_dev, self.stat.st_ino, self.stat.st_size
+            self.identity = [*place, *times] if max(times) < now - _TICK else None
             # A pipe can be read only once, and the text may be read twice.
             self._content = None if self.regular else path.read_bytes()
 

@@ -57,14 +57,15 @@ class Corpus:
         settings = config.model_dump(mode="json", exclude={"source"})
         long = total > IN_MEMORY or any(file.compressed for file in files)
         if long and (mapped := cache.find(files, settings)):
-            return cls._mapped(mapped, paths)
+            return cls._of(mapped.encoded, mapped.ids, paths, mapped.release)
         encoder = Encoder(IN_MEMORY, cache.folder)
         try:
             used = _encode(files, config, encoder)
             encoded = encoder.finish(config.split)
-            if encoder.on_disk:
-                return cls._mapped(cache.write(encoded, files, used, settings), paths)
-            return cls._of(encoded, encoded.in_memory(), paths)
+            if not encoder.on_disk:
+                return cls._of(encoded, encoded.in_memory(), paths)
+            mapped = cache.write(encoded, files, used, settings)
+            return cls._of(mapped.encoded, mapped.ids, paths, mapped.release)
         finally:
             encoder.close()
 
@@ -77,10 +78,6 @@ class Corpus:
         encoder.add(content)
         encoded = encoder.finish(split)
         return cls._of(encoded, encoded.in_memory(), files)
-
-    @classmethod
-    def _mapped(cls, mapped: cache.Mapped, files: tuple[Path, ...]) -> "Corpus":
-        return cls._of(mapped.encoded, mapped.ids, files, mapped.release)
 
     @classmethod
     def _of(

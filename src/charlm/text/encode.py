@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from charlm.errors import CharlmError
-from charlm.text.vocab import CODE_POINTS, Vocab, code_points
+from charlm.text.vocab import Vocab, code_points
 
 _CHUNK = 2**18  # characters encoded together: the tensors made for them stay in the processor's cache
 _UNKNOWN = 255  # marks a character whose id is unknown or does not fit into a byte
@@ -71,10 +72,9 @@ class Encoder:
         self.length, self.size = 0, 0  # in characters, in bytes
         self.on_disk: Path | None = None
         self._file: IO[bytes] = io.BytesIO()
-        self._runs: list[
-            tuple[torch.dtype, int]
-        ] = []  # types of the ids and the number of characters of each, in order
-        self._ids = torch.full((CODE_POINTS,), -1, dtype=torch.int32)  # by code point
+        # The types of the ids, and the number of characters with each, in order.
+        self._runs: list[tuple[torch.dtype, int]] = []
+        self._ids = torch.full((sys.maxunicode + 1,), -1, dtype=torch.int32)  # by code point
         self._points = torch.empty(0, dtype=torch.int32)  # by id
         self._counts = torch.empty(0, dtype=torch.int64)  # by id
         self._latin_ids = bytes([_UNKNOWN]) * 256  # by code point, as bytes
@@ -199,9 +199,7 @@ class Encoder:
 
     def close(self) -> None:
         """Free the ids, in memory and on the disk."""
-        with contextlib.suppress(
-            OSError
-        ):  # of buffered ids that cannot be written, which are no longer needed
+        with contextlib.suppress(OSError):  # of buffered ids, which are no longer needed
             self._file.close()
 
     @contextlib.contextmanager

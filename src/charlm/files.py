@@ -91,20 +91,18 @@ def safe_cache_folder(name: str = "") -> Path:
     Raises `CharlmError` if the folder cannot be created, and if another user could put files into it or
     replace it, because that user can write to it or to a folder above it.
     """
-    home = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        folder = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "charlm"
+        folder = (home if home.is_absolute() else Path.home() / ".cache") / "charlm"
         for each in dict.fromkeys((folder.parent, folder, folder / name)):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = (folder / name).resolve(strict=True)  # no link is followed from here on
         reasons = [_why_unsafe(each, above=each != folder) for each in (folder, *folder.parents)]
     except (OSError, RuntimeError) as error:
-        reasons = [
-            f"{getattr(error, 'filename', None) or folder}: {getattr(error, 'strerror', None) or error}"
-        ]
-    if found := [reason for reason in reasons if reason]:
+        reasons = [str(error)]
+    if reason := next(filter(None, reasons), ""):
         fix = "set XDG_CACHE_HOME to a folder that only you can write to"
-        raise CharlmError(f"no safe cache folder: {found[0]}{', or' if 'chmod' in found[0] else ';'} {fix}")
+        raise CharlmError(f"no safe cache folder: {reason}; {fix}")
     return folder
 
 
@@ -116,7 +114,7 @@ def _why_unsafe(folder: Path, above: bool) -> str:
     if found.st_uid not in ((0, os.getuid()) if above else (os.getuid(),)):
         return f"{folder} belongs to another user (uid {found.st_uid})"
     if _others_write(found) and not (above and found.st_mode & stat.S_ISVTX):
-        return f"{folder} can be written to by others; run chmod go-w {shlex.quote(str(folder))}"
+        return f"others can write to {folder} (chmod go-w {shlex.quote(str(folder))} forbids it)"
     return ""
 
 

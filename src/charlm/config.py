@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from charlm.errors import ConfigError
+from charlm.errors import ConfigError, one_line
 
 
 def shipped(folder: str) -> Path:
@@ -318,7 +318,7 @@ def find_key(name: str) -> str:
         near = [*_SECTIONS, *(key.partition(".")[2] for key in KEYS), *KEYS]
         near = [each for each in near if each != name]  # a section is not a key
         raise ConfigError(
-            f"unknown key {_shown(name)}" + _nearest(name, near, f"; allowed: {', '.join(_SECTIONS)}")
+            f"unknown key {one_line(repr(name))}" + _nearest(name, near, f"; allowed: {', '.join(_SECTIONS)}")
         )
     return found[0]
 
@@ -433,7 +433,7 @@ def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
     """
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{where} is {_shown(data)}; allowed: a mapping with the sections {', '.join(_SECTIONS)}"
+            f"{where} is {one_line(repr(data))}; allowed: a mapping with the sections {', '.join(_SECTIONS)}"
         )
     data = _overlay(data, overrides)
     try:
@@ -491,12 +491,6 @@ def _overlay(data: dict[Any, Any], overrides: Iterable[str]) -> dict[Any, Any]:
     return data
 
 
-def _shown(value: Any) -> str:
-    """`value` as Python writes it, in at most 200 characters."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
 def _nearest(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
     """A suggestion: the same key in another section, else the nearest spelling, else `otherwise`."""
     elsewhere = [key for key in candidates if key.endswith(f".{name}")]
@@ -514,9 +508,10 @@ def _explain(errors: ValidationError, data: dict[str, Any]) -> Iterator[str]:
         elif error["type"] in ("extra_forbidden", "invalid_key"):
             known = [*(_SECTIONS[section].model_fields if keys else _SECTIONS)]
             near = _nearest(str(place[-1]), [*known, *KEYS], f"; allowed: {', '.join(known)}")
-            yield f"unknown {'key' if keys else 'section'} {_shown(name)}{near}"
+            yield f"unknown {'key' if keys else 'section'} {one_line(repr(name))}{near}"
         elif not keys:
-            yield f"{name} is {_shown(data[section])}; allowed: a mapping of keys to values"
+            yield f"{name} is {one_line(repr(data[section]))}; allowed: a mapping of keys to values"
         else:
             (row,), value = reference([name]), data[section][keys[0]]
-            yield f"{name} is {_shown(value)}; allowed: {row.allowed}{_nearest(str(value), row.choices)}"
+            near = _nearest(str(value), row.choices)
+            yield f"{name} is {one_line(repr(value))}; allowed: {row.allowed}{near}"

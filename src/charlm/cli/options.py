@@ -1,13 +1,14 @@
 """Options that several commands share, with their completion in the shell.
 
-`config_option`, `set_option`, `output_option`, `corpus_option` and `json_option` are functions of what
-differs in one command: another help text, another name of the parameter.
+`config_option`, `set_option`, `output_option`, `corpus_option` and `json_option` are called with what differs
+in one command, such as another help text; `config_option` also with the parameter's name.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
@@ -72,20 +73,16 @@ class CellChoice(click.Choice):  # type: ignore[type-arg,unused-ignore]
         return tuple(CELL_NAMES)
 
 
-def _shared(*names: str, **settings: Any) -> Callable[..., Callable[[Any], Any]]:
-    """An option with these names and settings, as a function of the settings that differ in one command."""
-    return lambda *other_names, **changes: click.option(*(other_names or names), **{**settings, **changes})
-
-
-config_option = _shared(
+config_option = partial(
+    click.option,
     "--config",
     "-c",
-    "recipe",
     metavar="FILE",
     shell_complete=complete_recipes,
     help="A recipe: a path, or a name in ./configs or among those that ship.  [default: the defaults]",
 )
-set_option = _shared(
+set_option = partial(
+    click.option,
     "--set",
     "-s",
     "overrides",
@@ -94,11 +91,14 @@ set_option = _shared(
     shell_complete=complete_settings,
     help="Override a setting, as lr=2e-3 or train.lr=2e-3; `charlm config` lists them.",
 )
-output_option = _shared("--output", "-o", metavar="FILE")
-corpus_option = _shared(
-    "--corpus", metavar="PATH", help="The path of the training text, if the text has been moved."
+output_option = partial(click.option, "--output", "-o", metavar="FILE")
+corpus_option = partial(
+    click.option,
+    "--corpus",
+    metavar="PATH",
+    help="The path of the training text, if the text has been moved.",
 )
-json_option = _shared("--json", "as_json", is_flag=True, help="Print JSON.")
+json_option = partial(click.option, "--json", "as_json", is_flag=True, help="Print JSON.")
 model_option = click.option(
     "--model",
     "-m",

@@ -70,14 +70,12 @@ class Corpus:
             encoder.close()
 
     @classmethod
-    def from_text(
-        cls, content: str, split: Split = (0.9, 0.05, 0.05), files: tuple[Path, ...] = ()
-    ) -> "Corpus":
+    def from_text(cls, content: str, split: Split = (0.9, 0.05, 0.05)) -> "Corpus":
         """Split and encode a clean text; `split` is the fractions of train, val and test."""
         encoder = Encoder()
         encoder.add(content)
         encoded = encoder.finish(split)
-        return cls._of(encoded, encoded.in_memory(), files)
+        return cls._of(encoded, encoded.in_memory(), ())
 
     @classmethod
     def _of(
@@ -99,12 +97,12 @@ def _encode(files: list[read.TextFile], config: CorpusConfig, encoder: Encoder) 
     cleaner = Cleaner(**config.cleaning, start=config.start, max_chars=config.max_chars)
     used = 0
     while used < len(files) and not cleaner.full:
-        before, place = copy(cleaner), encoder.mark()
+        before, take_back = copy(cleaner), encoder.mark()
         ended = True  # whether the last line has a line end; true for an empty file
         for piece in read.strip_pieces(files[used].pieces):
             if piece is None:
                 cleaner, ended = copy(before), True
-                encoder.take_back(place)
+                take_back()
             elif piece:
                 encoder.add(cleaner.feed(piece))
                 ended = piece.endswith("\n")

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -47,16 +47,6 @@ def memory(ids: Tensor) -> memoryview:
 def _tensor(data: bytearray, dtype: torch.dtype) -> Tensor:
     """The ids whose bytes are `data`, without a copy."""
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-
-class _Mark(NamedTuple):
-    """A position to return to; the characters learned after it stay known."""
-
-    length: int
-    size: int
-    runs: tuple[tuple[torch.dtype, int], ...]
-    counts: Tensor
-    digest: Any
 
 
 class Encoder:
@@ -134,18 +124,20 @@ class Encoder:
         file.write(self._file.getbuffer())  # type: ignore[attr-defined]
         self._file = file
 
-    def mark(self) -> _Mark:
-        """Return the current position, for `take_back`."""
-        return _Mark(self.length, self.size, tuple(self._runs), self._counts.clone(), self._digest.copy())
+    def mark(self) -> Callable[[], None]:
+        """Return a function that removes all text added after this call; its characters stay known."""
+        length, size, runs = self.length, self.size, list(self._runs)
+        counts, digest = self._counts.clone(), self._digest.copy()
 
-    def take_back(self, to: _Mark) -> None:
-        """Remove everything added after the position `to`."""
-        with self._writing():
-            self._file.seek(to.size)
-            self._file.truncate()
-        self.length, self.size, self._runs, self._digest = to.length, to.size, list(to.runs), to.digest.copy()
-        self._counts = torch.zeros(len(self._points), dtype=torch.int64)
-        self._counts[: len(to.counts)] = to.counts
+        def take_back() -> None:
+            with self._writing():
+                self._file.seek(size)
+                self._file.truncate()
+            self.length, self.size, self._runs, self._digest = length, size, list(runs), digest.copy()
+            self._counts = torch.zeros(len(self._points), dtype=torch.int64)
+            self._counts[: len(counts)] = counts
+
+        return take_back
 
     @property
     def blank(self) -> bool:

@@ -52,12 +52,10 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 UpToOne = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(gt=0, lt=1)]
 Split = Annotated[tuple[float, float, float], Field(strict=False)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 _TIME = r"^(\d+(?:\.\d+)?) ?(s|min|h)$"
 Time = Annotated[str, Field(pattern=_TIME)]
-Truncation = Literal["fixed", "random"]
 Direction = Literal["forward", "backward", "both"]
 Implementation = Literal["auto", "scratch", "builtin", "fused"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"]
@@ -123,7 +121,7 @@ class BatchesConfig(Section):
     seq_len: Positive = _key(64, "characters per sequence, through which the gradient flows back (T)")
     stride: Positive = _key(64, "sliding: characters from the start of one window to the next")
     shuffle: bool = _key(True, "sliding: read the windows in random order")
-    truncation: Truncation = _key(
+    truncation: Literal["fixed", "random"] = _key(
         "fixed", "contiguous: fixed sequence lengths, or random ones around seq_len"
     )
     max_train_windows: Positive | None = _key(None, "sliding: use only this many windows; null: all")
@@ -213,7 +211,7 @@ class TrainConfig(Section):
     plateau_patience: Positive = _key(2, "plateau: evaluations without a better val loss before the decay")
     clip: Literal["norm", "value", "none"] = _key("norm", "clip the norm of all gradients or each value")
     clip_value: PositiveFloat = _key(1.0, "largest gradient norm or value")
-    ema: Decay | None = _key(
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = _key(
         None, "decay of an average of the weights to evaluate and save, as 0.999; null: no average"
     )
     early_stopping: Positive | None = _key(
@@ -459,17 +457,22 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
     return from_data(config.model_dump(mode="json"), "", overrides)
 
 
+def recipes() -> list[str]:
+    """Return the names of the recipes in ./configs and of those that ship with charlm."""
+    folders = (Path("configs"), shipped("configs"))
+    return sorted({path.relative_to(each).as_posix() for each in folders for path in each.rglob("*.yaml")})
+
+
 def find_recipe(name: str) -> Path:
     """Return the path of a recipe: `name` itself, else in ./configs, else among those that ship with charlm.
 
     Raises `ConfigError` with the nearest name if there is none.
     """
-    names = [name] if name.endswith((".yaml", ".yml")) else [name, f"{name}.yaml"]
     for folder in (Path(), Path("configs"), shipped("configs")):
-        for candidate in names:
+        for candidate in (name, f"{name}.yaml"):
             if (folder / candidate).is_file():
                 return folder / candidate
-    known = sorted(str(path.relative_to(shipped("configs"))) for path in shipped("configs").rglob("*.yaml"))
+    known = recipes()
     raise ConfigError(
         f"no recipe {name!r}, neither a file nor in ./configs"
         + _nearest(name, known, f"; allowed: {', '.join(known)}")

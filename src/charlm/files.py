@@ -20,9 +20,7 @@ from charlm.errors import CharlmError
 _RECENT = 600  # seconds
 _FIXES = {
     errno.ENOENT: "make the folder, or restore it if it was there",
-    errno.EACCES: "make its folder writable or take another",
-    errno.EPERM: "make its folder writable or take another",
-    errno.EROFS: "make its folder writable or take another",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make its folder writable or take another"),
 }
 
 
@@ -118,13 +116,13 @@ def _why_unsafe(folder: Path, above: bool) -> str:
     return ""
 
 
-def is_ours(path: Path, kind: Callable[[int], bool]) -> bool:
-    """Return whether `path`, not its target, is of that kind, this user's, and writable by no other."""
+def is_ours(path: Path) -> bool:
+    """Return whether `path` is a regular file, not a link, that is this user's and writable by no other."""
     try:
         found = path.lstat()
     except OSError:
         return False
-    return kind(found.st_mode) and found.st_uid == os.getuid() and not _others_write(found)
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not _others_write(found)
 
 
 def _others_write(found: os.stat_result) -> bool:

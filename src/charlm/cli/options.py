@@ -14,18 +14,14 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
-    import torch
-
     from charlm.storage.model_file import Loaded
 
 
 def complete_recipes(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
     """Return the recipes in ./configs and those that ship with charlm, and the item for files."""
-    from charlm.config import shipped
+    from charlm.config import recipes
 
-    folders = (Path("configs"), shipped("configs"))
-    names = {path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*.yaml")}
-    return _with_files(sorted(names), typed)
+    return _with_files(recipes(), typed)
 
 
 def complete_runs(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
@@ -137,5 +133,4 @@ def load(model: str | None, implementation: str | None, device: str) -> "Loaded"
     from charlm.storage import run as runs
     from charlm.storage.model_file import load_model
 
-    place: torch.device = choose_device(device)
-    return load_model(runs.find_model(model), implementation, place)
+    return load_model(runs.find_model(model), implementation, choose_device(device))

@@ -313,11 +313,10 @@ def find_key(name: str) -> str:
     if len(found) > 1:
         raise ConfigError(f"{name!r} is a key of several sections; write {' or '.join(found)}")
     if not found:
-        near = [*_SECTIONS, *(key.partition(".")[2] for key in KEYS), *KEYS]
-        near = [each for each in near if each != name]  # a section is not a key
-        raise ConfigError(
-            f"unknown key {one_line(repr(name))}" + _nearest(name, near, f"; allowed: {', '.join(_SECTIONS)}")
-        )
+        keys = [*_SECTIONS, *(key.partition(".")[2] for key in KEYS), *KEYS]
+        keys = [each for each in keys if each != name]  # a section is not a key
+        near = _nearest(name, keys, f"; allowed: {', '.join(_SECTIONS)}")
+        raise ConfigError(f"unknown key {one_line(repr(name))}{near}")
     return found[0]
 
 

@@ -27,8 +27,7 @@ class Corpus:
     """Encoded splits: contiguous stretches of the clean text, in its order.
 
     train, val, test: ids of shape (N,), in the smallest integer type that holds the vocabulary.
-    unseen: the number of characters in val and test that are not in train; they are left out.
-    fingerprint: SHA-256 of the clean text in UTF-8.
+    unseen, fingerprint: as in `Encoded`.
     release: frees the memory that reading a mapped text has taken; can be called at any time.
     """
 

@@ -23,7 +23,6 @@ from charlm.study.compare import markdown
 from charlm.text import read
 from charlm.text.corpus import Corpus
 from charlm.text.encode import Encoder, smallest_dtype
-from charlm.text.vocab import Vocab
 from charlm.training.learner import Learner
 
 
@@ -32,7 +31,7 @@ def stages(path, rounds):
     megabytes = path.stat().st_size / 1e6
     data = path.read_bytes()
     content = read.decode(data, "")
-    vocab = Vocab.from_text(content)
+    vocab = Corpus.from_text(content, (1.0, 0.0, 0.0)).vocab
     dtype = smallest_dtype(len(vocab))
 
     def encode():
@@ -48,9 +47,8 @@ def stages(path, rounds):
     work = {
         "read": path.read_bytes,
         "decode, line ends": lambda: read.decode(data, ""),
-        "look for Gutenberg's licence": lambda: read.strip_gutenberg(content),
+        "look for Gutenberg's licence": lambda: list(read.strip_pieces(lambda: iter([content]))),
         "check for NFC": lambda: unicodedata.is_normalized("NFC", content),
-        "count characters": lambda: Vocab.from_text(content),
         "look up ids": lambda: vocab.encode(content, dtype=dtype),
         "fingerprint": lambda: hashlib.sha256(content.encode()).hexdigest(),
         "encoding: count, look up, fingerprint": encode,

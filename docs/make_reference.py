@@ -43,9 +43,21 @@ def _table() -> str:
     )
 
 
+def defaults() -> str:
+    """Return the default configuration as a recipe, with the meaning of every key as a comment."""
+    lines: list[str] = []
+    for row in config.reference():
+        section, name = row.key.split(".")
+        if f"{section}:" not in lines:
+            lines.append(f"{section}:")
+        choices = f" ({', '.join(row.choices)})" if row.choices else ""
+        lines.append(f"  {f'{name}: {row.default_text}':<26}  # {row.description}{choices}")
+    return "\n".join(lines) + "\n"
+
+
 def readme(text: str) -> str:
     """Return README.md, whose text is `text`, with the defaults of today between its markers."""
-    return BLOCK.sub(lambda _: f"```yaml\n{config.reference_yaml()}```\n", text)
+    return BLOCK.sub(lambda _: f"```yaml\n{defaults()}```\n", text)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from charlm.cli import main
 from charlm.config import from_data
+from charlm.text import read
+from charlm.text.corpus import Corpus
 
 ROOT = Path(__file__).parents[1]
 PRECISION = os.environ.get("CHARLM_TEST_PRECISION", "float32")  # what auto resolves to; see make test-matrix
@@ -41,6 +43,18 @@ PIECES = st.lists(
     ),
     max_size=8,
 )
+
+
+def strip_gutenberg(text):
+    """Return what is left of `read.strip_pieces` for a text in one piece."""
+    pieces = list(read.strip_pieces(lambda: iter([text])))
+    begin = max((place + 1 for place, piece in enumerate(pieces) if piece is None), default=0)
+    return "".join(pieces[begin:])
+
+
+def vocabulary(text):
+    """Return the vocabulary of `text`."""
+    return Corpus.from_text(text, (1.0, 0.0, 0.0)).vocab
 
 
 def cut(whole, size):

@@ -13,7 +13,6 @@ from charlm.config import (
     override,
     parse_yaml,
     reference,
-    reference_yaml,
     to_yaml,
 )
 from charlm.errors import ConfigError
@@ -115,12 +114,6 @@ def test_the_table_is_selected_by_sections_and_keys():
     assert [row.key for row in reference(["lr", "model.cell", "lr"])] == ["train.lr", "model.cell"]
     with pytest.raises(ConfigError, match="hidden_size"):
         reference(["hidden_sise"])
-
-
-def test_the_reference_as_yaml_is_the_defaults():
-    data = parse_yaml(reference_yaml(), "x")
-    assert from_data(data, "x") == Config()
-    assert [f"{section}.{key}" for section, values in data.items() for key in values] == KEYS
 
 
 def test_all_errors_are_reported_at_once():

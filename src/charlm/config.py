@@ -27,15 +27,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from charlm.errors import ConfigError
-
-PACKAGE = Path(__file__).parent
+from charlm.errors import ConfigError, one_line
 
 
 def shipped(folder: str) -> Path:
     """Return the folder ``configs`` or ``data``, inside the installed package or at the top of a checkout."""
-    packaged = PACKAGE / folder
-    return packaged if packaged.is_dir() else PACKAGE.parents[1] / folder
+    package = Path(__file__).parent
+    return package / folder if (package / folder).is_dir() else package.parents[1] / folder
 
 
 class Section(BaseModel):
@@ -54,12 +52,10 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 UpToOne = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(gt=0, lt=1)]
 Split = Annotated[tuple[float, float, float], Field(strict=False)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 _TIME = r"^(\d+(?:\.\d+)?) ?(s|min|h)$"
 Time = Annotated[str, Field(pattern=_TIME)]
-Truncation = Literal["fixed", "random"]
 Direction = Literal["forward", "backward", "both"]
 Implementation = Literal["auto", "scratch", "builtin", "fused"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"]
@@ -125,7 +121,7 @@ class BatchesConfig(Section):
     seq_len: Positive = _key(64, "characters per sequence, through which the gradient flows back (T)")
     stride: Positive = _key(64, "sliding: characters from the start of one window to the next")
     shuffle: bool = _key(True, "sliding: read the windows in random order")
-    truncation: Truncation = _key(
+    truncation: Literal["fixed", "random"] = _key(
         "fixed", "contiguous: fixed sequence lengths, or random ones around seq_len"
     )
     max_train_windows: Positive | None = _key(None, "sliding: use only this many windows; null: all")
@@ -215,7 +211,7 @@ class TrainConfig(Section):
     plateau_patience: Positive = _key(2, "plateau: evaluations without a better val loss before the decay")
     clip: Literal["norm", "value", "none"] = _key("norm", "clip the norm of all gradients or each value")
     clip_value: PositiveFloat = _key(1.0, "largest gradient norm or value")
-    ema: Decay | None = _key(
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = _key(
         None, "decay of an average of the weights to evaluate and save, as 0.999; null: no average"
     )
     early_stopping: Positive | None = _key(
@@ -271,12 +267,7 @@ class Config(Section):
         return self
 
 
-_SECTIONS: dict[str, type[Section]] = {
-    "corpus": CorpusConfig,
-    "batches": BatchesConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-}
+_SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
 KEYS = [f"{section}.{name}" for section, model in _SECTIONS.items() for name in model.model_fields]
 
 
@@ -313,18 +304,6 @@ def reference(names: Iterable[str] = ()) -> list[Setting]:
     return rows
 
 
-def reference_yaml() -> str:
-    """Return the defaults as a recipe, with the meaning of every key as a comment."""
-    lines: list[str] = []
-    for row in reference():
-        section, name = row.key.split(".")
-        if f"{section}:" not in lines:
-            lines.append(f"{section}:")
-        choices = f" ({', '.join(row.choices)})" if row.choices else ""
-        lines.append(f"  {f'{name}: {row.default_text}':<26}  # {row.description}{choices}")
-    return "\n".join(lines) + "\n"
-
-
 def find_key(name: str) -> str:
     """Return the full key for `name`: ``section.key``, or ``key`` alone where one section only has it.
 
@@ -334,9 +313,10 @@ def find_key(name: str) -> str:
     if len(found) > 1:
         raise ConfigError(f"{name!r} is a key of several sections; write {' or '.join(found)}")
     if not found:
-        near = [*_SECTIONS, *(key.partition(".")[2] for key in KEYS), *KEYS]
-        near = [each for each in near if each != name]  # a section is not a key
-        raise ConfigError(f"unknown key {_shown(name)}" + _nearest(name, near, _SECTIONS))
+        keys = [*_SECTIONS, *(key.partition(".")[2] for key in KEYS), *KEYS]
+        keys = [each for each in keys if each != name]  # a section is not a key
+        near = _nearest(name, keys, f"; allowed: {', '.join(_SECTIONS)}")
+        raise ConfigError(f"unknown key {one_line(repr(name))}{near}")
     return found[0]
 
 
@@ -363,7 +343,6 @@ def _allowed(schema: dict[str, Any]) -> str:
 
 
 _LISTED = 20  # errors of a configuration that a message lists
-_QUOTES = "'\""
 _MERGE = "tag:yaml.org,2002:merge"
 _MAX_YAML = 2**20  # characters, with what aliases stand for written out
 
@@ -384,8 +363,7 @@ class _Loader(yaml.SafeLoader):
         """Return the next node; counts its characters, those of an alias as those of its target."""
         before, is_alias = self.size, self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
-        if node is None:
-            return None
+        assert node is not None
         if is_alias:
             self.size += self.sizes.get(node, _MAX_YAML)  # no size yet: an alias inside its own target
         else:
@@ -401,14 +379,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node in [key for key, _ in node.value if key.tag != _MERGE]:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} cannot be a key", node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} occurs twice", node.start_mark
-                )
+            if not isinstance(key, Hashable) or key in seen:
+                problem = f"the key {key!r} occurs twice, or is a list or a mapping"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -457,26 +430,16 @@ def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
     """
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{where} is {_shown(data)}; allowed: a mapping with the sections {', '.join(_SECTIONS)}"
+            f"{where} is {one_line(repr(data))}; allowed: a mapping with the sections {', '.join(_SECTIONS)}"
         )
     data = _overlay(data, overrides)
-    problems = list(itertools.islice(_misplaced(data), _LISTED))
-    known = {
-        section: {key: value for key, value in values.items() if key in _SECTIONS[section].model_fields}
-        for section, values in data.items()
-        if section in _SECTIONS and isinstance(values, dict)
-    }
     try:
-        config = Config.model_validate(known)
+        return Config.model_validate(data)
     except ValidationError as error:
-        problems += _explain(error, known)
-    if len(problems) == 1:
-        raise ConfigError(f"{where}: {problems[0]}".removeprefix(": "))
-    if problems:
-        raise ConfigError(
-            f"{where}: {len(problems)} errors".removeprefix(": ") + "".join(f"\n  {p}" for p in problems)
-        )
-    return config
+        problems = list(itertools.islice(_explain(error, data), _LISTED))
+    if len(problems) > 1:
+        problems.insert(0, f"{len(problems)} errors")
+    raise ConfigError(f"{where}: ".removeprefix(": ") + "\n  ".join(problems))
 
 
 def load(recipe: str | None, overrides: Iterable[str] = ()) -> Config:
@@ -493,18 +456,26 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
     return from_data(config.model_dump(mode="json"), "", overrides)
 
 
+def recipes() -> list[str]:
+    """Return the names of the recipes in ./configs and of those that ship with charlm."""
+    folders = (Path("configs"), shipped("configs"))
+    return sorted({path.relative_to(each).as_posix() for each in folders for path in each.rglob("*.yaml")})
+
+
 def find_recipe(name: str) -> Path:
     """Return the path of a recipe: `name` itself, else in ./configs, else among those that ship with charlm.
 
     Raises `ConfigError` with the nearest name if there is none.
     """
-    names = [name] if name.endswith((".yaml", ".yml")) else [name, f"{name}.yaml"]
     for folder in (Path(), Path("configs"), shipped("configs")):
-        for candidate in names:
+        for candidate in (name, f"{name}.yaml"):
             if (folder / candidate).is_file():
                 return folder / candidate
-    known = sorted(str(path.relative_to(shipped("configs"))) for path in shipped("configs").rglob("*.yaml"))
-    raise ConfigError(f"no recipe {name!r}, neither a file nor in ./configs" + _nearest(name, known, known))
+    known = recipes()
+    raise ConfigError(
+        f"no recipe {name!r}, neither a file nor in ./configs"
+        + _nearest(name, known, f"; allowed: {', '.join(known)}")
+    )
 
 
 def _overlay(data: dict[Any, Any], overrides: Iterable[str]) -> dict[Any, Any]:
@@ -522,45 +493,27 @@ def _overlay(data: dict[Any, Any], overrides: Iterable[str]) -> dict[Any, Any]:
     return data
 
 
-def _misplaced(data: dict[Any, Any]) -> Iterator[str]:
-    """An error for each unknown section and key, with the nearest known one."""
-    for section, values in data.items():
-        if section not in _SECTIONS:
-            yield f"unknown section {_shown(section)}" + _nearest(
-                str(section), [*_SECTIONS, *KEYS], _SECTIONS
-            )
-        elif isinstance(values, dict):
-            known = list(_SECTIONS[section].model_fields)
-            for key in [key for key in values if key not in known]:
-                yield f"unknown key {section}.{_shown(key).strip(_QUOTES)}" + _nearest(
-                    str(key), [*known, *KEYS], known
-                )
-        else:
-            yield f"{section} is {_shown(values)}; allowed: a mapping of keys to values"
-
-
-def _shown(value: Any) -> str:
-    """`value` as Python writes it, in at most 200 characters."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _nearest(name: str, candidates: list[str], listed: Iterable[str]) -> str:
-    """A suggestion: the same key in another section, else the nearest spelling, else all of `listed`."""
+def _nearest(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
+    """A suggestion: the same key in another section, else the nearest spelling, else `otherwise`."""
     elsewhere = [key for key in candidates if key.endswith(f".{name}")]
     near = elsewhere or difflib.get_close_matches(name, candidates, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(listed)}"
+    return f"; did you mean {near[0]}?" if near else otherwise
 
 
 def _explain(errors: ValidationError, data: dict[str, Any]) -> Iterator[str]:
-    """Each wrong key once, with its value and the allowed values."""
-    names = {".".join(map(str, error["loc"][:2])): error for error in errors.errors()}
-    for name, error in names.items():
+    """Each wrong section or key once, with its value and the allowed values."""
+    for place, error in {error["loc"][:2]: error for error in errors.errors()}.items():
+        section, *keys = map(str, place) if place else [""]
+        name = ".".join([section, *keys])
         if error["type"] == "value_error":  # raised by a section, whose message begins with the key
             yield f"{name}.{error['msg'].removeprefix('Value error, ')}".removeprefix(".")
+        elif error["type"] in ("extra_forbidden", "invalid_key"):
+            known = [*(_SECTIONS[section].model_fields if keys else _SECTIONS)]
+            near = _nearest(str(place[-1]), [*known, *KEYS], f"; allowed: {', '.join(known)}")
+            yield f"unknown {'key' if keys else 'section'} {one_line(repr(name))}{near}"
+        elif not keys:
+            yield f"{name} is {one_line(repr(data[section]))}; allowed: a mapping of keys to values"
         else:
-            section, key = name.split(".")
-            value, (row,) = data[section][key], reference([name])
-            near = difflib.get_close_matches(str(value), row.choices, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield f"{name} is {_shown(value)}; allowed: {row.allowed}{hint}"
+            (row,), value = reference([name]), data[section][keys[0]]
+            near = _nearest(str(value), row.choices)
+            yield f"{name} is {one_line(repr(value))}; allowed: {row.allowed}{near}"

@@ -20,9 +20,7 @@ from charlm.errors import CharlmError
 _RECENT = 600  # seconds
 _FIXES = {
     errno.ENOENT: "make the folder, or restore it if it was there",
-    errno.EACCES: "make its folder writable or take another",
-    errno.EPERM: "make its folder writable or take another",
-    errno.EROFS: "make its folder writable or take another",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make its folder writable or take another"),
 }
 
 
@@ -91,20 +89,18 @@ def safe_cache_folder(name: str = "") -> Path:
     Raises `CharlmError` if the folder cannot be created, and if another user could put files into it or
     replace it, because that user can write to it or to a folder above it.
     """
-    home = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        folder = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "charlm"
+        folder = (home if home.is_absolute() else Path.home() / ".cache") / "charlm"
         for each in dict.fromkeys((folder.parent, folder, folder / name)):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = (folder / name).resolve(strict=True)  # no link is followed from here on
         reasons = [_why_unsafe(each, above=each != folder) for each in (folder, *folder.parents)]
     except (OSError, RuntimeError) as error:
-        reasons = [
-            f"{getattr(error, 'filename', None) or folder}: {getattr(error, 'strerror', None) or error}"
-        ]
-    if found := [reason for reason in reasons if reason]:
+        reasons = [str(error)]
+    if reason := next(filter(None, reasons), ""):
         fix = "set XDG_CACHE_HOME to a folder that only you can write to"
-        raise CharlmError(f"no safe cache folder: {found[0]}{', or' if 'chmod' in found[0] else ';'} {fix}")
+        raise CharlmError(f"no safe cache folder: {reason}; {fix}")
     return folder
 
 
@@ -116,17 +112,17 @@ def _why_unsafe(folder: Path, above: bool) -> str:
     if found.st_uid not in ((0, os.getuid()) if above else (os.getuid(),)):
         return f"{folder} belongs to another user (uid {found.st_uid})"
     if _others_write(found) and not (above and found.st_mode & stat.S_ISVTX):
-        return f"{folder} can be written to by others; run chmod go-w {shlex.quote(str(folder))}"
+        return f"others can write to {folder} (chmod go-w {shlex.quote(str(folder))} forbids it)"
     return ""
 
 
-def is_ours(path: Path, kind: Callable[[int], bool]) -> bool:
-    """Return whether `path`, not its target, is of that kind, this user's, and writable by no other."""
+def is_ours(path: Path) -> bool:
+    """Return whether `path` is a regular file, not a link, that is this user's and writable by no other."""
     try:
         found = path.lstat()
     except OSError:
         return False
-    return kind(found.st_mode) and found.st_uid == os.getuid() and not _others_write(found)
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not _others_write(found)
 
 
 def _others_write(found: os.stat_result) -> bool:

@@ -33,7 +33,7 @@ hostile = st.sampled_from(
 def attempt(data, ending=".txt", cut_off=0, changes=()):
     """Train a step on a file with `data`; return its loss or the error message."""
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("charlm.text.cache.cache_folder", lambda name: Path(folder))
+        patch.setenv("XDG_CACHE_HOME", folder)
         patch.setattr("charlm.text.read._PIECE", 64)
         patch.setattr("charlm.text.corpus.IN_MEMORY", 500)
         path = Path(folder, f"text{ending}")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from charlm.text.vocab import Vocab
-from conftest import settings
+from conftest import settings, vocabulary
 
 CORPUS = "corpus.source=corpus.txt"
 
@@ -136,7 +135,7 @@ def test_compare_trains_each_recipe_and_prints_a_table(charlm):
 def test_vocabulary_does_not_depend_on_the_direction(charlm, trained, words):
     train(charlm, "back", "model.direction=backward", "train.max_steps=1")
     found = [json.loads(charlm("info", name, "--json").out)["vocab"] for name in ("tiny", "back")]
-    assert found[0] == found[1] == Vocab.from_text(words[:1800]).characters
+    assert found[0] == found[1] == vocabulary(words[:1800]).characters
 
 
 def test_bench_prints_a_table_or_json(charlm):

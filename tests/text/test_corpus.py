@@ -13,7 +13,7 @@ from charlm.errors import CharlmError
 from charlm.text import read
 from charlm.text.clean import clean
 from charlm.text.corpus import Corpus
-from conftest import PIECES
+from conftest import PIECES, strip_gutenberg
 
 
 def test_splits_are_contiguous_and_complete(words):
@@ -94,7 +94,7 @@ def test_reading_in_pieces_equals_reading_at_once(
             )
             Path(name, f"{number}.txt").write_bytes((frame if framed else content).encode())
             content = read.decode((content if not framed else frame).encode(), "")
-            content = read.strip_gutenberg(content)
+            content = strip_gutenberg(content)
             whole += content + "\n" * (content != "" and content[-1] != "\n")
         begin = whole.find(start or "")  # in the text before cleaning
         whole = clean(whole[begin:], normalize, lowercase, keep)[:max_chars] if begin >= 0 else ""

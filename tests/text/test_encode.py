@@ -51,10 +51,10 @@ def test_ids_equal_those_of_a_naive_loop(tmp_path_factory, pieces, split, taken_
     half = len(pieces) // 2
     for piece in pieces[:half]:
         encoder.add(piece)
-    mark = encoder.mark()
+    take_back = encoder.mark()
     for piece in taken_back:
         encoder.add(piece)
-    encoder.take_back(mark)
+    take_back()
     for piece in pieces[half:]:
         encoder.add(piece)
     assert encoder.blank == (not content or content.isspace())

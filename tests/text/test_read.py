@@ -15,7 +15,7 @@ from charlm.errors import CharlmError
 from charlm.text import read
 from charlm.text.clean import clean
 from charlm.text.corpus import Corpus
-from conftest import PIECES, ROOT, cut
+from conftest import PIECES, ROOT, cut, strip_gutenberg
 
 
 def test_line_ends_become_lf_and_the_byte_order_mark_is_removed():
@@ -56,11 +56,11 @@ def test_invalid_utf8_is_refused_with_its_offset(data, parts):
 def test_compressed_files_are_read(tmp_path, ending, compress):
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(compress("él\r\n".encode() * 50))
-    assert read.read_file(path) == "él\n" * 50
+    assert "".join(read.TextFile(path).pieces()) == "él\n" * 50
     if ending:
         path.write_bytes(path.read_bytes()[:-9])
         with pytest.raises(CharlmError, match="cannot read .*a.txt"):
-            read.read_file(path)
+            "".join(read.TextFile(path).pieces())
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,14 @@ def test_gutenberg_licence_is_removed_only_with_both_markers():
         "*** END OF THE PROJECT GUTENBERG EBOOK X ***",
     )
     framed = f"Licence\n{start}\n\n\nThe text.\nIts end.\n\n{end}\nMore licence\n"
-    assert read.strip_gutenberg(framed) == "The text.\nIts end.\n"
+    assert strip_gutenberg(framed) == "The text.\nIts end.\n"
     assert (
-        read.strip_gutenberg(framed.replace("THE P", "THIS P").replace("*** ", "***"))
-        == "The text.\nIts end.\n"
+        strip_gutenberg(framed.replace("THE P", "THIS P").replace("*** ", "***")) == "The text.\nIts end.\n"
     )
     stars = f"***\n****\nof a line: {start}\n"
-    assert read.strip_gutenberg(f"{stars}{start}\nIt.\n***\nso {end}\n{end}\n") == f"It.\n***\nso {end}\n"
+    assert strip_gutenberg(f"{stars}{start}\nIt.\n***\nso {end}\n{end}\n") == f"It.\n***\nso {end}\n"
     for part in (f"{start}\nThe text\n", f"The text\n{end}\n", f"{end}\nThe text\n{start}\n", "The text\n"):
-        assert read.strip_gutenberg(part) == part
+        assert strip_gutenberg(part) == part
 
 
 START = "*** START OF THE PROJECT GUTENBERG EBOOK"
@@ -193,8 +192,8 @@ def test_a_file_read_in_pieces_equals_the_clean_text(tmp_path, monkeypatch, cont
     monkeypatch.setattr(read, "_PIECE", 5)
     path = tmp_path / name
     path.write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
-    whole = clean(read.strip_gutenberg(read.read_file(path)), keep="a-zÉ ")
-    assert "".join(read.read_clean_file(path, {"keep": "a-zÉ "})) == whole
+    whole = clean(strip_gutenberg("".join(read.TextFile(path).pieces())), keep="a-zÉ ")
+    assert "".join(read.read_clean(read.TextFile(path).pieces, {"keep": "a-zÉ "})) == whole
 
 
 @pytest.mark.parametrize("line", ["señor mío\n", "hola ", "ΟΔΟΣ\n"])

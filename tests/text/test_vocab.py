@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from charlm.errors import CharlmError, UnknownCharactersError
 from charlm.text.vocab import Vocab
+from conftest import vocabulary
 
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1)
 
@@ -18,19 +19,19 @@ def _pieces():
 
 
 def test_most_frequent_first_ties_by_code_point():
-    assert Vocab.from_text("b aab\nñ c").characters == " ab\ncñ"
+    assert vocabulary("b aab\nñ c").characters == " ab\ncñ"
 
 
 @given(TEXTS)
 def test_a_text_survives_encoding(content):
-    vocab = Vocab.from_text(content)
+    vocab = vocabulary(content)
     assert vocab.characters == "".join(sorted(set(content), key=lambda char: (-content.count(char), char)))
     assert vocab.decode(vocab.encode(content)) == content
 
 
 @given(TEXTS, TEXTS)
 def test_unknown_characters_are_skipped_replaced_or_refused(known, content):
-    vocab = Vocab.from_text(known)
+    vocab = vocabulary(known)
     kept = "".join(char for char in content if char in known)
     stand_in = " " if " " in known else vocab.characters[0]
     assert vocab.decode(vocab.encode(content, "skip")) == kept
@@ -65,4 +66,4 @@ def test_an_empty_text_has_no_ids_and_no_vocabulary():
     assert Vocab("ab").encode("").shape == (0,)
     assert Vocab("ab").encode("").dtype == torch.int32
     with pytest.raises(CharlmError, match="empty"):
-        Vocab.from_text("")
+        vocabulary("")

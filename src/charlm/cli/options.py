@@ -1,31 +1,27 @@
 """Options that several commands share, with their completion in the shell.
 
-`config_option`, `set_option`, `output_option`, `corpus_option` and `json_option` are functions of what
-differs in one command: another help text, another name of the parameter.
+`config_option`, `set_option`, `output_option`, `corpus_option` and `json_option` are called with what differs
+in one command, such as another help text; `config_option` also with the parameter's name.
 """
 
-import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
-    import torch
-
     from charlm.storage.model_file import Loaded
 
 
 def complete_recipes(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
     """Return the recipes in ./configs and those that ship with charlm, and the item for files."""
-    from charlm.config import shipped
+    from charlm.config import recipes
 
-    folders = (Path("configs"), shipped("configs"))
-    names = {path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*.yaml")}
-    return _with_files(sorted(names), typed)
+    return _with_files(recipes(), typed)
 
 
 def complete_runs(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
@@ -44,9 +40,7 @@ def complete_settings(context: click.Context, parameter: click.Parameter, typed:
 
     offered = []
     for row in reference():
-        value = (
-            row.default if isinstance(row.default, str) else json.dumps(row.default, separators=(",", ":"))
-        )
+        value = row.default_text.replace(" ", "")  # an argument of the shell
         # Bare keys only after a first letter, so that the list of all has each key once.
         for key in (row.key, row.key.partition(".")[2])[: 2 if typed else 1]:
             offered += [CompletionItem(f"{key}={text}", help=row.description) for text in ("", value)]
@@ -75,20 +69,16 @@ class CellChoice(click.Choice):  # type: ignore[type-arg,unused-ignore]
         return tuple(CELL_NAMES)
 
 
-def _shared(*names: str, **settings: Any) -> Callable[..., Callable[[Any], Any]]:
-    """An option with these names and settings, as a function of the settings that differ in one command."""
-    return lambda *other_names, **changes: click.option(*(other_names or names), **{**settings, **changes})
-
-
-config_option = _shared(
+config_option = partial(
+    click.option,
     "--config",
     "-c",
-    "recipe",
     metavar="FILE",
     shell_complete=complete_recipes,
     help="A recipe: a path, or a name in ./configs or among those that ship.  [default: the defaults]",
 )
-set_option = _shared(
+set_option = partial(
+    click.option,
     "--set",
     "-s",
     "overrides",
@@ -97,11 +87,14 @@ set_option = _shared(
     shell_complete=complete_settings,
     help="Override a setting, as lr=2e-3 or train.lr=2e-3; `charlm config` lists them.",
 )
-output_option = _shared("--output", "-o", metavar="FILE")
-corpus_option = _shared(
-    "--corpus", metavar="PATH", help="The path of the training text, if the text has been moved."
+output_option = partial(click.option, "--output", "-o", metavar="FILE")
+corpus_option = partial(
+    click.option,
+    "--corpus",
+    metavar="PATH",
+    help="The path of the training text, if the text has been moved.",
 )
-json_option = _shared("--json", "as_json", is_flag=True, help="Print JSON.")
+json_option = partial(click.option, "--json", "as_json", is_flag=True, help="Print JSON.")
 model_option = click.option(
     "--model",
     "-m",
@@ -139,5 +132,4 @@ def load(model: str | None, implementation: str | None, device: str) -> "Loaded"
     from charlm.storage import run as runs
     from charlm.storage.model_file import load_model
 
-    place: torch.device = choose_device(device)
-    return load_model(runs.find_model(model), implementation, place)
+    return load_model(runs.find_model(model), implementation, choose_device(device))

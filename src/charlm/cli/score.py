@@ -344,7 +344,7 @@ def _units(
     for name in files:
         for path in [Path("-")] if name == "-" else read.find_files(name):
             stdin = read.read_clean_stdin(sys.stdin.buffer, cleaning) if name == "-" else None
-            pieces = flushing(stdin or read.read_clean_file(path, cleaning))
+            pieces = flushing(stdin or read.read_clean(read.TextFile(path).pieces, cleaning))
             for each in score(loaded.model, loaded.vocab, pieces, kind, unknown, str(path), tally):
                 yield str(path), each
 

@@ -23,10 +23,8 @@ def show_config(names: tuple[str, ...], as_json: bool) -> None:
 
     rows = reference(names)
     if as_json:
-        shown = [
-            {name: getattr(row, name) for name in ("key", "default", "allowed", "description")}
-            for row in rows
-        ]
+        fields = ("key", "default", "allowed", "description")
+        shown = [{name: getattr(row, name) for name in fields} for row in rows]
         click.echo(json_text(shown, indent=2, ensure_ascii=False))
         return
     width = shutil.get_terminal_size().columns

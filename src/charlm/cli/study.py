@@ -13,7 +13,7 @@ SIX = ["rnn.yaml", "rnn-scratch.yaml", "lstm.yaml", "lstm-scratch.yaml", "gru.ya
 
 
 @click.command()
-@config_option()
+@config_option("recipe")
 @set_option()
 @click.option("--entries", type=click.IntRange(1), default=10, help="Entries to check per tensor.")
 @click.option("--tolerance", type=click.FloatRange(0), default=1e-6, help="Largest relative error allowed.")
@@ -39,7 +39,7 @@ def gradcheck(recipe: str | None, overrides: tuple[str, ...], entries: int, tole
 
 
 @click.command()
-@config_option(help="A recipe: the text and the sizes.  [default: the defaults]")
+@config_option("recipe", help="A recipe: the text and the sizes.  [default: the defaults]")
 @set_option()
 @click.option("--steps", type=click.IntRange(1), default=50, help="Steps back in time.")
 @click.option("--train-steps", type=click.IntRange(0), default=300, help="Training steps.")
@@ -78,7 +78,7 @@ def gradflow(
 
 
 @click.command()
-@config_option("--config", "-c", "recipes", multiple=True, help="A recipe; give two or more.")
+@config_option("recipes", multiple=True, help="A recipe; give two or more.")
 @click.option("--all", "all_six", is_flag=True, help="Compare RNN, LSTM and GRU, built in and from scratch.")
 @set_option()
 @click.option("--format", "form", type=click.Choice(["markdown", "csv", "json"]), default="markdown")

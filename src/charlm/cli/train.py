@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@config_option()
+@config_option("recipe")
 @set_option()
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: RECIPE-DATE-TIME]")
 @click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Continue a run that stopped.")

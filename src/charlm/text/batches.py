@@ -1,16 +1,15 @@
 """`SlidingWindows` and `ContiguousStreams`: batches `(x, y)` of shape (B, T), y one character ahead of x.
 
+x and y are int64; B is the number of this process's sequences, 0 if there are fewer sequences than processes.
 Both are deterministic in (seed, epoch) and can start at any step of an epoch, so that a run can be resumed.
 Neither copies the encoded text: windows are a view of it, and the shuffled order is computed, not stored.
-Each loader has its own generator: a DataLoader without one draws from torch's global generator.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from charlm.config import BatchesConfig
 from charlm.errors import CharlmError
@@ -20,22 +19,6 @@ Batch = tuple[Tensor, Tensor]
 # Windows whose order is computed together: done per batch, it takes longer than a small model's step.
 _SHUFFLED_AT_ONCE = 2**14
 _READ_AT_ONCE = 2**12  # windows between two releases of memory: the kernel maps 64 KiB for each
-
-
-class Batches(Protocol):
-    """The batches that the training loop iterates over."""
-
-    carries_state: bool  # whether a batch continues where the previous one ended
-    steps_per_epoch: int
-
-    def sequences(self, step: int) -> int:
-        """Return the number of sequences that all processes together read in this step of an epoch."""
-
-    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """Return the batches of an epoch from step `start`: x and y, int64 of shape (B, T).
-
-        B is the number of this process's sequences; it may be 0 if there are fewer sequences than processes.
-        """
 
 
 def val_characters(config: BatchesConfig) -> int | None:
@@ -87,18 +70,20 @@ class _Reader(NamedTuple):
         """Return this process's part of a step's sequences (B,)."""
         return sequences[rank_slice(len(sequences), self.rank, self.size)]
 
-    def read(self, ids: Tensor, starts: Tensor, length: int) -> Tensor:
-        """Return the stretches of the text (N,) that begin at `starts` (B,): int64 of shape (B, length).
+    def read(self, ids: Tensor, starts: Tensor, length: int) -> Batch:
+        """Return the batch of `length` steps whose sequences begin at `starts` (B,) of the text (N,).
 
-        They are gathered from a view of all stretches; the text itself is not reversed.
+        It is gathered in one operation from a view of all sequences; the text itself is not reversed.
         """
         if self.backward:
-            starts = len(ids) - length - starts
-        stretches = ids.unfold(0, length, 1)[starts].long()
-        return stretches.flip(1) if self.backward else stretches
+            starts = len(ids) - length - 1 - starts
+        sequences = ids.unfold(0, length + 1, 1)[starts].long()
+        if self.backward:
+            sequences = sequences.flip(1)
+        return sequences[:, :-1], sequences[:, 1:]
 
 
-class SlidingWindows(Dataset[Batch]):
+class SlidingWindows:
     """Windows of T + 1 characters, `stride` apart, in random order; the state is reset for each.
 
     ids: the encoded text, (N,).
@@ -107,7 +92,7 @@ class SlidingWindows(Dataset[Batch]):
     Raises `CharlmError` for a text shorter than one window.
     """
 
-    carries_state = False
+    carries_state = False  # whether a batch continues where the previous one ended
 
     def __init__(
         self,
@@ -122,61 +107,32 @@ class SlidingWindows(Dataset[Batch]):
     ):
         _check_length(ids, seq_len + 1, f"one window of batches.seq_len + 1 = {seq_len + 1}")
         self.ids, self.batch_size, self.seq_len, self.stride = ids, batch_size, seq_len, stride
-        self.reader = reader
+        self.reader, self.shuffle = reader, shuffle
         count = (len(ids) - seq_len - 1) // stride + 1
         self.count = count if max_windows is None else min(count, max_windows)
-        self.shuffle = shuffle
-        self.steps_per_epoch = -(-len(self) // batch_size)
-
-    def __len__(self) -> int:
-        return self.count
+        self.steps_per_epoch = -(-self.count // batch_size)
 
     def sequences(self, step: int) -> int:
         """Return the number of windows that all processes together read: fewer in an epoch's last step."""
-        return min(self.batch_size, len(self) - step * self.batch_size)
+        return min(self.batch_size, self.count - step * self.batch_size)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Return window `index` as x and y, int64 of shape (T,)."""
-        x, y = self.__getitems__(torch.tensor([index]))
-        return x[0], y[0]
-
-    def __getitems__(self, indices: Tensor) -> Batch:
-        """Return the windows at `indices` (B,), gathered in one operation: x and y, int64 of shape (B, T)."""
-        windows = self.reader.read(self.ids, indices * self.stride, self.seq_len + 1)
-        return windows[:, :-1], windows[:, 1:]
-
-    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """Return the batches of an epoch from step `start`."""
-        order = _WindowOrder(self, seed, epoch, start)
-        # `__getitems__` returns the finished batch to the collate function.
-        return DataLoader(self, batch_sampler=order, collate_fn=_as_is, generator=torch.Generator())  # type: ignore[arg-type]
-
-
-class _WindowOrder(Sampler[Tensor]):
-    """The window indices of each batch of an epoch, as tensors (B,)."""
-
-    def __init__(self, windows: SlidingWindows, seed: int, epoch: int, start: int):
-        self.windows, self.seed, self.epoch, self.start = windows, seed, epoch, start
-
-    def __len__(self) -> int:
-        return self.windows.steps_per_epoch - self.start
-
-    def __iter__(self) -> Iterator[Tensor]:
-        size, count = self.windows.batch_size, len(self.windows)
+    def loader(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from step `start`."""
+        size = self.batch_size
         together = max(_SHUFFLED_AT_ONCE // size, 1) * size
-        for first in range(self.start * size, count, together):
-            batches = torch.split(torch.arange(first, min(first + together, count)), size)
-            own = [self.windows.reader.own(batch) for batch in batches]
+        for first in range(start * size, self.count, together):
+            batches = torch.split(torch.arange(first, min(first + together, self.count)), size)
+            own = [self.reader.own(batch) for batch in batches]
             indices = torch.cat(own)
-            if self.windows.shuffle:
-                indices = shuffled(indices, count, self.seed, self.epoch)
+            if self.shuffle:
+                indices = shuffled(indices, self.count, seed, epoch)
             for number, batch in enumerate(torch.split(indices, [len(batch) for batch in own])):
                 if number * size % _READ_AT_ONCE < size:
-                    self.windows.reader.release()
-                yield batch
+                    self.reader.release()
+                yield self.reader.read(self.ids, batch * self.stride, self.seq_len)
 
 
-class ContiguousStreams(Dataset[Batch]):
+class ContiguousStreams:
     """The text cut into B parallel streams, read in order, T characters per step; the state is carried.
 
     Up to B·T + T - 1 characters do not fill a step. Each epoch skips a random number of them at its start,
@@ -210,52 +166,27 @@ class ContiguousStreams(Dataset[Batch]):
         # Leaves room for an offset of up to T if the text is long enough.
         self.steps_per_epoch = max((len(ids) - seq_len) // (batch_size * seq_len), 1)
 
-    def __len__(self) -> int:
-        return self.steps_per_epoch
-
     def sequences(self, step: int) -> int:
         """Return the number of streams that all processes together read, the same in every step."""
         return self.batch_size
 
-    def __getitem__(self, part: tuple[int, int]) -> Batch:
-        """Return characters part[0] to part[1] of the first stream, and of the others: x and y, (B, T)."""
-        begin, end = part
-        stream_length = self.steps_per_epoch * self.seq_len
-        starts = begin + stream_length * self.streams
-        windows = self.reader.read(self.ids, starts, end - begin + 1)
-        return windows[:, :-1], windows[:, 1:]
-
-    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """Return the batches of an epoch from step `start`."""
-        parts = _StreamParts(self, seed, epoch, start)
-        return DataLoader(self, batch_size=None, sampler=parts, generator=torch.Generator())
-
-
-class _StreamParts(Sampler[tuple[int, int]]):
-    """The begin and end of each step of an epoch in the first stream."""
-
-    def __init__(self, streams: ContiguousStreams, seed: int, epoch: int, start: int):
-        self.streams, self.seed, self.epoch, self.start = streams, seed, epoch, start
-
-    def __len__(self) -> int:
-        return self.streams.steps_per_epoch - self.start
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        streams, T, steps = self.streams, self.streams.seq_len, self.streams.steps_per_epoch
-        slack = len(streams.ids) - 1 - steps * streams.batch_size * T
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+    def loader(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from step `start`."""
+        T, steps = self.seq_len, self.steps_per_epoch
+        slack = len(self.ids) - 1 - steps * self.batch_size * T
+        generator = torch.Generator().manual_seed(mix(seed, epoch))
         begin = offset = int(torch.randint(slack + 1, (1,), generator=generator))
-        reach = (T - 1) // 2 if streams.random_length else 0
-        together = max(_SHUFFLED_AT_ONCE // streams.batch_size, 1)
+        reach = (T - 1) // 2 if self.random_length else 0
+        together = max(_SHUFFLED_AT_ONCE // self.batch_size, 1)
         for first in range(0, steps, together):
             ends = offset + T * torch.arange(first + 1, min(first + together, steps) + 1)
             if reach:
                 inner = min(len(ends), steps - 1 - first)  # the end of the last step does not move
                 ends[:inner] += torch.randint(-reach, reach + 1, (inner,), generator=generator)
-            streams.reader.release()
+            self.reader.release()
             for step, end in enumerate(ends.tolist(), first):
-                if step >= self.start:
-                    yield begin, end
+                if step >= start:
+                    yield self.reader.read(self.ids, begin + steps * T * self.streams, end - begin)
                 begin = end
 
 
@@ -296,10 +227,6 @@ def mix(*numbers: int) -> int:
             result = ((result ^ part) * 0x5851F42D4C957F2D + 0x14057B7EF767814F) & (2**64 - 1)
             result ^= result >> 29
     return result & 0x7FFFFFFF
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _check_length(ids: Tensor, needed: int, what: str) -> None:

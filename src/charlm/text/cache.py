@@ -4,21 +4,22 @@ They are in ``corpora`` in the user's cache folder (``$XDG_CACHE_HOME/charlm`` o
 which only its owner can write, and not in a run's folder, because all runs on a text use them. Each can be
 deleted at any time; `files.shrink_cache` keeps them under a limit.
 
-The name of an entry is made from the content of the text and from the settings that decide how it is cleaned,
-split and encoded. The content is identified by the SHA-256 of the files' bytes. A file that is unchanged
-for the file system (device, inode, size, times of last change, all older than the reading) is not hashed
-again. An entry is written whole or not at all; several processes that write it at once write the same file to
-the same place. An entry with a damaged header, a wrong size or another format is ignored and written again.
+The name of an entry is made from the content of the text (the SHA-256 of the files' bytes) and from the
+settings that decide how it is cleaned, split and encoded. A file that is unchanged for the file system is not
+hashed again. Several processes that write an entry at once write the same file to the same place. An entry
+with a damaged header or a wrong size is ignored and written again.
+
+An entry is a line with the SHA-256 of its header and the header as JSON and, on the next page, the ids.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
 import os
 import time
 import unicodedata
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +34,37 @@ from charlm.text.vocab import Vocab
 
 FORMAT = 1  # increase it when the file's layout changes, or the result of reading and cleaning a text
 
-_MAGIC = b"charlm corpus\n"
 _PAGE = 2**16  # the ids begin at a multiple of it, which is one of every system's page size
 _MAX_HEADER = 2**26  # bytes
 _DAY = 24 * 3600
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A file as it was read: its stat, whether that shows later changes, and the SHA-256 of its bytes."""
-
-    stat: list[int]
-    settled: bool
-    sha256: str
-
-
 class Mapped:
     """The splits of a text, in a file that is mapped into memory.
 
+    encoded: the text without its ids.
     ids: train, val and test, one after the other, (N,): a view of the file.
+    files: the SHA-256 and the `identity` of each file that the text was read from.
+    Raises `OSError`, `ValueError`, `KeyError` or `TypeError` for a damaged file.
     """
 
-    def __init__(self, path: Path, encoded: Encoded, offset: int):
-        self.encoded = encoded
+    def __init__(self, path: Path):
         with path.open("rb") as file:
+            head = file.readline(_MAX_HEADER)
+            digest, _, data = head.rstrip(b"\n").partition(b" ")
+            if hashlib.sha256(data).hexdigest().encode() != digest:
+                raise ValueError("the header is damaged")
             # A private mapping, because torch wants memory that can be written to.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        header = json.loads(data)
+        self.files: list[tuple[str, list[int] | None]] = header.pop("files")
+        self.encoded = Encoded(Vocab(header.pop("characters")), ids=(), **header)
+        offset, dtype = _padded(len(head)), self.encoded.dtype
+        if len(self._map) != offset + sum(self.encoded.sizes) * dtype.itemsize:
+            raise ValueError("too short or too long")
         if hasattr(mmap, "MADV_RANDOM"):
             self._map.madvise(mmap.MADV_RANDOM)
-        self.ids: Tensor = torch.frombuffer(self._map, dtype=encoded.dtype, offset=offset)
+        self.ids: Tensor = torch.frombuffer(self._map, dtype=dtype, offset=offset)
 
     def release(self) -> None:
         """Free the memory of the pages read so far; they are read from the file again when needed.
@@ -86,20 +89,14 @@ def find(files: list[TextFile], settings: dict[str, Any]) -> Mapped | None:
     place = cache_folder("corpora")
     if place is None or not all(file.regular for file in files):
         return None
-    hashes: dict[int, str] = {}  # of the files hashed in this call
-
-    def same(seen: _Seen, k: int) -> bool:
-        if seen.settled and seen.stat == _stat(files[k]):
-            return True
-        if k not in hashes:
-            hashes[k] = files[k].digest()
-        return hashes[k] == seen.sha256
-
+    digest = functools.cache(lambda file: file.digest())
     for path in sorted(place.glob(f"{_stem(files, settings)}-*")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            encoded, seen, offset = _read(path)
-            if all(same(each, k) for k, each in enumerate(seen)):
-                mapped = Mapped(path, encoded, offset)
+            mapped = Mapped(path)
+            if all(
+                (identity and identity == file.identity) or sha256 == digest(file)
+                for file, (sha256, identity) in zip(files, mapped.files, strict=False)
+            ):
                 os.utime(path)  # the time of its last use, by which the cache is shrunk
                 return mapped
     return None
@@ -111,16 +108,33 @@ def write(encoded: Encoded, files: list[TextFile], used: int, settings: dict[str
     Raises `CharlmError` if it cannot be written; no file is left then.
     """
     place = folder()
-    _sweep(place)
-    seen = [_Seen(_stat(file), file.settled, file.sha256.hexdigest()) for file in files[:used]]
-    content = hashlib.sha256("".join(each.sha256 for each in seen).encode()).hexdigest()
-    path = place / f"{_stem(files, settings)}-{content[:24]}"
+    for path in place.glob(".*"):  # temporary files of processes that were killed
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - _DAY:
+                path.unlink()
+    hashes = [file.sha256.hexdigest() for file in files[:used]]
+    header = {
+        "files": [(sha256, file.identity) for sha256, file in zip(hashes, files, strict=False)],
+        "characters": encoded.vocab.characters,
+        "sizes": encoded.sizes,
+        "unseen": encoded.unseen,
+        "fingerprint": encoded.fingerprint,
+    }
+    data = json.dumps(header).encode()
+    head = b"%s %s\n" % (hashlib.sha256(data).hexdigest().encode(), data)
+
+    def write_to(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(head.ljust(_padded(len(head)), b"\0"))
+            for piece in encoded.ids:
+                file.write(memory(piece))
+
+    path = place / f"{_stem(files, settings)}-{hashlib.sha256(''.join(hashes).encode()).hexdigest()[:24]}"
     try:
-        write_atomically(path, lambda temporary: _write(temporary, encoded, seen))
+        write_atomically(path, write_to)
     except CharlmError as error:
         raise CharlmError(f"{error}, with XDG_CACHE_HOME") from None
-    written, _, offset = _read(path)
-    mapped = Mapped(path, written, offset)
+    mapped = Mapped(path)
     if not all(file.regular for file in files):
         path.unlink()  # could not be found again; the map stays valid
     shrink_cache(keep=path)
@@ -133,61 +147,5 @@ def _stem(files: list[TextFile], settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _stat(file: TextFile) -> list[int]:
-    found = file.stat
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-
-def _write(path: Path, encoded: Encoded, seen: list[_Seen]) -> None:
-    """Write the magic, the header's SHA-256 and length, the header as JSON and, on the next page, the ids."""
-    header = {
-        "format": FORMAT,
-        "files": [asdict(each) for each in seen],
-        "characters": encoded.vocab.characters,
-        "sizes": encoded.sizes,
-        "unseen": encoded.unseen,
-        "fingerprint": encoded.fingerprint,
-    }
-    data = json.dumps(header).encode()
-    head = b"%s%s\n%016d\n%s" % (_MAGIC, hashlib.sha256(data).hexdigest().encode(), len(data), data)
-    with path.open("wb") as file:
-        file.write(head.ljust(-(-len(head) // _PAGE) * _PAGE, b"\0"))
-        for piece in encoded.ids:
-            file.write(memory(piece))
-
-
-def _read(path: Path) -> tuple[Encoded, list[_Seen], int]:
-    """Return an encoded text without its ids, the files it was read from, and the offset of the ids.
-
-    Raises `ValueError`, `KeyError` or `TypeError` for a damaged file.
-    """
-    begin = len(_MAGIC) + 65 + 17
-    with path.open("rb") as file:
-        head = file.read(begin)
-        if not head.startswith(_MAGIC):
-            raise ValueError("not an encoded text")
-        digest, length = head[len(_MAGIC) :].split()
-        if not 0 < int(length) <= _MAX_HEADER:
-            raise ValueError("the header is too long")
-        data = file.read(int(length))
-        size = os.fstat(file.fileno()).st_size
-    if hashlib.sha256(data).hexdigest().encode() != digest:
-        raise ValueError("the header is damaged")
-    header = json.loads(data)
-    if header["format"] != FORMAT:
-        raise ValueError("another format")
-    encoded = Encoded(
-        Vocab(header["characters"]), tuple(header["sizes"]), header["unseen"], header["fingerprint"], ()
-    )
-    offset = -(-(begin + len(data)) // _PAGE) * _PAGE
-    if size != offset + sum(encoded.sizes) * encoded.dtype.itemsize:
-        raise ValueError("too short or too long")
-    return encoded, [_Seen(**each) for each in header["files"]], offset
-
-
-def _sweep(place: Path) -> None:
-    """Delete the temporary files of processes that were killed."""
-    with contextlib.suppress(OSError):
-        for path in place.glob(".*"):
-            if path.stat().st_mtime < time.time() - _DAY:
-                path.unlink()
+def _padded(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE

@@ -49,9 +49,8 @@ class Cleaner:
         self._unsettled: tuple[str, ...] = ()  # characters that normalisation may combine with the next ones
         self._in_others = False  # whether the last character was in a run that became a space
         self._in_word = False  # whether a Σ at this position, at the end of the text, would end a word
-        self._sigma: tuple[
-            str, ...
-        ] = ()  # a Σ that may end a word, and the characters after it that do not decide
+        # A Σ that may end a word, and the characters after it that do not decide.
+        self._sigma: tuple[str, ...] = ()
 
     def feed(self, text: str) -> str:
         """Add `text`; return the clean characters that no later text can change."""

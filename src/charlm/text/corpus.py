@@ -27,8 +27,7 @@ class Corpus:
     """Encoded splits: contiguous stretches of the clean text, in its order.
 
     train, val, test: ids of shape (N,), in the smallest integer type that holds the vocabulary.
-    unseen: the number of characters in val and test that are not in train; they are left out.
-    fingerprint: SHA-256 of the clean text in UTF-8.
+    unseen, fingerprint: as in `Encoded`.
     release: frees the memory that reading a mapped text has taken; can be called at any time.
     """
 
@@ -57,30 +56,25 @@ class Corpus:
         settings = config.model_dump(mode="json", exclude={"source"})
         long = total > IN_MEMORY or any(file.compressed for file in files)
         if long and (mapped := cache.find(files, settings)):
-            return cls._mapped(mapped, paths)
+            return cls._of(mapped.encoded, mapped.ids, paths, mapped.release)
         encoder = Encoder(IN_MEMORY, cache.folder)
         try:
             used = _encode(files, config, encoder)
             encoded = encoder.finish(config.split)
-            if encoder.on_disk:
-                return cls._mapped(cache.write(encoded, files, used, settings), paths)
-            return cls._of(encoded, encoded.in_memory(), paths)
+            if not encoder.on_disk:
+                return cls._of(encoded, encoded.in_memory(), paths)
+            mapped = cache.write(encoded, files, used, settings)
+            return cls._of(mapped.encoded, mapped.ids, paths, mapped.release)
         finally:
             encoder.close()
 
     @classmethod
-    def from_text(
-        cls, content: str, split: Split = (0.9, 0.05, 0.05), files: tuple[Path, ...] = ()
-    ) -> "Corpus":
+    def from_text(cls, content: str, split: Split = (0.9, 0.05, 0.05)) -> "Corpus":
         """Split and encode a clean text; `split` is the fractions of train, val and test."""
         encoder = Encoder()
         encoder.add(content)
         encoded = encoder.finish(split)
-        return cls._of(encoded, encoded.in_memory(), files)
-
-    @classmethod
-    def _mapped(cls, mapped: cache.Mapped, files: tuple[Path, ...]) -> "Corpus":
-        return cls._of(mapped.encoded, mapped.ids, files, mapped.release)
+        return cls._of(encoded, encoded.in_memory(), ())
 
     @classmethod
     def _of(
@@ -102,12 +96,12 @@ def _encode(files: list[read.TextFile], config: CorpusConfig, encoder: Encoder) 
     cleaner = Cleaner(**config.cleaning, start=config.start, max_chars=config.max_chars)
     used = 0
     while used < len(files) and not cleaner.full:
-        before, place = copy(cleaner), encoder.mark()
+        before, take_back = copy(cleaner), encoder.mark()
         ended = True  # whether the last line has a line end; true for an empty file
         for piece in read.strip_pieces(files[used].pieces):
             if piece is None:
                 cleaner, ended = copy(before), True
-                encoder.take_back(place)
+                take_back()
             elif piece:
                 encoder.add(cleaner.feed(piece))
                 ended = piece.endswith("\n")

@@ -9,18 +9,19 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from charlm.errors import CharlmError
-from charlm.text.vocab import CODE_POINTS, Vocab, code_points
+from charlm.text.vocab import Vocab, code_points
 
 _CHUNK = 2**18  # characters encoded together: the tensors made for them stay in the processor's cache
 _UNKNOWN = 255  # marks a character whose id is unknown or does not fit into a byte
@@ -48,16 +49,6 @@ def _tensor(data: bytearray, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
-class _Mark(NamedTuple):
-    """A position to return to; the characters learned after it stay known."""
-
-    length: int
-    size: int
-    runs: tuple[tuple[torch.dtype, int], ...]
-    counts: Tensor
-    digest: Any
-
-
 class Encoder:
     """Counts and encodes a text that is added in pieces.
 
@@ -71,10 +62,9 @@ class Encoder:
         self.length, self.size = 0, 0  # in characters, in bytes
         self.on_disk: Path | None = None
         self._file: IO[bytes] = io.BytesIO()
-        self._runs: list[
-            tuple[torch.dtype, int]
-        ] = []  # types of the ids and the number of characters of each, in order
-        self._ids = torch.full((CODE_POINTS,), -1, dtype=torch.int32)  # by code point
+        # The types of the ids, and the number of characters with each, in order.
+        self._runs: list[tuple[torch.dtype, int]] = []
+        self._ids = torch.full((sys.maxunicode + 1,), -1, dtype=torch.int32)  # by code point
         self._points = torch.empty(0, dtype=torch.int32)  # by id
         self._counts = torch.empty(0, dtype=torch.int64)  # by id
         self._latin_ids = bytes([_UNKNOWN]) * 256  # by code point, as bytes
@@ -134,18 +124,20 @@ class Encoder:
         file.write(self._file.getbuffer())  # type: ignore[attr-defined]
         self._file = file
 
-    def mark(self) -> _Mark:
-        """Return the current position, for `take_back`."""
-        return _Mark(self.length, self.size, tuple(self._runs), self._counts.clone(), self._digest.copy())
+    def mark(self) -> Callable[[], None]:
+        """Return a function that removes all text added after this call; its characters stay known."""
+        length, size, runs = self.length, self.size, list(self._runs)
+        counts, digest = self._counts.clone(), self._digest.copy()
 
-    def take_back(self, to: _Mark) -> None:
-        """Remove everything added after the position `to`."""
-        with self._writing():
-            self._file.seek(to.size)
-            self._file.truncate()
-        self.length, self.size, self._runs, self._digest = to.length, to.size, list(to.runs), to.digest.copy()
-        self._counts = torch.zeros(len(self._points), dtype=torch.int64)
-        self._counts[: len(to.counts)] = to.counts
+        def take_back() -> None:
+            with self._writing():
+                self._file.seek(size)
+                self._file.truncate()
+            self.length, self.size, self._runs, self._digest = length, size, list(runs), digest.copy()
+            self._counts = torch.zeros(len(self._points), dtype=torch.int64)
+            self._counts[: len(counts)] = counts
+
+        return take_back
 
     @property
     def blank(self) -> bool:
@@ -199,9 +191,7 @@ class Encoder:
 
     def close(self) -> None:
         """Free the ids, in memory and on the disk."""
-        with contextlib.suppress(
-            OSError
-        ):  # of buffered ids that cannot be written, which are no longer needed
+        with contextlib.suppress(OSError):  # of buffered ids, which are no longer needed
             self._file.close()
 
     @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 A source is the name of a bundled corpus, a file, a folder, a glob or a list of these; a file is UTF-8, plain
 or compressed (.gz, .bz2, .xz). Files are read piece by piece, so that a file can be larger than the memory;
-the result does not depend on where the pieces end. `read_clean_file` and `read_clean_stdin` also clean it.
+the result does not depend on where the pieces end. `read_clean` and `read_clean_stdin` also clean it.
 """
 
 import bz2
@@ -88,7 +88,7 @@ class TextFile:
 
     on_read: called with the number of bytes just read, of the file as it is on the disk.
     stat: the file's stat when this object was made.
-    settled: whether any later change of the file will show in its stat.
+    identity: device, inode, size and times of last change, if any later change will show in them, else None.
     sha256: the SHA-256 of the bytes that `pieces` has read.
     Raises `CharlmError` if the file cannot be read.
     """
@@ -98,7 +98,9 @@ class TextFile:
         with _reading(path):
             now, self.stat = time.time_ns(), path.stat()
             self.regular = stat.S_ISREG(self.stat.st_mode)
-            self.settled = max(self.stat.st_mtime_ns, self.stat.st_ctime_ns) < now - _TICK
+            times = self.stat.st_mtime_ns, self.stat.st_ctime_ns
+            place = self.stat.st_dev, self.stat.st_ino, self.stat.st_size
+            self.identity = [*place, *times] if max(times) < now - _TICK else None
             # A pipe can be read only once, and the text may be read twice.
             self._content = None if self.regular else path.read_bytes()
 
@@ -149,14 +151,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise CharlmError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_file(path: Path) -> str:
-    """Return the text of a file, decompressed and decoded, with LF line ends.
-
-    Raises `CharlmError` if the file cannot be read or is not UTF-8.
-    """
-    return "".join(TextFile(path).pieces())
-
-
 def decode(data: bytes, name: str) -> str:
     """Return `data` as text with LF line ends; raises `CharlmError` with `name` if it is not UTF-8."""
     return "".join(decode_pieces([data], name))
@@ -195,29 +189,19 @@ def decode_pieces(data: Iterable[bytes], name: str) -> Iterator[str]:
 
 def _with_whole_beginning(data: Iterable[bytes]) -> Iterator[bytes]:
     """Yield `data`, its first pieces joined while they can be the beginning of a byte order mark."""
-    marks, beginning, begun = (_BOM, *_OTHER_BOMS), b"", False
+    marks, beginning, data = (_BOM, *_OTHER_BOMS), b"", iter(data)
     for piece in data:
-        beginning = piece if begun else beginning + piece
-        begun = begun or not any(mark.startswith(beginning) and mark != beginning for mark in marks)
-        if begun:
-            yield beginning
-    if not begun and beginning:
-        yield beginning
-
-
-def strip_gutenberg(text: str) -> str:
-    """Return `text` without Project Gutenberg's header and licence, if it has both of their markers."""
-    parts: list[str] = []
-    for piece in strip_pieces(lambda: iter([text])):
-        if piece is None:
-            parts.clear()
-        else:
-            parts.append(piece)
-    return "".join(parts)
+        beginning += piece
+        if not any(mark.startswith(beginning) and mark != beginning for mark in marks):
+            break
+    yield beginning
+    yield from data
 
 
 def strip_pieces(pieces: Callable[[], Iterator[str]]) -> Iterator[str | None]:
-    """Yield `strip_gutenberg`'s result for a text in pieces; None takes back all pieces before it.
+    """Yield the text without Project Gutenberg's header and licence, if it has both of their markers.
+
+    None takes back all pieces before it.
 
     pieces: a function that reads the text from its beginning. Whether there is a header is known only at its
     end, and whether it is to be removed only at the licence.
@@ -282,9 +266,6 @@ def _find_marker(marker: re.Pattern[str], text: str, at_line_start: bool) -> re.
     return None
 
 
-_STDIN_PIECE = 2**18  # bytes of stdin per read
-
-
 def clean_pieces(pieces: Callable[[], Iterator[str]], cleaning: dict[str, Any]) -> Iterator[str | None]:
     """Yield the clean text without Project Gutenberg's licence; None takes back all pieces before it.
 
@@ -310,28 +291,19 @@ def read_clean(
     if taken_back is None:  # after a second None comes the whole text: there is no licence
         nones = (piece for piece in strip_pieces(pieces) if piece is None)
         taken_back = len(list(itertools.islice(nones, 2)))
-    stripped: Iterator[str | None] = pieces()
-    if taken_back == 1:
-        stripped = strip_pieces(pieces)
-        next(piece for piece in stripped if piece is None)
-    cleaner = Cleaner(**cleaning)
-    for piece in stripped:
-        yield cleaner.feed(piece or "")
-    yield cleaner.finish()
-
-
-def read_clean_file(path: Path, cleaning: dict[str, Any]) -> Iterator[str]:
-    """Yield the clean text of a file without Project Gutenberg's licence; the file is read twice.
-
-    Raises `CharlmError` for a file that cannot be read or is not UTF-8 text.
-    """
-    return read_clean(TextFile(path).pieces, cleaning)
+    if taken_back != 1:
+        return _cleaned(pieces(), cleaning)
+    body = itertools.dropwhile(lambda piece: piece is not None, strip_pieces(pieces))
+    return _cleaned((piece or "" for piece in body), cleaning)
 
 
 def read_clean_stdin(file: IO[bytes], cleaning: dict[str, Any]) -> Iterator[str]:
     """Yield the clean text of stdin as it comes; a licence of Gutenberg's is taken for text."""
-    cleaner = Cleaner(**cleaning)
     read = getattr(file, "read1", file.read)  # what is there, without waiting for more
-    for piece in decode_pieces(iter(lambda: read(_STDIN_PIECE), b""), "stdin"):
-        yield cleaner.feed(piece)
+    return _cleaned(decode_pieces(iter(lambda: read(_PIECE), b""), "stdin"), cleaning)
+
+
+def _cleaned(pieces: Iterable[str], cleaning: dict[str, Any]) -> Iterator[str]:
+    cleaner = Cleaner(**cleaning)
+    yield from map(cleaner.feed, pieces)
     yield cleaner.finish()

@@ -10,7 +10,6 @@ from charlm.errors import CharlmError, UnknownCharactersError
 
 Unknown = Literal["error", "skip", "replace"]
 
-CODE_POINTS = 0x110000
 _CHUNK = 2**18  # characters encoded together: the tensors made for them stay in the processor's cache
 _NAMED = 8  # unknown characters that an error names
 
@@ -43,20 +42,12 @@ class Vocab:
         self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32, device="cpu")
 
     @classmethod
-    def from_text(cls, text: str) -> "Vocab":
-        """Return the vocabulary of `text`: the most frequent character first, ties by code point.
-
-        Raises `CharlmError` for an empty text.
-        """
-        counts = torch.zeros(CODE_POINTS, dtype=torch.int64)
-        for points in _chunks(text):
-            found = torch.bincount(points)
-            counts[: len(found)] += found
-        return cls.from_counts(torch.arange(CODE_POINTS), counts)
-
-    @classmethod
     def from_counts(cls, points: Tensor, counts: Tensor) -> "Vocab":
-        """Return the vocabulary of distinct code points (N,) that occur `counts` (N,) times."""
+        """Return the vocabulary of distinct code points (N,) that occur `counts` (N,) times.
+
+        The most frequent character is the first; ties are in the order of code points.
+        Raises `CharlmError` if none occurs.
+        """
         present = counts > 0
         if not present.any():
             raise CharlmError("the corpus is empty: it has no characters")

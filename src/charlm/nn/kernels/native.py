@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -204,7 +203,7 @@ class _Build:
         """Load the library from `folder`; a damaged one, which would end the process, is deleted."""
         for path in folder.glob(f"{self.name}-*.so"):
             with contextlib.suppress(OSError):
-                if not is_ours(path, stat.S_ISREG):
+                if not is_ours(path):
                     continue
                 if path.name == f"{self.name}-{_checksum(path)}.so":
                     return _open(path, self.openmp)

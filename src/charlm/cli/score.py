@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _BATCH_TEXTS = 256  # texts that eval holds in memory at once, at most
 _BATCH_CHARACTERS = 2**24  # characters from which on no more texts are read before these are scored
 _HELD = 2**23  # characters of a text read forward from which on it is read twice, not held in memory
+_LINES = 1000  # lines that score prints at once
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
@@ -256,11 +257,20 @@ def score_texts(
     loaded = load(model, implementation, device)
     kind = _choose_kind(unit, top, loaded)
     bits = f"{_metric_prefix(loaded)}bits"
-    if not as_json:
-        print(f"path\tstart\tcharacters\t{bits}\ttext")  # click.echo flushes each row
-    units = _units(files, loaded, kind, unknown)
+    lines = [] if as_json else [f"path\tstart\tcharacters\t{bits}\ttext"]
+    units = _units(files, loaded, kind, unknown, lines)
     for path, each in most_surprising(units, top, kind == "line") if top else units:
-        print(_unit_row(path, each, bits, as_json))
+        lines.append(_unit_row(path, each, bits, as_json))
+        if len(lines) >= _LINES:
+            _print(lines)
+    _print(lines)
+
+
+def _print(lines: list[str]) -> None:
+    """Print `lines` and remove them from the list."""
+    if lines:
+        click.echo("\n".join(lines))
+        lines.clear()
 
 
 def _choose_kind(unit: "Kind | None", top: int | None, loaded: "Loaded") -> "Kind":
@@ -274,9 +284,12 @@ def _choose_kind(unit: "Kind | None", top: int | None, loaded: "Loaded") -> "Kin
 
 
 def _units(
-    files: Iterable[str], loaded: "Loaded", kind: "Kind", unknown: "Unknown"
+    files: Iterable[str], loaded: "Loaded", kind: "Kind", unknown: "Unknown", lines: list[str]
 ) -> "Iterator[tuple[str, Unit]]":
-    """Yield the units of all `files` with their paths; reports the unknown characters at the end."""
+    """Yield the units of all `files` with their paths; prints `lines` before it waits for more text.
+
+    Reports the number of unknown characters at the end.
+    """
     from charlm.inference.score import score
     from charlm.text import read
 
@@ -287,7 +300,7 @@ def _units(
         for piece in pieces:
             num_unknown += 0 if unknown == "error" else vocab.count_unknown(piece)
             yield piece
-            sys.stdout.flush()  # before it waits for more text
+            _print(lines)
 
     for name in files:
         for path in [Path("-")] if name == "-" else read.find_files(name):

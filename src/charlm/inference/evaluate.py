@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from charlm.metrics import Score
 from charlm.nn.cells import State
@@ -97,18 +98,14 @@ def _side_by_side(model: CharLM, texts: list[Tensor], on_scored: OnScored) -> Te
     """Return the nats (B,) of `texts`, sorted by falling length; a text that ends leaves the batch."""
     if model.config.direction == "backward":
         texts = [ids.flip(0) for ids in texts]
-    device, lengths = model.head.weight.device, [len(ids) - 1 for ids in texts]
+    device = model.head.weight.device
     state, nats = model.initial_state(len(texts)), torch.zeros(len(texts), dtype=torch.float64, device="cpu")
     steps = max(CHUNK // len(texts), 1)
-    for start in range(0, lengths[0], steps):
-        rows = sum(length > start for length in lengths)
-        windows = torch.full((rows, min(steps, lengths[0] - start) + 1), -1, device="cpu")
-        for window, ids in zip(windows, texts, strict=False):
-            part = ids[start : start + len(window)]
-            window[: len(part)] = part
-        windows = windows.to(device)
+    for start in range(0, len(texts[0]) - 1, steps):
+        parts = [ids[start : start + steps + 1].long() for ids in texts if len(ids) > start + 1]
+        windows = pad_sequence(parts, batch_first=True, padding_value=-1).to(device)
+        rows, targets = len(parts), windows[:, 1:]
         logits, state = model(windows[:, :-1].clamp(min=0), tuple(part[:, :rows] for part in state))
-        targets = windows[:, 1:]
         nats[:rows] += _nats(logits, targets).sum(1)
         on_scored(int((targets >= 0).sum()))
     return nats

@@ -69,9 +69,9 @@ def novelty(text: Tensor, known: Tensor) -> Novelty:
 
 
 def training_text(path: Path, config: Config, vocab: str, source: str | None = None) -> Corpus:
-    """The corpus that the model file at `path` was trained on.
+    """Return the corpus that the model file at `path` was trained on.
 
-    source: where its text is now, if not where `config` has it.
+    source: the path of its text, if not that in `config`.
     Raises `CharlmError` for a text that is not found, and for another text: its fingerprint is not the one in
     the model's header, or its vocabulary, which is in the order of the characters' counts, is another.
     """
@@ -107,7 +107,9 @@ def _matches(text: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
         at = table.index_select(0, (hashed >> (64 - _BITS)) & (2**_BITS - 1)).nonzero()[:, 0]
         place = torch.searchsorted(distinct, hashed[at]).clamp_(max=len(distinct) - 1)
         at, place = at[distinct[place] == hashed[at]], place[distinct[place] == hashed[at]]
-        same = _equal(piece, at, text, first[place], size)
+        starts, same = first[place], torch.ones(len(at), dtype=torch.bool)
+        for step in range(size):  # two passages can have the same hash
+            same &= piece[at + step] == text[starts + step]
         at, place = at[same], place[same]
         seen[place] = True
         places.append(begin + at)
@@ -126,14 +128,6 @@ def _hashes(ids: Tensor, size: int) -> Tensor:
     if size % 2:
         pair = pair * (_ODD - 2) + _hashes(ids[size - 1 :], 1)
     return pair ^ (pair >> 31)
-
-
-def _equal(known: Tensor, at: Tensor, text: Tensor, begin: Tensor, size: int) -> Tensor:
-    """Compare known[at : at + size] with text[begin : begin + size] for each `at` (K,) and `begin` (K,)."""
-    same = torch.ones(len(at), dtype=torch.bool)
-    for step in range(size):
-        same &= known[at + step] == text[begin + step]
-    return same
 
 
 def _regions(known: Tensor, at: Tensor, size: int) -> Tensor:

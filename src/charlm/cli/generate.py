@@ -16,11 +16,9 @@ import click
 
 from charlm.cli.options import (
     corpus_option,
-    device_option,
-    implementation_option,
     json_option,
     load,
-    model_option,
+    model_options,
     stdin_for_dash,
     unknown_option,
 )
@@ -87,9 +85,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @corpus_option(help="The path of the training text, for --novelty, if the text has been moved.")
 @click.option("--interactive", "-i", is_flag=True, help="Read prefixes and settings at a prompt.")
 @unknown_option
-@model_option
-@implementation_option
-@device_option
+@model_options
 def generate(
     prefix: str,
     length: int,
@@ -300,9 +296,7 @@ def _setting_line(name: str, value: Any = None) -> str:
 @click.option("--best", type=click.IntRange(1), default=5, help="Number of answers to show.")
 @json_option()
 @unknown_option
-@model_option
-@implementation_option
-@device_option
+@model_options
 def fill(
     text_with_blanks: str,
     blank: str,

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from charlm.cli.options import (
-    device_option,
-    implementation_option,
-    json_option,
-    load,
-    model_option,
-    unknown_option,
-)
+from charlm.cli.options import json_option, load, model_options, unknown_option
 from charlm.errors import CharlmError, ConfigError, UnknownCharactersError
 from charlm.files import json_text
 
@@ -39,9 +32,7 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @json_option()
 @unknown_option
-@model_option
-@implementation_option
-@device_option
+@model_options
 def evaluate(
     files: tuple[str, ...],
     as_json: bool,
@@ -220,9 +211,7 @@ def _next_batch(texts: Iterator[_Text]) -> Iterator[_Text]:
 )
 @json_option(help="Print JSON lines.")
 @unknown_option
-@model_option
-@implementation_option
-@device_option
+@model_options
 def score_texts(
     files: tuple[str, ...],
     unit: "Kind | None",

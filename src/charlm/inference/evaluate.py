@@ -82,16 +82,12 @@ def evaluate_each(
 
 def in_blocks(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the ids in `pieces` (n,) in blocks of `BLOCK`; the last block can be shorter."""
-    held, count = list[Tensor](), 0
-    for piece in pieces:
-        held.append(piece)
-        count += len(piece)
-        if count >= BLOCK:
-            *whole, rest = torch.split(torch.cat(held), BLOCK)
-            yield from whole
-            held, count = [rest], len(rest)
-    if count:
-        yield torch.cat(held)
+    held = torch.empty(0, dtype=torch.int32, device="cpu")
+    for piece in pieces:  # each of about the size of a block
+        *whole, held = torch.split(torch.cat([held, piece]), BLOCK)
+        yield from whole
+    if len(held):
+        yield held
 
 
 def _side_by_side(model: CharLM, texts: list[Tensor], on_scored: OnScored) -> Tensor:
@@ -242,8 +238,7 @@ class _Segments:
             for before, after in zip(self.before, self.after, strict=True):
                 before[:, wrong] = after[:, wrong - 1]
             self._read(wrong)
-        right = self._right()
-        return len(right) if right.all() else int(right.long().argmin())
+        return int(self._right().long().cumprod(0).sum())
 
     def _right(self) -> Tensor:
         """Return for each segment whether it started from the state in which the one before ended: (P,)."""

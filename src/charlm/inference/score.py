@@ -55,8 +55,7 @@ def score(
     A model of ``direction: backward`` or ``both`` reads the whole text before the first unit.
     Raises `UnknownCharactersError` at the first unknown character, as `Vocab.encode` does.
     """
-    scored = _streamed if model.config.direction == "forward" else _whole
-    return _units(scored(model, vocab, encoded(vocab, pieces, unknown, name)), kind)
+    return _units(_scored(model, vocab, encoded(vocab, pieces, unknown, name)), kind)
 
 
 def most_surprising(
@@ -81,20 +80,18 @@ def encoded(vocab: Vocab, pieces: Iterable[str], unknown: Unknown, name: str) ->
         begin += len(piece)
 
 
-def _streamed(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tuple[str, _Nats]]:
-    """Yield the text and the nats of each block that is not empty."""
-    shown, read = itertools.tee(block for block in blocks if len(block))
-    for k, (ids, nats) in enumerate(zip(shown, surprisals(model, read), strict=True)):
-        yield vocab.decode(ids), [None, *nats[1:].tolist()] if k == 0 else nats.tolist()
-
-
-def _whole(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tuple[str, _Nats]]:
-    """Yield the whole text and its nats."""
+def _scored(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tuple[str, _Nats]]:
+    """Yield the text and the nats of each block that is not empty, or of all blocks at once."""
+    if model.config.direction == "forward":
+        shown, read = itertools.tee(block for block in blocks if len(block))
+        for k, (ids, nats) in enumerate(zip(shown, surprisals(model, read), strict=True)):
+            yield vocab.decode(ids), [None, *nats[1:].tolist()] if k == 0 else nats.tolist()
+        return
     ids = torch.cat([torch.empty(0, dtype=torch.int32, device="cpu"), *blocks])
-    nats: _Nats = text_surprisals(model, ids).tolist()
-    if model.config.direction == "backward" and nats:
-        nats[-1] = None
-    yield vocab.decode(ids), nats
+    all_nats: _Nats = text_surprisals(model, ids).tolist()
+    if model.config.direction == "backward" and all_nats:
+        all_nats[-1] = None
+    yield vocab.decode(ids), all_nats
 
 
 def _units(scored: Iterable[tuple[str, _Nats]], kind: Kind) -> Iterator[Unit]:

@@ -3,6 +3,7 @@
 The tests run the examples below, with a run named ``first`` in ``runs/``.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -79,15 +80,13 @@ class LanguageModel:
 
         A model of ``model.direction: backward`` writes the text before the prefix: the result ends with it.
 
-        sampling: how characters are drawn.
         seed: the same seed gives the same text; by default each call gives another text.
         unknown: how characters that the model does not know are treated (see the class).
         quantize: ``bf16`` or ``int8``: hold the weights in fewer bits, on the CPU.
-        changes: fields of `sampling` by name: ``temperature`` (default 0.7), ``top_k``, ``top_p``, ``min_p``,
-            ``stop``.
+        changes: fields of `sampling` by name: ``temperature``, ``top_k``, ``top_p``, ``min_p`` or ``stop``.
 
-        Raises `ConfigError` for a value that is not allowed, `TypeError` for a name that `Sampling` does not
-        have, and `CharlmError` for a model of ``model.direction: both``, for which there is `fill`.
+        Raises `ConfigError` for a value that is not allowed, and `CharlmError` for a model of
+        ``model.direction: both``, for which there is `fill`.
         """
         parts = self.stream(
             prefix, length, sampling, seed=seed, unknown=unknown, quantize=quantize, **changes
@@ -117,18 +116,14 @@ class LanguageModel:
         known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         written = sample.generate(self.model, self.vocab, start, length, sampling, _generator(seed), quantize)
 
-        def parts() -> Iterator[str]:
-            if self._backward:
-                end = ""
-                for part in written:
-                    end += part
-                    yield ""  # the caller can stop here
-                yield end[::-1] + known_prefix
-            else:
-                yield known_prefix
-                yield from written
+        def reversed_parts() -> Iterator[str]:
+            end = ""
+            for part in written:
+                end += part
+                yield ""  # the caller can stop here
+            yield end[::-1] + known_prefix
 
-        return parts()
+        return reversed_parts() if self._backward else itertools.chain([known_prefix], written)
 
     def generate_batch(
         self,
@@ -155,9 +150,7 @@ class LanguageModel:
         known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
         texts = sample.generate_batch(self.model, self.vocab, start, length, sampling, generators, quantize)
-        return [
-            written[::-1] + known_prefix if self._backward else known_prefix + written for written in texts
-        ]
+        return [text[::-1] + known_prefix if self._backward else known_prefix + text for text in texts]
 
     @property
     def _backward(self) -> bool:
@@ -182,15 +175,12 @@ class LanguageModel:
     def fill(
         self, text: str, *, blank: str = "_", best: int = 5, unknown: Unknown = "error"
     ) -> list[tuple[str, float]]:
-        """Return the most probable fillings of the blanks in `text`, best first, with their probabilities.
+        """Return the `best` most probable fillings of the blanks in `text`, with their probabilities.
 
         >>> filling = charlm.load("runs/filling")
         >>> [(text, probability), *_] = filling.fill("ab_de")
         >>> len(text), 0 < probability < 1
         (5, True)
-
-        blank: the character that marks a blank; each blank is one character.
-        best: the number of fillings.
 
         Raises `CharlmError` for a model that was not trained with ``model.direction: both``.
         """

@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charlm.cli.options import (
-    corpus_option,
-    json_option,
-    load,
-    model_options,
-    stdin_for_dash,
-    unknown_option,
-)
+from charlm.cli.options import corpus_option, json_option, load, model_options, stdin_for_dash, unknown_option
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import json_text
 from charlm.inference.sampling import Sampling, value_type
@@ -36,7 +29,6 @@ PROMPT = "> "
 SETTINGS = ("length", *(field.name for field in fields(Sampling)), "seed", "unknown", "quantize")
 
 _BATCH = 64  # texts written side by side
-_SHORT_NAMES = {"temperature": ["-t"]}
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +37,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         allowed = "" if field.type is str else f"  [{field.metadata['allowed']}]"
         command = click.option(
             f"--{field.name.replace('_', '-')}",
-            *_SHORT_NAMES.get(field.name, []),
+            *(["-t"] if field.name == "temperature" else []),
             type=value_type(field.type),
             default=field.default,
             show_default=bool(field.default),
@@ -185,13 +177,10 @@ def _print_novelty(texts: list[str], corpus: "Corpus") -> None:
 
 
 def converse(model: "LanguageModel", context: click.Context) -> None:
-    """Read lines from stdin until it ends, and write a text for each.
+    """Read lines from stdin until it ends, and write a text for each, or change a setting.
 
     context: of the command whose options named in `SETTINGS` give the initial settings and convert new ones.
-
-    On a terminal there is a prompt, with a history that is not saved, and Ctrl-C stops a text. An error in a
-    line is reported and the next line is read; if the lines come from a pipe, `CharlmError` is raised at the
-    end.
+    Raises `CharlmError` at the end if a line of a pipe failed; an error is reported and the next line read.
     """
     options = {str(each.name): each for each in context.command.params if isinstance(each, click.Option)}
     settings = {name: context.params[name] for name in SETTINGS}

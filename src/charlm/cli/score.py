@@ -244,7 +244,13 @@ def score_texts(
     from charlm.inference.score import most_surprising
 
     loaded = load(model, implementation, device)
-    kind = _choose_kind(unit, top, loaded)
+    has_lines = "\n" in loaded.vocab.characters
+    if unit == "line" and not has_lines:
+        raise ConfigError(
+            "--unit line is not possible: the model knows no line ends, so that a text is one line "
+            "(corpus.keep can have replaced them by spaces); use --unit word"
+        )
+    kind = unit or (("line" if has_lines else "word") if top else "char")
     bits = f"{_metric_prefix(loaded)}bits"
     lines = [] if as_json else [f"path\tstart\tcharacters\t{bits}\ttext"]
     units = _units(files, loaded, kind, unknown, lines)
@@ -260,16 +266,6 @@ def _print(lines: list[str]) -> None:
     if lines:
         click.echo("\n".join(lines))
         lines.clear()
-
-
-def _choose_kind(unit: "Kind | None", top: int | None, loaded: "Loaded") -> "Kind":
-    has_lines = "\n" in loaded.vocab.characters
-    if unit == "line" and not has_lines:
-        raise ConfigError(
-            "--unit line is not possible: the model knows no line ends, so that a text is one line "
-            "(corpus.keep can have replaced them by spaces); use --unit word"
-        )
-    return unit or (("line" if has_lines else "word") if top else "char")
 
 
 def _units(

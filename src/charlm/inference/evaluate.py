@@ -1,10 +1,8 @@
 """Scoring text: the surprisal of every character, with the state carried from the first to the last.
 
-A long text is read in segments side by side, which keeps the machine busy: each segment but the first starts
-from a zero state and is read again, from the state in which the segment before it ended, until the states
-agree. A trained model forgets its initial state within some hundred characters, so that the second reading is
-short; a model that does not is read straight through.
-
+A long text is read in segments side by side: each but the first starts from a zero state and is read again,
+from the state in which the one before it ended, until the states agree: after some hundred characters, as a
+trained model forgets its initial state. A model that does not is read straight through.
 N characters, B texts side by side, P segments of S characters, V vocabulary, L layers, H hidden.
 """
 
@@ -200,9 +198,9 @@ def read_long(
 def _read_straight(
     model: CharLM, ids: Tensor, state: State, on_read: OnScored = _ignore
 ) -> tuple[Tensor, State]:
-    nats, device = torch.empty(len(ids) - 1, dtype=torch.float64, device="cpu"), model.head.weight.device
+    nats = torch.empty(len(ids) - 1, dtype=torch.float64, device="cpu")
     for start in range(0, len(ids) - 1, CHUNK):
-        window = ids[start : start + CHUNK + 1].long().to(device)[None]
+        window = ids[start : start + CHUNK + 1].long().to(model.head.weight.device)[None]
         logits, state = model(window[:, :-1], state)
         nats[start : start + CHUNK] = _nats(logits, window[:, 1:])[0]
         on_read(window.shape[1] - 1)

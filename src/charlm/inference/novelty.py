@@ -2,7 +2,6 @@
 
 The passages of one size are hashed, all at once, and looked up in the other text. Each match of hashes is
 compared character by character, so that a collision is never reported.
-
 n characters of the text, N of the known text.
 """
 
@@ -25,13 +24,12 @@ _ODD = 0x5851F42D4C957F2D  # a multiplier with irregular bits; int64 wraps aroun
 
 @dataclass(frozen=True)
 class Novelty:
-    """How much of a text of `characters` characters occurs in another.
+    """How much of a text occurs in another.
 
     longest, start: the length of the longest passage that does, and its position in the text.
     shares: for each of `SIZES`, the share of the passages of this size; absent if the text is shorter.
     """
 
-    characters: int
     longest: int
     start: int
     shares: dict[int, float]
@@ -56,7 +54,7 @@ def novelty(text: Tensor, known: Tensor) -> Novelty:
         if matched.any():
             size, found, regions = size_, matched, covered
     if not size:
-        return Novelty(len(text), 0, 0, shares)
+        return Novelty(0, 0, shares)
     low, high = size, len(text)  # bisect for the longest
     while low < high:
         middle = min((low + high + 1) // 2, low * 2)
@@ -65,7 +63,7 @@ def novelty(text: Tensor, known: Tensor) -> Novelty:
             low, found, regions = middle, matched, covered
         else:
             high = middle - 1
-    return Novelty(len(text), low, int(found.long().argmax()), shares)
+    return Novelty(low, int(found.long().argmax()), shares)
 
 
 def training_text(path: Path, config: Config, vocab: str, source: str | None = None) -> Corpus:

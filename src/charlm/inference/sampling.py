@@ -1,6 +1,5 @@
-"""`Sampling`: the options that decide which characters of the model's prediction may be drawn.
+"""`Sampling`: the options that decide which characters of the model's prediction can be drawn.
 
-The command line, the prompt and Python make a `Sampling`; it is passed whole to `sample` and the kernels.
 This module imports no torch, so that the command line can show the options without it.
 """
 

@@ -18,11 +18,7 @@ from charlm.text.vocab import Unknown, Vocab
 Kind = Literal["char", "word", "line"]
 
 # The end of each unit. A word includes the space that follows it: it ends where the next word begins.
-_ENDS = {
-    "char": re.compile(r".", re.S),
-    "word": re.compile(r"(?<=\s)(?=\S)"),
-    "line": re.compile(r"\n"),
-}
+_ENDS = {"char": re.compile(r".", re.S), "word": re.compile(r"(?<=\s)(?=\S)"), "line": re.compile(r"\n")}
 _Nats = list[float | None]  # of each character; None for the character without a prediction
 
 

@@ -4,7 +4,7 @@
 torch; importing its modules does.
 """
 
-from os import PathLike
+from os import PathLike, fspath
 
 from charlm.errors import CharlmError as CharlmError
 
@@ -33,5 +33,9 @@ def load(
     Raises `CharlmError` for a model that is missing or damaged, and for a device that is not available.
     """
     from charlm.api import LanguageModel
+    from charlm.nn.device import choose_device
+    from charlm.storage.model_file import load_model
+    from charlm.storage.run import find_model
 
-    return LanguageModel.load(model, device=device, implementation=implementation)
+    path = find_model(None if model is None else fspath(model))
+    return LanguageModel(load_model(path, implementation, choose_device(device)))

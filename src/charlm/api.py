@@ -3,10 +3,10 @@
 The tests run the examples below, with a run named ``first`` in ``runs/``.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from os import PathLike, fspath
 from typing import Any, get_args
 
 import torch
@@ -18,11 +18,9 @@ from charlm.inference import fill, sample
 from charlm.inference.evaluate import CHUNK, evaluate, text_surprisals
 from charlm.inference.sampling import Sampling
 from charlm.nn.cells import State
-from charlm.nn.device import choose_device
-from charlm.nn.model import CharLM, FillLM, evaluating
+from charlm.nn.model import CharLM, FillLM, evaluating, num_parameters
 from charlm.nn.stepper import Quantize
-from charlm.storage import run as runs
-from charlm.storage.model_file import Loaded, load_model
+from charlm.storage.model_file import Loaded
 from charlm.text.clean import clean
 from charlm.text.vocab import Unknown, Vocab
 
@@ -54,23 +52,11 @@ class LanguageModel:
         self.config: Config = loaded.config
         self.figures: dict[str, Any] = loaded.figures
 
-    @classmethod
-    def load(
-        cls,
-        model: "str | PathLike[str] | None" = None,
-        *,
-        device: str = "auto",
-        implementation: str | None = None,
-    ) -> "LanguageModel":
-        """Return the model that `charlm.load` returns."""
-        path = runs.find_model(None if model is None else fspath(model))
-        return cls(load_model(path, implementation, choose_device(device)))
-
     def __repr__(self) -> str:
-        shape, count = self.config.model, sum(each.numel() for each in self.model.parameters())
+        shape = self.config.model
         return (
             f"<charlm LanguageModel: {shape.cell} {shape.num_layers} × {shape.hidden_size}, "
-            f"{shape.direction}, {len(self.vocab)} characters, {count:,} parameters>"
+            f"{shape.direction}, {len(self.vocab)} characters, {num_parameters(self.model):,} parameters>"
         )
 
     def generate(
@@ -94,18 +80,18 @@ class LanguageModel:
 
         A model of ``model.direction: backward`` writes the text before the prefix: the result ends with it.
 
-        sampling: how characters are drawn.
         seed: the same seed gives the same text; by default each call gives another text.
         unknown: how characters that the model does not know are treated (see the class).
         quantize: ``bf16`` or ``int8``: hold the weights in fewer bits, on the CPU.
-        changes: fields of `sampling` by name: ``temperature`` (default 0.7), ``top_k``, ``top_p``, ``min_p``,
-            ``stop``.
+        changes: fields of `sampling` by name: ``temperature``, ``top_k``, ``top_p``, ``min_p`` or ``stop``.
 
-        Raises `ConfigError` for a value that is not allowed, `TypeError` for a name that `Sampling` does not
-        have, and `CharlmError` for a model of ``model.direction: both``, for which there is `fill`.
+        Raises `ConfigError` for a value that is not allowed, and `CharlmError` for a model of
+        ``model.direction: both``, for which there is `fill`.
         """
-        options: Any = {"seed": seed, "unknown": unknown, "quantize": quantize, **changes}
-        return "".join(self.stream(prefix, length, sampling, **options))
+        parts = self.stream(
+            prefix, length, sampling, seed=seed, unknown=unknown, quantize=quantize, **changes
+        )
+        return "".join(parts)
 
     def stream(
         self,
@@ -130,18 +116,14 @@ class LanguageModel:
         known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         written = sample.generate(self.model, self.vocab, start, length, sampling, _generator(seed), quantize)
 
-        def parts() -> Iterator[str]:
-            if self._backward:
-                end = ""
-                for part in written:
-                    end += part
-                    yield ""  # the caller can stop here
-                yield end[::-1] + known_prefix
-            else:
-                yield known_prefix
-                yield from written
+        def reversed_parts() -> Iterator[str]:
+            end = ""
+            for part in written:
+                end += part
+                yield ""  # the caller can stop here
+            yield end[::-1] + known_prefix
 
-        return parts()
+        return reversed_parts() if self._backward else itertools.chain([known_prefix], written)
 
     def generate_batch(
         self,
@@ -168,9 +150,7 @@ class LanguageModel:
         known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
         texts = sample.generate_batch(self.model, self.vocab, start, length, sampling, generators, quantize)
-        return [
-            written[::-1] + known_prefix if self._backward else known_prefix + written for written in texts
-        ]
+        return [text[::-1] + known_prefix if self._backward else known_prefix + text for text in texts]
 
     @property
     def _backward(self) -> bool:
@@ -195,22 +175,18 @@ class LanguageModel:
     def fill(
         self, text: str, *, blank: str = "_", best: int = 5, unknown: Unknown = "error"
     ) -> list[tuple[str, float]]:
-        """Return the most probable fillings of the blanks in `text`, best first, with their probabilities.
+        """Return the `best` most probable fillings of the blanks in `text`, with their probabilities.
 
         >>> filling = charlm.load("runs/filling")
         >>> [(text, probability), *_] = filling.fill("ab_de")
         >>> len(text), 0 < probability < 1
         (5, True)
 
-        blank: the character that marks a blank; each blank is one character.
-        best: the number of fillings.
-
         Raises `CharlmError` for a model that was not trained with ``model.direction: both``.
         """
         _require(len(blank) == 1, f"blank {blank!r}", "one character")
         _require(best >= 1, f"best {best}", "1 or more")
-        _check_unknown(unknown)
-        parts = [self._clean(part) for part in text.split(blank)]
+        parts = [self._clean(part, unknown) for part in text.split(blank)]
         answers = fill.fill(self.model, self.vocab, parts, best, unknown=unknown)
         return [(fill.joined(parts, chars), probability) for chars, probability in answers]
 
@@ -228,7 +204,7 @@ class LanguageModel:
         which reads from the end, the last is. A model of ``both`` scores every character given all the
         others: their sum is a pseudo-likelihood, which must not be compared with a likelihood.
         """
-        ids = self._encode(text, unknown, "the text")
+        ids = self._encode(text, unknown)
         bits = text_surprisals(self.model, ids) / math.log(2)
         direction = self.config.model.direction
         scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
@@ -248,7 +224,7 @@ class LanguageModel:
                 "a model of model.direction: both has no perplexity; the mean of the bits of score() is its "
                 "pseudo-score, which must not be compared with one"
             )
-        ids = self._encode(text, unknown, "the text")
+        ids = self._encode(text, unknown)
         if len(ids) < 2:
             raise CharlmError(f"the text has {len(ids)} characters to score; two or more are needed")
         return evaluate(self.model, ids).perplexity
@@ -263,7 +239,7 @@ class LanguageModel:
         backward`` from the end. For a model of ``both`` the shape is (N, 2 H): the state of the left-to-right
         stack after character t, then that of the right-to-left stack.
         """
-        ids = self._encode(text, unknown, "the text")
+        ids = self._encode(text, unknown)
         model, state = self.model, self.model.initial_state(1)
         if isinstance(model, FillLM):
             half = len(state) // 2
@@ -273,23 +249,18 @@ class LanguageModel:
             return _hidden(model, model.recurrent, ids.flip(0), state).flip(0)
         return _hidden(model, model.recurrent, ids, state)
 
-    def _clean(self, written: str) -> str:
-        return clean(written, **self.config.corpus.cleaning)
+    def _clean(self, text: str, unknown: Unknown) -> str:
+        _require(unknown in get_args(Unknown), f"unknown {unknown!r}", "error, skip or replace")
+        return clean(text, **self.config.corpus.cleaning)
 
-    def _encode(self, written: str, unknown: Unknown, name: str) -> Tensor:
-        _check_unknown(unknown)
-        return self.vocab.encode(self._clean(written), unknown, name)
+    def _encode(self, text: str, unknown: Unknown, name: str = "the text") -> Tensor:
+        return self.vocab.encode(self._clean(text, unknown), unknown, name)
 
 
 def _check(length: int, seed: int | None, quantize: Quantize | None) -> None:
-    """Raise `ConfigError` for a value that is not allowed."""
     _require(length >= 0, f"length {length}", "0 or more")
     _require(seed is None or 0 <= seed < 2**63, f"seed {seed}", "from 0 to 2**63 - 1, or None")
     _require(quantize in (None, *get_args(Quantize)), f"quantize {quantize!r}", "bf16, int8 or None")
-
-
-def _check_unknown(unknown: Unknown) -> None:
-    _require(unknown in get_args(Unknown), f"unknown {unknown!r}", "error, skip or replace")
 
 
 def _require(fine: bool, what: str, allowed: str) -> None:
@@ -298,7 +269,6 @@ def _require(fine: bool, what: str, allowed: str) -> None:
 
 
 def _generator(seed: int | None) -> torch.Generator:
-    """Return a random number generator on the CPU."""
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     return generator

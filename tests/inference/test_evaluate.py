@@ -99,13 +99,14 @@ def test_interleaved_scorings_are_without_dropout():
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 @pytest.mark.parametrize("chunk", [33, 4096])
 def test_segments_give_the_same_as_the_carried_state(cell, chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
     model = make(cell=cell, num_layers=2).eval()
     ids = torch.randint(9, (1003,))
     batch_sizes, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda x, state: batch_sizes.append(len(x)) or forward(x, state))
     with torch.inference_mode():
         start = tuple(torch.rand_like(part) for part in model.initial_state(1))
-        found, state, settled = module.read_long(model, ids, start, chunk)
+        found, state, settled = module.read_long(model, ids, start)
         assert 8 in batch_sizes and settled
         logits, expected = model(ids[None, :-1], start)
         nats = F.cross_entropy(logits[0], ids[1:], reduction="none").double()
@@ -120,7 +121,7 @@ def test_a_model_that_does_not_forget_is_read_without_segments(monkeypatch):
     with torch.no_grad():  # the forget gates are open: the state depends on the whole past
         model.get_parameter("recurrent.bias_ih_l0")[6:12] = 30.0
     ids = torch.randint(9, (1003,))
-    assert not module.read_long(model, ids, model.initial_state(1), 4096)[2]
+    assert not module.read_long(model, ids, model.initial_state(1))[2]
     score = evaluate(model, ids)
     monkeypatch.setattr(module, "SEGMENTS_MAX", {"cpu": 1})
     assert score.nats == pytest.approx(evaluate(model, ids).nats, rel=1e-6)

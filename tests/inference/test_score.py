@@ -5,7 +5,7 @@ import pytest
 from charlm.config import ModelConfig
 from charlm.inference import score as scoring
 from charlm.inference.evaluate import evaluate
-from charlm.inference.score import Tally, most_surprising, score
+from charlm.inference.score import most_surprising, score
 from charlm.nn.model import make_model
 from charlm.text.vocab import Vocab
 
@@ -22,15 +22,14 @@ def model(request):
 @pytest.mark.parametrize("kind", ["char", "word", "line"])
 @pytest.mark.parametrize("size", [1, 5, 100])
 def test_units_join_to_the_text_and_their_bits_sum_to_those_of_evaluate(model, kind, size):
-    tally = Tally()
     pieces = (TEXT[k : k + size] for k in range(0, len(TEXT), size))
-    units = list(score(model, VOCAB, pieces, kind, tally=tally))
+    units = list(score(model, VOCAB, pieces, kind))
     whole = evaluate(model, VOCAB.encode(TEXT))
     assert "".join(unit.text for unit in units) == TEXT
     assert [TEXT[unit.start :][: len(unit.text)] for unit in units] == [unit.text for unit in units]
-    assert sum(unit.characters for unit in units) == tally.characters == whole.characters
+    assert sum(unit.characters for unit in units) == whole.characters
     bits = sum(unit.bits or 0 for unit in units)
-    assert bits == pytest.approx(whole.nats / math.log(2), rel=1e-6) == pytest.approx(tally.bits, rel=1e-6)
+    assert bits == pytest.approx(whole.nats / math.log(2), rel=1e-6)
     if kind == "line":
         assert [unit.text for unit in units] == TEXT.splitlines(keepends=True)
     if kind == "word":
@@ -51,15 +50,14 @@ def test_a_unit_of_any_length_is_searched_once(monkeypatch, kind):
 
     monkeypatch.setitem(scoring._ENDS, kind, Noting())
     pieces = [("abc", [1.0, 2.0, 3.0])] * 50
-    (unit,) = scoring._units(iter([*pieces, ("", [])]), kind, Tally())
+    (unit,) = scoring._units(iter([*pieces, ("", [])]), kind)
     assert (unit.text, unit.characters) == ("abc" * 50, 150) and sum(seen) <= 50 * 4 + 1
 
 
-def test_unknown_characters_are_counted_or_raise_an_error():
+def test_unknown_characters_are_skipped_or_raise_an_error():
     model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
-    tally = Tally()
-    units = list(score(model, VOCAB, ["aXb", "Y", "a"], unknown="skip", tally=tally))
-    assert "".join(unit.text for unit in units) == "aba" and tally.unknown == 2
+    units = list(score(model, VOCAB, ["aXb", "Y", "a"], unknown="skip"))
+    assert "".join(unit.text for unit in units) == "aba"
     with pytest.raises(Exception, match="position 3"):
         list(score(model, VOCAB, ["abb", "Y"]))
 

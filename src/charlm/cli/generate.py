@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charlm.cli.options import (
-    corpus_option,
-    device_option,
-    implementation_option,
-    json_option,
-    load,
-    model_option,
-    stdin_for_dash,
-    unknown_option,
-)
+from charlm.cli.options import corpus_option, json_option, load, model_options, stdin_for_dash, unknown_option
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import json_text
 from charlm.inference.sampling import Sampling, value_type
@@ -35,11 +26,9 @@ if TYPE_CHECKING:
     from charlm.text.vocab import Unknown
 
 PROMPT = "> "
-WELCOME = "Each line is a prefix; :help shows the settings. Ctrl-C stops a text, Ctrl-D leaves."
 SETTINGS = ("length", *(field.name for field in fields(Sampling)), "seed", "unknown", "quantize")
 
 _BATCH = 64  # texts written side by side
-_SHORT_NAMES = {"temperature": ["-t"]}
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +37,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         allowed = "" if field.type is str else f"  [{field.metadata['allowed']}]"
         command = click.option(
             f"--{field.name.replace('_', '-')}",
-            *_SHORT_NAMES.get(field.name, []),
+            *(["-t"] if field.name == "temperature" else []),
             type=value_type(field.type),
             default=field.default,
             show_default=bool(field.default),
@@ -88,9 +77,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @corpus_option(help="The path of the training text, for --novelty, if the text has been moved.")
 @click.option("--interactive", "-i", is_flag=True, help="Read prefixes and settings at a prompt.")
 @unknown_option
-@model_option
-@implementation_option
-@device_option
+@model_options
 def generate(
     prefix: str,
     length: int,
@@ -116,7 +103,9 @@ def generate(
     ":help" shows them. Ctrl-C stops a text, Ctrl-D leaves. The lines can come from a pipe.
     """
     from charlm.api import LanguageModel
+    from charlm.inference.novelty import training_text
     from charlm.nn.stepper import Stepper
+    from charlm.storage.run import find_model
 
     if interactive and (prefix or num_samples > 1 or novelty):
         raise ConfigError(
@@ -135,27 +124,27 @@ def generate(
     if interactive:
         converse(writer, click.get_current_context())
         return
-    training_text = _training_text(writer, model, corpus) if novelty else None
+    known = writer.vocab.characters
+    trained_on = training_text(find_model(model), writer.config, known, corpus) if novelty else None
     if num_samples == 1:
         written = [print_parts(writer.stream(prefix, length, seed=seed, **options))]
     else:
         written = _print_batches(writer, num_samples, seed, prefix=prefix, length=length, **options)
-    if training_text:
+    if trained_on:
         backward = writer.config.model.direction == "backward"
         without_prefix = slice(0, -len(start) or None) if backward else slice(len(start), None)
-        _print_novelty([text[without_prefix] for text in written], training_text)
+        _print_novelty([text[without_prefix] for text in written], trained_on)
 
 
 def print_parts(parts: Iterable[str]) -> str:
     """Print a text as its parts come, and a line end if it lacks one; return the text."""
-    printed, last = [], ""
+    text = ""
     for part in parts:
         click.echo(part, nl=False)  # flushes
-        printed.append(part)
-        last = part or last
-    if not last.endswith("\n"):
+        text += part
+    if not text.endswith("\n"):
         click.echo()
-    return "".join(printed)
+    return text
 
 
 def _print_batches(writer: "LanguageModel", count: int, seed: int | None, **options: Any) -> list[str]:
@@ -170,19 +159,12 @@ def _print_batches(writer: "LanguageModel", count: int, seed: int | None, **opti
     return written
 
 
-def _training_text(writer: "LanguageModel", model: str | None, source: str | None) -> "Corpus":
-    from charlm.inference.novelty import training_text
-    from charlm.storage import run as runs
-
-    return training_text(runs.find_model(model), writer.config, writer.vocab.characters, source)
-
-
 def _print_novelty(texts: list[str], corpus: "Corpus") -> None:
     """Print on stderr how much of `texts`, and of as much held-out text, occurs in the training text."""
     from charlm.inference.novelty import SIZES, novelty
 
-    rows = {f"text {k}" if len(texts) > 1 else "the text": each for k, each in enumerate(texts, 1)}
-    encoded = {name: corpus.vocab.encode(each) for name, each in rows.items()}
+    names = [f"text {k}" for k in range(1, len(texts) + 1)] if len(texts) > 1 else ["the text"]
+    encoded = dict(zip(names, map(corpus.vocab.encode, texts), strict=True))
     encoded["held-out text"] = corpus.val[: max(map(len, texts))]
     click.echo("in the training text  longest" + "".join(f"{size:>7} chars" for size in SIZES), err=True)
     for name, ids in encoded.items():
@@ -195,24 +177,23 @@ def _print_novelty(texts: list[str], corpus: "Corpus") -> None:
 
 
 def converse(model: "LanguageModel", context: click.Context) -> None:
-    """Read lines from stdin until it ends, and write a text for each.
+    """Read lines from stdin until it ends, and write a text for each, or change a setting.
 
     context: of the command whose options named in `SETTINGS` give the initial settings and convert new ones.
-
-    On a terminal there is a prompt, with a history that is not saved, and Ctrl-C stops a text. An error in a
-    line is reported and the next line is read; if the lines come from a pipe, `CharlmError` is raised at the
-    end.
+    Raises `CharlmError` at the end if a line of a pipe failed; an error is reported and the next line read.
     """
-    options = {str(option.name): option for option in context.command.params if option.name in SETTINGS}
+    options = {str(each.name): each for each in context.command.params if isinstance(each, click.Option)}
     settings = {name: context.params[name] for name in SETTINGS}
     at_terminal, failed = sys.stdin.isatty(), 0
     if at_terminal:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 - gives input() line editing and a history
-        click.echo(WELCOME, err=True)
+        click.echo(
+            "Each line is a prefix; :help shows the settings. Ctrl-C stops a text, Ctrl-D leaves.", err=True
+        )
     while True:
         try:
-            line = _ask() if at_terminal else _read_line()
+            line = _next_line(at_terminal)
             if line is None or line.strip() in (":quit", ":q"):
                 break
             if line.startswith(":") and not line.startswith("::"):
@@ -231,8 +212,13 @@ def converse(model: "LanguageModel", context: click.Context) -> None:
         raise CharlmError(f"{failed} {'line' if failed == 1 else 'lines'} failed")
 
 
-def _ask() -> str | None:
-    """Read a line that the user types; None after Ctrl-D."""
+def _next_line(at_terminal: bool) -> str | None:
+    """Return the line that the user types, or the next of a pipe or a file; None at the end."""
+    from charlm.text import read
+
+    if not at_terminal:
+        line = sys.stdin.buffer.readline()
+        return read.decode(line, "stdin").removesuffix("\n") if line else None
     try:
         if sys.stdout.isatty():
             return input(PROMPT)
@@ -241,14 +227,6 @@ def _ask() -> str | None:
     except EOFError:
         click.echo(err=True)
         return None
-
-
-def _read_line() -> str | None:
-    """Read a line from a pipe or a file; None after the last."""
-    from charlm.text import read
-
-    line = sys.stdin.buffer.readline()
-    return read.decode(line, "stdin").removesuffix("\n") if line else None
 
 
 def _write(model: "LanguageModel", prefix: str, settings: dict[str, Any]) -> None:
@@ -263,17 +241,28 @@ def _write(model: "LanguageModel", prefix: str, settings: dict[str, Any]) -> Non
 
 
 def _change_setting(
-    line: str, settings: dict[str, Any], options: dict[str, click.Parameter], context: click.Context
+    line: str, settings: dict[str, Any], options: dict[str, click.Option], context: click.Context
 ) -> str:
     """Carry out the command `line`, typed after a colon; return the message to print."""
     word, _, value = line.partition(" ")
     if word in ("", "h", "help"):
-        return _help(settings, options)
-    matching = [name for name in SETTINGS if _setting_line(name).startswith(f":{word}")]
-    if len(matching) != 1 and word not in SETTINGS:
+        rows = [
+            f"  {_setting_line(name, now):<20} {str(options[name].help).split('  [')[0]}"
+            for name, now in settings.items()
+        ]
+        return "\n".join(
+            [
+                *rows,
+                "  :quit                Leave; so does Ctrl-D.",
+                "A name without a value restores the default. A name can be shortened, as in :temp 0.5. "
+                'Begin a text that starts with a colon with "::".',
+            ]
+        )
+    matching = [name for name in SETTINGS if name.startswith(word.replace("-", "_"))]
+    if len(matching) != 1:
         candidates = ", ".join(map(_setting_line, matching or SETTINGS))
         raise ConfigError(f"unknown setting :{word}; allowed: {candidates}; :help, :quit")
-    name = word if word in SETTINGS else matching[0]
+    (name,) = matching
     option = options[name]
     value = value if name == "stop" else value.strip()
     if value:
@@ -281,9 +270,7 @@ def _change_setting(
     else:  # click has a sentinel for an option without a default
         new = option.default if isinstance(option.default, str | int | float) else None
     changed = {**settings, name: new}
-    Sampling(
-        **{field.name: changed[field.name] for field in fields(Sampling)}
-    )  # raises for a value not allowed
+    Sampling(**{field.name: changed[field.name] for field in fields(Sampling)})  # refuses wrong values
     settings[name] = new
     return _setting_line(name, new)
 
@@ -292,31 +279,13 @@ def _setting_line(name: str, value: Any = None) -> str:
     return f":{name.replace('_', '-')}" + ("" if value in (None, "") else f" {value}".rstrip(" "))
 
 
-def _help(settings: dict[str, Any], options: dict[str, click.Parameter]) -> str:
-    """Return the settings with their values and meanings."""
-    rows = [
-        f"  {_setting_line(name, settings[name]):<20} {getattr(options[name], 'help', '').split('  [')[0]}"
-        for name in SETTINGS
-    ]
-    return "\n".join(
-        [
-            *rows,
-            "  :quit                Leave; so does Ctrl-D.",
-            "A name without a value restores the default. A name can be shortened, as in :temp 0.5. "
-            'Begin a text that starts with a colon with "::".',
-        ]
-    )
-
-
 @click.command()
 @click.argument("text_with_blanks", metavar="TEXT")
 @click.option("--blank", default="_", metavar="CHARACTER", help="The character that marks a blank.")
 @click.option("--best", type=click.IntRange(1), default=5, help="Number of answers to show.")
 @json_option()
 @unknown_option
-@model_option
-@implementation_option
-@device_option
+@model_options
 def fill(
     text_with_blanks: str,
     blank: str,

@@ -119,6 +119,11 @@ unknown_option = click.option(
 )
 
 
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that are the arguments of `load`."""
+    return model_option(implementation_option(device_option(command)))
+
+
 def stdin_for_dash(argument: str) -> str:
     """Return `argument`, or for ``-`` the text on stdin, without the line end that echo adds."""
     from charlm.text import read

@@ -1,10 +1,8 @@
 """Scoring text: the surprisal of every character, with the state carried from the first to the last.
 
-A long text is read in segments side by side, which keeps the machine busy: each segment but the first starts
-from a zero state and is read again, from the state in which the segment before it ended, until the states
-agree. A trained model forgets its initial state within some hundred characters, so that the second reading is
-short; a model that does not is read straight through.
-
+A long text is read in segments side by side: each but the first starts from a zero state and is read again,
+from the state in which the one before it ended, until the states agree: after some hundred characters, as a
+trained model forgets its initial state. A model that does not is read straight through.
 N characters, B texts side by side, P segments of S characters, V vocabulary, L layers, H hidden.
 """
 
@@ -13,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from charlm.metrics import Score
 from charlm.nn.cells import State
@@ -30,32 +29,29 @@ _BATCH = 64  # short texts scored in one batch
 _LONG = 4 * SEGMENT_MIN  # characters from which a text is scored alone
 
 OnScored = Callable[[int], object]
+_ignore: OnScored = lambda count: None
 
 
-def _ignore(count: int) -> None:
-    pass
-
-
-def evaluate(model: CharLM, ids: Tensor, on_scored: OnScored = _ignore) -> Score:
-    """Score every character of `ids` (N,) after the first exactly once, in float32.
+def evaluate(model: CharLM, text: Tensor | Iterable[Tensor], on_scored: OnScored = _ignore) -> Score:
+    """Score every character of `text` after the first exactly once, in float32.
 
     A model of ``direction: backward`` reads the text from its end and scores all characters but the last. A
     model of ``direction: both`` scores every character given all the others: a pseudo-likelihood (Besag
     1975), which is not a likelihood of the text and must not be compared with one.
 
+    text: ids (N,); for a model of ``direction: forward`` also blocks (n,) of ids, as `in_blocks` yields them,
+        which are read one at a time.
     on_scored: called with the number of characters scored since the last call.
     Returns a `Score` of N - 1 characters, or N for ``direction: both``; of 0 characters where N < 2.
     """
-    if len(ids) < 2:
-        return Score()
-    if isinstance(model, FillLM):
-        return Score(sum(float(part.sum()) for part in _filling(model, ids)), len(ids))
-    return _evaluate_blocks(model, _blocks_in_order(model, ids), on_scored)
-
-
-def _evaluate_blocks(model: CharLM, blocks: Iterable[Tensor], on_scored: OnScored) -> Score:
+    if isinstance(text, Tensor):
+        if len(text) < 2:
+            return Score()
+        if isinstance(model, FillLM):
+            return Score(sum(float(part.sum()) for part in _filling(model, text)), len(text))
+        text = _blocks_in_order(model, text)
     nats, count = 0.0, 0
-    for part in surprisals(model, blocks, on_scored):
+    for part in surprisals(model, text, on_scored):
         nats += float(part[1:].sum() if count == 0 else part.sum())
         count += len(part)
     return Score(nats, max(count - 1, 0))
@@ -64,20 +60,14 @@ def _evaluate_blocks(model: CharLM, blocks: Iterable[Tensor], on_scored: OnScore
 def evaluate_each(
     model: CharLM, texts: Sequence[Tensor | Iterable[Tensor]], on_scored: OnScored = _ignore
 ) -> list[Score]:
-    """Return the result of `evaluate` for each of `texts`; short texts are scored side by side.
-
-    texts: ids (N,); for a model of ``direction: forward`` also blocks (n,) of ids, as `in_blocks` yields
-    them, which are read one at a time.
-    """
+    """Return the result of `evaluate` for each of `texts`; short texts are scored side by side."""
     scores = [Score()] * len(texts)
     short: dict[int, Tensor] = {}
     for k, text in enumerate(texts):
-        if not isinstance(text, Tensor):
-            scores[k] = _evaluate_blocks(model, text, on_scored)
-        elif isinstance(model, FillLM) or not 1 < len(text) < _LONG:
-            scores[k] = evaluate(model, text, on_scored)
-        else:
+        if isinstance(text, Tensor) and 1 < len(text) < _LONG and not isinstance(model, FillLM):
             short[k] = text
+        else:
+            scores[k] = evaluate(model, text, on_scored)
     order = sorted(short, key=lambda k: -len(short[k]))  # a batch has texts of similar lengths
     with evaluating(model):
         for first in range(0, len(order), _BATCH):
@@ -90,34 +80,26 @@ def evaluate_each(
 
 def in_blocks(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the ids in `pieces` (n,) in blocks of `BLOCK`; the last block can be shorter."""
-    held, count = list[Tensor](), 0
-    for piece in pieces:
-        held.append(piece)
-        count += len(piece)
-        if count >= BLOCK:
-            *whole, rest = torch.split(torch.cat(held), BLOCK)
-            yield from whole
-            held, count = [rest], len(rest)
-    if count:
-        yield torch.cat(held)
+    held = torch.empty(0, dtype=torch.int32, device="cpu")
+    for piece in pieces:  # each of about the size of a block
+        *whole, held = torch.split(torch.cat([held, piece]), BLOCK)
+        yield from whole
+    if len(held):
+        yield held
 
 
 def _side_by_side(model: CharLM, texts: list[Tensor], on_scored: OnScored) -> Tensor:
     """Return the nats (B,) of `texts`, sorted by falling length; a text that ends leaves the batch."""
     if model.config.direction == "backward":
         texts = [ids.flip(0) for ids in texts]
-    device, lengths = model.head.weight.device, [len(ids) - 1 for ids in texts]
+    device = model.head.weight.device
     state, nats = model.initial_state(len(texts)), torch.zeros(len(texts), dtype=torch.float64, device="cpu")
     steps = max(CHUNK // len(texts), 1)
-    for start in range(0, lengths[0], steps):
-        rows = sum(length > start for length in lengths)
-        windows = torch.full((rows, min(steps, lengths[0] - start) + 1), -1, device="cpu")
-        for window, ids in zip(windows, texts, strict=False):
-            part = ids[start : start + len(window)]
-            window[: len(part)] = part
-        windows = windows.to(device)
+    for start in range(0, len(texts[0]) - 1, steps):
+        parts = [ids[start : start + steps + 1].long() for ids in texts if len(ids) > start + 1]
+        windows = pad_sequence(parts, batch_first=True, padding_value=-1).to(device)
+        rows, targets = len(parts), windows[:, 1:]
         logits, state = model(windows[:, :-1].clamp(min=0), tuple(part[:, :rows] for part in state))
-        targets = windows[:, 1:]
         nats[:rows] += _nats(logits, targets).sum(1)
         on_scored(int((targets >= 0).sum()))
     return nats
@@ -130,24 +112,21 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def surprisals(model: CharLM, blocks: Iterable[Tensor], on_scored: OnScored = _ignore) -> Iterator[Tensor]:
-    """Yield -ln p of each character in nats, float64 (n,), for each block (n,) of the ids of one text.
+    """Yield -ln p of each character in nats, float64 (n,), for each block (n > 0,) of the ids of one text.
 
     The first character of the text has no prediction: NaN. One block is in memory at a time.
     model: of one direction; for ``backward`` the blocks come from the text's end, each reversed.
     """
     state, last, segmented = model.initial_state(1), None, True
     for block in blocks:
-        if not len(block):
-            yield torch.empty(0, dtype=torch.float64, device="cpu")
-            continue
         ids = block.long() if last is None else torch.cat([last, block.long()])
         with evaluating(model):
-            nats, state, segmented = read_long(model, ids, state, CHUNK, segmented, on_scored)
+            nats, state, segmented = read_long(model, ids, state, segmented, on_scored)
         yield torch.cat([nats.new_full((1,), torch.nan), nats]) if last is None else nats
         last = ids[-1:]
 
 
-def text_surprisals(model: CharLM, ids: Tensor, on_scored: OnScored = _ignore) -> Tensor:
+def text_surprisals(model: CharLM, ids: Tensor) -> Tensor:
     """Return -ln p of each character of a whole text `ids` (N,), in nats, float64 (N,), for any direction.
 
     NaN for the character without a prediction: the first, or the last for ``direction: backward``.
@@ -156,7 +135,7 @@ def text_surprisals(model: CharLM, ids: Tensor, on_scored: OnScored = _ignore) -
         return torch.empty(0, dtype=torch.float64, device="cpu")
     if isinstance(model, FillLM):
         return torch.cat(list(_filling(model, ids)))
-    nats = torch.cat(list(surprisals(model, _blocks_in_order(model, ids), on_scored)))
+    nats = torch.cat(list(surprisals(model, _blocks_in_order(model, ids))))
     return nats.flip(0) if model.config.direction == "backward" else nats
 
 
@@ -174,11 +153,10 @@ def _blocks_in_order(model: CharLM, ids: Tensor) -> Iterator[Tensor]:
 
 def _filling(model: FillLM, ids: Tensor) -> Iterator[Tensor]:
     """Yield the nats of each character given the text on both sides, chunk by chunk, both states carried."""
-    device = model.head.weight.device
     chunks = torch.split(ids, CHUNK)  # views: the text can be larger than the memory
 
     def load(chunk: Tensor) -> Tensor:
-        return chunk.long().to(device)[None]
+        return chunk.long().to(model.head.weight.device)[None]
 
     zeros = model.initial_state(1)
     half = len(zeros) // 2
@@ -196,41 +174,35 @@ def _filling(model: FillLM, ids: Tensor) -> Iterator[Tensor]:
 
 
 def read_long(
-    model: CharLM,
-    ids: Tensor,
-    state: State,
-    chunk: int,
-    segmented: bool = True,
-    on_read: OnScored = _ignore,
+    model: CharLM, ids: Tensor, state: State, segmented: bool = True, on_read: OnScored = _ignore
 ) -> tuple[Tensor, State, bool]:
     """Return -ln p of each of ids[1:] in nats, float64 (N,), for ids (N + 1,).
 
-    state: the state before the first id. chunk: characters in a forward pass. segmented: read in segments if
-    the text is long enough. on_read: called with the number of characters read since the last call.
+    state: the state before the first id. segmented: read in segments if the text is long enough.
     Returns also the state after ids[N - 1], and whether the next part of the text should be read in segments.
     """
     N = len(ids) - 1
     P = min(SEGMENTS_MAX.get(model.head.weight.device.type, 16), N // SEGMENT_MIN)
     if not segmented or P < 4:
-        nats, state = _read_straight(model, ids, state, chunk, on_read)
+        nats, state = _read_straight(model, ids, state, on_read)
         return nats, state, segmented
     S = N // P
-    segments = _Segments(model, ids[: P * S + 1], S, state, chunk, on_read)
+    segments = _Segments(model, ids[: P * S + 1], S, state, on_read)
     settled = segments.settle()
     nats = segments.nats[:settled].flatten()
     state = tuple(part[:, settled - 1 : settled] for part in segments.after)
-    rest, state = _read_straight(model, ids[settled * S :], state, chunk)
+    rest, state = _read_straight(model, ids[settled * S :], state)
     return torch.cat([nats, rest]), state, settled == P
 
 
 def _read_straight(
-    model: CharLM, ids: Tensor, state: State, chunk: int, on_read: OnScored = _ignore
+    model: CharLM, ids: Tensor, state: State, on_read: OnScored = _ignore
 ) -> tuple[Tensor, State]:
-    nats, device = torch.empty(len(ids) - 1, dtype=torch.float64, device="cpu"), model.head.weight.device
-    for start in range(0, len(ids) - 1, chunk):
-        window = ids[start : start + chunk + 1].long().to(device)[None]
+    nats = torch.empty(len(ids) - 1, dtype=torch.float64, device="cpu")
+    for start in range(0, len(ids) - 1, CHUNK):
+        window = ids[start : start + CHUNK + 1].long().to(model.head.weight.device)[None]
         logits, state = model(window[:, :-1], state)
-        nats[start : start + chunk] = _nats(logits, window[:, 1:])[0]
+        nats[start : start + CHUNK] = _nats(logits, window[:, 1:])[0]
         on_read(window.shape[1] - 1)
     return nats, state
 
@@ -242,11 +214,10 @@ class _Segments:
     marks: the states after each `_MARK` characters.
     """
 
-    def __init__(self, model: CharLM, ids: Tensor, S: int, state: State, chunk: int, on_read: OnScored):
-        self.model = model
+    def __init__(self, model: CharLM, ids: Tensor, S: int, state: State, on_read: OnScored):
+        self.model, self.first = model, state
         self.windows = ids.long().unfold(0, S + 1, S).to(model.head.weight.device)  # (P, S + 1)
         P = len(self.windows)
-        self.first, self.chunk = state, chunk
         self.nats = torch.empty(P, S, dtype=torch.float64, device="cpu")
         self.before = tuple(part.clone() for part in model.initial_state(P))
         for before, first in zip(self.before, state, strict=True):
@@ -265,8 +236,7 @@ class _Segments:
             for before, after in zip(self.before, self.after, strict=True):
                 before[:, wrong] = after[:, wrong - 1]
             self._read(wrong)
-        right = self._right()
-        return len(right) if right.all() else int(right.long().argmin())
+        return int(self._right().long().cumprod(0).sum())
 
     def _right(self) -> Tensor:
         """Return for each segment whether it started from the state in which the one before ended: (P,)."""
@@ -281,7 +251,7 @@ class _Segments:
         state = tuple(part[:, rows] for part in self.before)
         for mark, begin in enumerate(range(0, self.nats.shape[1], _MARK)):
             end = min(begin + _MARK, self.nats.shape[1])
-            steps = max(self.chunk // len(rows), 1)
+            steps = max(CHUNK // len(rows), 1)
             for start in range(begin, end, steps):
                 window = self.windows[rows, start : min(start + steps, end) + 1]
                 logits, state = self.model(window[:, :-1], state)

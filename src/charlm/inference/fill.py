@@ -5,6 +5,7 @@ K candidates, V vocabulary.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from charlm.errors import CharlmError
 from charlm.nn.model import CharLM, FillLM, evaluating
@@ -47,14 +48,13 @@ def joined(parts: list[str], characters: list[str]) -> str:
 
 def _search(model: FillLM, pieces: list[Tensor], beam: int) -> tuple[Tensor, Tensor]:
     """Return the ids (K, blanks) of up to `beam` candidates and their scores (K,), by a beam search."""
-    device = model.head.weight.device
     found = torch.zeros(1, 0, dtype=torch.long, device="cpu")  # (K, blanks filled)
     scores = torch.zeros(1, dtype=torch.float32, device="cpu")
     for i in range(1, len(pieces)):
         rest = torch.cat(pieces[i:])
-        rows = [torch.cat([_join(pieces[:i], row), row.new_zeros(1), rest]) for row in found]
-        at = len(rows[0]) - len(rest) - 1
-        logits, _ = model(torch.stack(rows).to(device), model.initial_state(len(rows)))
+        texts = _joined([*pieces[:i], rest], F.pad(found, (0, 1))).to(model.head.weight.device)
+        logits, _ = model(texts, model.initial_state(len(texts)))
+        at = texts.shape[1] - len(rest) - 1
         candidates = scores[:, None] + logits[:, at].float().cpu().log_softmax(-1)  # (K, V)
         scores, places = candidates.flatten().topk(min(beam, candidates.numel()))
         V = candidates.shape[1]
@@ -62,17 +62,17 @@ def _search(model: FillLM, pieces: list[Tensor], beam: int) -> tuple[Tensor, Ten
     return found, scores
 
 
-def _join(pieces: list[Tensor], row: Tensor) -> Tensor:
-    """Return the pieces with the characters of `row` between them."""
-    joined = [pieces[0]]
-    for character, piece in zip(row, pieces[1:], strict=True):
-        joined += [character[None], piece]
-    return torch.cat(joined)
+def _joined(pieces: list[Tensor], found: Tensor) -> Tensor:
+    """Return the pieces with the characters of each row of `found` (K, blanks) between them: (K, N)."""
+    columns = [pieces[0].expand(len(found), -1)]
+    for blank, piece in zip(torch.split(found, 1, 1), pieces[1:], strict=True):
+        columns += [blank, piece.expand(len(found), -1)]
+    return torch.cat(columns, 1)
 
 
 def _rescore(model: FillLM, pieces: list[Tensor], found: Tensor) -> Tensor:
     """Return for each row of `found` (K, blanks) the sum over its blanks of ln p(blank | all else): (K,)."""
-    texts = torch.stack([_join(pieces, row) for row in found]).to(model.head.weight.device)
+    texts = _joined(pieces, found).to(model.head.weight.device)
     lengths = torch.tensor([len(piece) for piece in pieces[:-1]], device="cpu")
     places = lengths.cumsum(0) + torch.arange(len(lengths), device="cpu")
     logits, _ = model(texts, model.initial_state(len(texts)))

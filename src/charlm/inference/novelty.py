@@ -2,7 +2,6 @@
 
 The passages of one size are hashed, all at once, and looked up in the other text. Each match of hashes is
 compared character by character, so that a collision is never reported.
-
 n characters of the text, N of the known text.
 """
 
@@ -25,13 +24,12 @@ _ODD = 0x5851F42D4C957F2D  # a multiplier with irregular bits; int64 wraps aroun
 
 @dataclass(frozen=True)
 class Novelty:
-    """How much of a text of `characters` characters occurs in another.
+    """How much of a text occurs in another.
 
     longest, start: the length of the longest passage that does, and its position in the text.
     shares: for each of `SIZES`, the share of the passages of this size; absent if the text is shorter.
     """
 
-    characters: int
     longest: int
     start: int
     shares: dict[int, float]
@@ -56,7 +54,7 @@ def novelty(text: Tensor, known: Tensor) -> Novelty:
         if matched.any():
             size, found, regions = size_, matched, covered
     if not size:
-        return Novelty(len(text), 0, 0, shares)
+        return Novelty(0, 0, shares)
     low, high = size, len(text)  # bisect for the longest
     while low < high:
         middle = min((low + high + 1) // 2, low * 2)
@@ -65,13 +63,13 @@ def novelty(text: Tensor, known: Tensor) -> Novelty:
             low, found, regions = middle, matched, covered
         else:
             high = middle - 1
-    return Novelty(len(text), low, int(found.long().argmax()), shares)
+    return Novelty(low, int(found.long().argmax()), shares)
 
 
 def training_text(path: Path, config: Config, vocab: str, source: str | None = None) -> Corpus:
-    """The corpus that the model file at `path` was trained on.
+    """Return the corpus that the model file at `path` was trained on.
 
-    source: where its text is now, if not where `config` has it.
+    source: the path of its text, if not that in `config`.
     Raises `CharlmError` for a text that is not found, and for another text: its fingerprint is not the one in
     the model's header, or its vocabulary, which is in the order of the characters' counts, is another.
     """
@@ -107,7 +105,9 @@ def _matches(text: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
         at = table.index_select(0, (hashed >> (64 - _BITS)) & (2**_BITS - 1)).nonzero()[:, 0]
         place = torch.searchsorted(distinct, hashed[at]).clamp_(max=len(distinct) - 1)
         at, place = at[distinct[place] == hashed[at]], place[distinct[place] == hashed[at]]
-        same = _equal(piece, at, text, first[place], size)
+        starts, same = first[place], torch.ones(len(at), dtype=torch.bool)
+        for step in range(size):  # two passages can have the same hash
+            same &= piece[at + step] == text[starts + step]
         at, place = at[same], place[same]
         seen[place] = True
         places.append(begin + at)
@@ -126,14 +126,6 @@ def _hashes(ids: Tensor, size: int) -> Tensor:
     if size % 2:
         pair = pair * (_ODD - 2) + _hashes(ids[size - 1 :], 1)
     return pair ^ (pair >> 31)
-
-
-def _equal(known: Tensor, at: Tensor, text: Tensor, begin: Tensor, size: int) -> Tensor:
-    """Compare known[at : at + size] with text[begin : begin + size] for each `at` (K,) and `begin` (K,)."""
-    same = torch.ones(len(at), dtype=torch.bool)
-    for step in range(size):
-        same &= known[at + step] == text[begin + step]
-    return same
 
 
 def _regions(known: Tensor, at: Tensor, size: int) -> Tensor:

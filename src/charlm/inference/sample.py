@@ -86,29 +86,22 @@ def _next_ids(
     if not length:
         return
     with evaluating(model):
-        logits, state = _read(model, prefix.long()[None].to(device))
-        logits, state = logits.repeat(B, 1), tuple(tensor.repeat(1, B, 1) for tensor in state)
+        state = model.initial_state(1)
+        for part in torch.split(prefix.long()[None].to(device), PREFIX_CHUNK, dim=1):
+            logits, state = model(part, state)
+        logits, state = logits[:, -1].repeat(B, 1), tuple(tensor.repeat(1, B, 1) for tensor in state)
     stepper = Stepper(model, quantize)
     for n in range(length):
         if n % _RANDOM_BLOCK == 0 and (sampling.temperature or not n):
-            uniforms = torch.stack([_random(_RANDOM_BLOCK, each) for each in generators], 1).unbind()
+            drawn = (
+                torch.rand(_RANDOM_BLOCK, dtype=torch.float64, generator=each, device="cpu")
+                for each in generators
+            )
+            uniforms = torch.stack([*drawn], 1).unbind()
         ids = choose(logits.cpu(), uniforms[n % _RANDOM_BLOCK], sampling)
         yield ids.tolist()
         if n < length - 1:
             logits, state = stepper.step(ids.to(device), state)
-
-
-def _read(model: CharLM, prefix: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the logits (1, V) after the ids `prefix` (1, N), and the state."""
-    state = model.initial_state(1)
-    for part in torch.split(prefix, PREFIX_CHUNK, dim=1):
-        logits, state = model(part, state)
-    return logits[:, -1], state
-
-
-def _random(count: int, generator: torch.Generator | None) -> Tensor:
-    """Return `count` numbers drawn uniformly from [0, 1)."""
-    return torch.rand(count, dtype=torch.float64, generator=generator, device="cpu")
 
 
 def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:

@@ -1,6 +1,5 @@
-"""`Sampling`: the options that decide which characters of the model's prediction may be drawn.
+"""`Sampling`: the options that decide which characters of the model's prediction can be drawn.
 
-The command line, the prompt and Python make a `Sampling`; it is passed whole to `sample` and the kernels.
 This module imports no torch, so that the command line can show the options without it.
 """
 
@@ -15,8 +14,12 @@ from charlm.errors import ConfigError
 _TYPES: dict[type, type] = {float: Real, int: Integral, str: str}  # NumPy's numbers are accepted too
 
 
-def _option(default: Any, allowed: str, is_allowed: Callable[[Any], bool], help: str) -> Any:  # noqa: A002
-    return field(default=default, metadata={"allowed": allowed, "is_allowed": is_allowed, "help": help})
+_Check = tuple[str, Callable[[Any], bool]]  # the allowed values in words, and whether a value is one
+_SHARE: _Check = ("above 0 and up to 1", lambda p: 0 < p <= 1)
+
+
+def _option(default: Any, check: _Check, help: str) -> Any:  # noqa: A002
+    return field(default=default, metadata={"allowed": check[0], "is_allowed": check[1], "help": help})
 
 
 @dataclass(frozen=True)
@@ -36,30 +39,22 @@ class Sampling:
 
     temperature: float = _option(
         0.7,
-        "a finite number, 0 or more",
-        lambda temperature: 0 <= temperature < math.inf,
+        ("a finite number, 0 or more", lambda temperature: 0 <= temperature < math.inf),
         "Divide the logits by this: below 1 the text is plainer, above 1 wilder; 0 always takes the most "
         "probable character.",
     )
     top_k: int | None = _option(
-        None,
-        "1 or more",
-        lambda k: 1 <= k < 2**63,
-        "Draw among this many most probable characters.",
+        None, ("1 or more", lambda k: 1 <= k < 2**63), "Draw among this many most probable characters."
     )
     top_p: float | None = _option(
-        None,
-        "above 0 and up to 1",
-        lambda p: 0 < p <= 1,
-        "Draw among the fewest characters that hold this probability together.",
+        None, _SHARE, "Draw among the fewest characters that hold this probability together."
     )
     min_p: float | None = _option(
         None,
-        "above 0 and up to 1",
-        lambda p: 0 < p <= 1,
+        _SHARE,
         "Draw among the characters at least this many times as probable as the most probable one.",
     )
-    stop: str = _option("", "a text", lambda stop: True, "End the text once it ends with this text.")
+    stop: str = _option("", ("a text", lambda stop: True), "End the text once it ends with this text.")
 
     def __post_init__(self) -> None:
         for option in fields(self):

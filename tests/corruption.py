@@ -1,10 +1,10 @@
-"""Damage model and state files at random and count whether charlm refuses them, loads something else, or crashes.
+"""Damage model and state files at random and count how charlm reads them: refuse, load something else, crash.
 
     python tests/corruption.py --count 1000 --seed 1
 
-prints the counts for each kind of damage, and the process's peak memory. A "crafted" file has a changed value and
-correct checksums, which no accident produces: it can load as something else, but must not crash. `test_corruption`
-tries a few files of each kind.
+prints the counts for each kind of damage, and the process's peak memory. A "crafted" file has a changed value
+and correct checksums, which no accident produces: it can load as something else, but must not crash.
+`test_corruption` tries a few files of each kind.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The trainings of test_distributed.py by two processes, each of which runs python two_processes.py FOLDER."""
+"""The trainings of test_distributed.py: two processes run python two_processes.py FOLDER."""
 
 import contextlib
 import os

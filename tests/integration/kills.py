@@ -2,9 +2,9 @@
 
     python tests/integration/kills.py --kills 100 --signals 20 --faults
 
-torch is imported once and a process is forked for each training, so that a training takes a second. The process
-is killed at a random time, or before a random one of its file operations. At the end, both models must have the
-same bytes, and the log and the state must be equal except for their times.
+torch is imported once and a process is forked for each training, so that a training takes a second. The
+process is killed at a random time, or before a random one of its file operations. At the end, both models must
+have the same bytes, and the log and the state must be equal except for their times.
 """
 
 import argparse
@@ -218,7 +218,7 @@ def kill(parent, setting, kills, draw):
         compare(expected, finish(folder, setting), setting, folder)
         trainings += 1
         shutil.rmtree(folder)
-    return f"{done} kills, {at_files} at a file operation, in {trainings} trainings: all equal to the undisturbed one"
+    return f"{done} kills, {at_files} at a file operation, in {trainings} trainings: all as undisturbed"
 
 
 def stop(parent, setting, number, times, draw):
@@ -242,7 +242,7 @@ def stop(parent, setting, number, times, draw):
             check_loads(training.run)
         compare(expected, finish(folder, setting), setting, folder)
         shutil.rmtree(folder)
-    return f"{done} times exit {128 + number}, {saved} saved first, {twice} sent twice: all equal to the undisturbed one"
+    return f"{done} times exit {128 + number}, {saved} saved first, {twice} sent twice: all as undisturbed"
 
 
 def _refused(training, *parts):
@@ -379,9 +379,7 @@ def run_all(kills, signals, faults, seed, settings):
         expected, _ = measure(parent, "windows builtin")
         for fault in FAULTS:
             skipped = fault(parent, expected)
-            print(
-                f"{fault.__name__:16} {skipped or 'one line; then equal to the undisturbed one'}", flush=True
-            )
+            print(f"{fault.__name__:16} {skipped or 'one line, then as undisturbed'}", flush=True)
     shutil.rmtree(parent)  # after a failure it stays, to be examined
 
 

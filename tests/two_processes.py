@@ -116,7 +116,7 @@ def main(folder):
             (folder / f"different.{group.rank}").write_text(str(error))
         if group.rank == 1:
             raise CharlmError("the disk is full")
-        group.wait()
+        group.largest(0)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python tests/integration/kills.py --kills 100 --signals 20 --faults
 
 torch is imported once and a process is forked for each training, so that a training takes a second. The
-process is killed at a random time, or before a random one of its file operations. At the end, both models must
-have the same bytes, and the log and the state must be equal except for their times.
+process is killed at a random time, or before a random one of its file operations. At the end, both models
+must have the same bytes, and the log and the state must be equal except for their times.
 """
 
 import argparse

@@ -121,11 +121,7 @@ class Run:
             raise CharlmError(f"cannot make {checkpoint.folder}: {error.strerror}") from None
         for source, target in ((self.last, checkpoint.last), (self.state, checkpoint.state)):
             if source.exists():  # a user may have deleted it
-                _link(source, target)
-
-    def replace_best(self, model: Path) -> None:
-        """Make the model file `model` the best model."""
-        _link(model, self.best)
+                link(source, target)
 
     def prune(self, steps: Collection[int]) -> None:
         """Remove all checkpoints except those of `steps`."""
@@ -268,14 +264,14 @@ def _model_of(run: Run) -> Path | None:
     return next((path for path in (run.best, run.last) if path.is_file()), None)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the file `source`, atomically."""
+def link(source: Path, target: Path) -> None:
+    """Make `target` a link to the file `source` or, on a file system without links, a copy; atomically."""
 
     def write(temporary: Path) -> None:
         temporary.unlink()
         try:
             os.link(source, temporary)
-        except OSError:  # a file system without links
+        except OSError:
             shutil.copyfile(source, temporary)
 
     write_atomically(target, write)

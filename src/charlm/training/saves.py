@@ -15,7 +15,7 @@ from charlm.nn.model import CharLM
 from charlm.storage import log
 from charlm.storage.header import read_header
 from charlm.storage.model_file import save_model
-from charlm.storage.run import Run
+from charlm.storage.run import Run, link
 from charlm.text.corpus import Corpus
 from charlm.training.progress import Progress
 
@@ -63,7 +63,7 @@ class Saves:
             # The best model is missing, or is of a step after the one that is resumed from.
             checkpoint = run.checkpoint(progress.best_step).last
             if _is_best(checkpoint, progress):
-                run.replace_best(checkpoint)
+                link(checkpoint, run.best)
             else:
                 progress.best_loss = math.inf
         if diverged_from_save:

@@ -1,10 +1,4 @@
-"""A run is a folder: its configuration, its models, the state to resume from, and its log.
-
-``config.yaml`` (resolved), ``model.safetensors`` (best on val), ``last.safetensors`` and
-``state.safetensors`` (to resume from), ``metrics.jsonl``, ``checkpoints/step-N/`` (earlier saves).
-
-``state.safetensors`` decides: after a kill between two writes, the other files are restored from it.
-"""
+"""A run is a folder: its configuration, its models, the state to resume from, its log and its checkpoints."""
 
 import contextlib
 import errno

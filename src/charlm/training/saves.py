@@ -76,11 +76,6 @@ class Saves:
         log.cut(run, progress.log_size)
         self._prune(progress)
 
-    def rollback_source(self, progress: Progress) -> Run:
-        """Return where the state of `progress.rollback_step` is."""
-        saved_last = self.step == progress.rollback_step
-        return self.run if saved_last else self.run.checkpoint(progress.rollback_step)
-
     def _write_models(self, progress: Progress, figures: dict[str, Any]) -> None:
         """Write the last model, and the best if this is the best and is not there yet."""
         best = figures.get("val_loss") == progress.best_loss and not _is_best(self.run.best, progress)

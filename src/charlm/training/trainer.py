@@ -239,7 +239,8 @@ class Trainer:
                 f"training diverged at step {left.step}: {why}{tried}; "
                 "use a smaller train.lr or train.clip: norm"
             )
-        self._load(self.saves.rollback_source(left))
+        saved_last = self.saves.step == left.rollback_step
+        self._load(run if saved_last else run.checkpoint(left.rollback_step))
         progress = learner.progress
         progress.rollbacks, progress.bad_steps = left.rollbacks + 1, left.bad_steps
         progress.bad_steps_in_a_row, progress.seconds = 0, left.seconds
@@ -317,12 +318,9 @@ class Trainer:
         return {**self.learner.state(), "figures": self.figures}
 
     def restore(self, run: Run, step: int | None = None, state: dict[str, Any] | None = None) -> None:
-        """Restore the state that `run` saved last, or the checkpoint that it kept of `step`; write nothing.
+        """Restore the last state of `run`, or that of `step`, as `Learner.load` does; write nothing.
 
-        A run that was never saved begins at step 0. `Learner.load` documents what happens when the
-        configuration or the number of processes is another.
-
-        state: the content of that save, if it was read already.
+        A run that was never saved begins at step 0. state: the content of that save, if it was read already.
 
         Raises `CharlmError` for a state that is missing, damaged, or of another corpus.
         """
@@ -333,7 +331,7 @@ class Trainer:
             return
         self._load(source, state)
         self.resumed = True
-        self.diverged_from_save = self.diverged_from_save or step is not None
+        self.diverged_from_save |= step is not None
 
     def _load(self, source: Run, state: dict[str, Any] | None = None) -> None:
         """Load the state that `source` holds, or `state`, read from there; raises as `restore` does."""

@@ -1,11 +1,10 @@
-"""Random damage to model and state files: does charlm refuse the file, load something else, or crash?
+"""Damage model and state files at random and count how charlm reads them: refuse, load something else, crash.
 
     python tests/corruption.py --count 1000 --seed 1
 
-prints how many files of each kind of damage came to which end, and the process's peak memory. The damage is
-done at random to files that charlm wrote. "crafted" files have a value changed and then the right checksums,
-as only a person would make them: they may load as something else, but must not crash. `test_corruption` tries
-a few of each kind.
+prints the counts for each kind of damage, and the process's peak memory. A "crafted" file has a changed value
+and correct checksums, which no accident produces: it can load as something else, but must not crash.
+`test_corruption` tries a few files of each kind.
 """
 
 import argparse
@@ -52,7 +51,7 @@ def seal_file(entries, content, body):
 
 
 def place(draw, data):
-    """Return a place in `data`: two times of three near its beginning or its end."""
+    """Return a position in `data`, two times of three near its beginning or its end."""
     return draw.choice([draw.randrange(len(data)), draw.randrange(2000), -draw.randrange(1, 800)]) % len(data)
 
 
@@ -164,7 +163,7 @@ NASTY += [{"$tensor": "rng"}, {"$tuple": 3}, {"$pairs": [[[], 0]]}, {"$float": "
 
 
 def crafted(draw, data, other):
-    """Change a value in the header and make the checksums right: a person may do this, an accident cannot."""
+    """Change a value in the header and correct the checksums."""
     entries, content, body = split_file(data)
     section = draw.choice([entries, content])
     while True:

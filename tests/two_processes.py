@@ -1,4 +1,4 @@
-"""What two processes do together for test_distributed.py: python two_processes.py FOLDER, once for each."""
+"""The trainings of test_distributed.py: two processes run python two_processes.py FOLDER."""
 
 import contextlib
 import os
@@ -30,19 +30,21 @@ CASES = {
     ],
 }  # fmt: skip
 ALWAYS = ["train.epochs=2", "train.optimizer=sgd", "train.lr=0.3", "train.eval_every=7", "model.dropout=0.0"]
+ALWAYS += ["train.precision=float32"]  # in bfloat16, one batch and its two halves round differently
 
 
 def configure(overrides, processes=1):
-    """The configuration of a case whose steps take as many sequences whatever the number of processes."""
+    """Return the configuration of a case; a step reads the same sequences with any number of processes."""
     config = from_data({}, "", [*TINY, "batches.batch_size=8", *ALWAYS, *overrides])
     batches = config.batches.model_copy(update={"batch_size": config.batches.batch_size // processes})
     return config.model_copy(update={"batches": batches})
 
 
 class Recorder:
-    """A reporter that keeps each step's loss, characters and gradients.
+    """A reporter that records each step's loss, characters and gradients.
 
-    It may break the training off after so many steps, or have the last process signalled at one.
+    stop_after: the number of steps after which it ends the training.
+    signal_at: the step at which the last process sends itself SIGTERM.
     """
 
     def __init__(self, trainer, stop_after=None, signal_at=None):
@@ -70,7 +72,7 @@ class Recorder:
 
 
 def train(text, overrides, folder, group=ALONE, stop_after=None, resume=False, signal_at=None):
-    """Train on `text` to the end, or until broken off after so many steps; the trainer and the steps."""
+    """Train on `text` to the end, or for `stop_after` steps; return the trainer and the recorded steps."""
     config = configure(overrides, group.size)
     corpus = Corpus.from_text(text[: config.corpus.max_chars or 900])
     trainer, run = Trainer(config, corpus, group), Run(folder)
@@ -85,7 +87,7 @@ def train(text, overrides, folder, group=ALONE, stop_after=None, resume=False, s
 
 
 def main(folder):
-    """All that the tests look at, left in `folder`."""
+    """Write everything that the tests examine into `folder`."""
     text = (folder / "text").read_text(encoding="utf-8")
     with joined() as group:
         torch.set_num_threads(1)
@@ -114,7 +116,7 @@ def main(folder):
             (folder / f"different.{group.rank}").write_text(str(error))
         if group.rank == 1:
             raise CharlmError("the disk is full")
-        group.wait()
+        group.largest(0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Kill trainings at random moments, resume them, and compare their ends with that of one that was left alone.
+"""Kill trainings at random moments, resume them, and compare the results with an undisturbed training.
 
     python tests/integration/kills.py --kills 100 --signals 20 --faults
 
-A process is forked for each training, after torch was imported once, so that a training takes a second. It is
-killed at a random time, or at a random one of its operations on files. What must be the same at the end, byte
-by byte: both models, the log but for its times, and the state but for its times.
+torch is imported once and a process is forked for each training, so that a training takes a second. The
+process is killed at a random time, or before a random one of its file operations. At the end, both models
+must have the same bytes, and the log and the state must be equal except for their times.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import time
 from pathlib import Path
 
 import torch
-import torch._dynamo  # optimisers do, in two seconds
+import torch._dynamo  # optimisers import it, which takes two seconds
 
 from charlm.cli import main
 from charlm.nn.kernels import native
 from charlm.storage.model_file import load_model
 from charlm.storage.run import Run
-from charlm.training import trainer as train  # noqa: F401 - so that the forked processes need not import them
+from charlm.training import trainer as train  # noqa: F401 - the forked processes do not import it again
 
 TINY = {
     "corpus.source": "corpus.txt",
@@ -54,7 +54,7 @@ SETTINGS = {
     "streams scratch": {**STREAMS, "model.implementation": "scratch", "train.ema": 0.9},
     "streams builtin": {**STREAMS, "model.implementation": "builtin", "train.checkpoint_every": "0.02s"},
     "streams fused": {**STREAMS, "model.implementation": "fused", "model.cell": "gru", "train.keep_last": 2},
-    # A learning rate at which the loss becomes infinite: steps are passed over, and the run goes back.
+    # With this learning rate the loss becomes infinite: steps are skipped, and the run rolls back.
     "diverging": {
         "model.implementation": "builtin",
         "model.cell": "rnn",
@@ -73,7 +73,7 @@ _FILE_OPERATIONS = {
 
 
 class Training:
-    """A training in its own process, in `folder`: a new one, or the rest of a killed one."""
+    """A process that trains in `folder`; it resumes the run in it, if there is one."""
 
     def __init__(self, folder, setting, die_at=0, prepare=lambda: None):
         self.run = Run(folder / "runs/k")
@@ -99,19 +99,19 @@ class Training:
                 os._exit(99)
 
     def wait(self):
-        """The exit code, as a shell gives it, and the last line of stderr."""
+        """Return the exit code, as in a shell, and the last line of stderr."""
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         lines = self.errors.read_text(encoding="utf-8").splitlines()
         return (128 - status if status < 0 else status), (lines[-1] if lines else "")
 
     def wait_for(self, path):
-        """Wait until the training has made `path`."""
+        """Wait until `path` exists."""
         while not path.exists():
             time.sleep(0.002)
 
 
 class _Reaper:
-    """Kills the process before its n-th operation on a file of the run."""
+    """An audit hook that kills the process before its n-th operation on a file of the run."""
 
     def __init__(self, n):
         self.left = n
@@ -124,7 +124,7 @@ class _Reaper:
 
 
 def make_folder(parent):
-    """A folder with a text of made-up words in it."""
+    """Create a folder with a text of invented words; return it."""
     folder = Path(tempfile.mkdtemp(dir=parent))
     folder.chmod(0o755)
     draw = random.Random(0)
@@ -138,7 +138,7 @@ def end_of(run):
     clock = {"seconds", "chars_per_second"}
     rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     state = run.load_state()
-    for key in ("seconds", "log_size"):  # the log's size: of numbers that are times
+    for key in ("seconds", "log_size"):  # the size of the log depends on the digits of its times
         del state["progress"][key]
     for key in ("since_evaluation", "since_row"):
         del state["progress"][key]["seconds"]
@@ -152,7 +152,7 @@ def end_of(run):
 
 
 def _sums(thing):
-    """The bytes of all tensors in `thing`."""
+    """Return the bytes of all tensors in `thing`."""
     if isinstance(thing, torch.Tensor):
         return thing.numpy().tobytes()
     if isinstance(thing, dict):
@@ -161,7 +161,7 @@ def _sums(thing):
 
 
 def check_loads(run):
-    """Read all files of the run: those that exist must be whole."""
+    """Read all files of the run that exist; raise an error for a damaged one."""
     if run.state.exists():
         run.load_state()
     for path in (run.best, run.last):
@@ -172,7 +172,7 @@ def check_loads(run):
 
 
 def finish(folder, setting):
-    """Resume the run to its end, and return its files then."""
+    """Train to the end; return the files as `end_of` does."""
     training = Training(folder, setting)
     code, line = training.wait()
     assert code == 0 or (code == 2 and "is finished" in line), f"{setting}: exit {code}: {line} ({folder})"
@@ -180,13 +180,13 @@ def finish(folder, setting):
 
 
 def compare(expected, found, setting, folder):
-    """Stop with the first difference."""
+    """Raise an error for the first difference."""
     for key, value in expected.items():
         assert found[key] == value, f"{setting}: another {key} ({folder})"
 
 
 def measure(parent, setting):
-    """Return how an undisturbed run ends, and how many seconds it takes."""
+    """Return the files of an undisturbed run, and how many seconds it takes."""
     folder, began = make_folder(parent), time.monotonic()
     expected = finish(folder, setting)
     seconds = time.monotonic() - began
@@ -198,7 +198,7 @@ def measure(parent, setting):
 
 
 def kill(parent, setting, kills, draw):
-    """Train until there were `kills` kills, and compare how each training ends."""
+    """Kill trainings `kills` times in all, resume them, and compare the files of each."""
     expected, seconds = measure(parent, setting)
     done, at_files, trainings = 0, 0, 0
     while done < kills:
@@ -218,11 +218,11 @@ def kill(parent, setting, kills, draw):
         compare(expected, finish(folder, setting), setting, folder)
         trainings += 1
         shutil.rmtree(folder)
-    return f"{done} kills, {at_files} at a file operation, in {trainings} trainings: all as if left alone"
+    return f"{done} kills, {at_files} at a file operation, in {trainings} trainings: all as undisturbed"
 
 
 def stop(parent, setting, number, times, draw):
-    """Send the signal `number`, sometimes twice, `times` times."""
+    """Stop trainings with the signal `number`, sometimes sent twice, `times` times in all."""
     expected, seconds = measure(parent, setting)
     done = saved = twice = 0
     while done < times:
@@ -234,19 +234,19 @@ def stop(parent, setting, number, times, draw):
             time.sleep(draw.uniform(0, 0.01))
             os.kill(training.pid, number)
         code, line = training.wait()
-        if code not in (0, 99):  # it had neither ended nor not yet started
+        if code not in (0, 99):  # it had started and not yet ended
             assert code == 128 + number, f"{setting}: exit {code}: {line} ({folder})"
-            said = f"go on with: charlm train --resume {Path('runs/k')}" in line
-            assert said or "interrupted" in line or number == signal.SIGTERM, line
-            done, saved, twice = done + 1, saved + said, twice + second
+            resumable = f"resume with: charlm train --resume {Path('runs/k')}" in line
+            assert resumable or "interrupted" in line or number == signal.SIGTERM, line
+            done, saved, twice = done + 1, saved + resumable, twice + second
             check_loads(training.run)
         compare(expected, finish(folder, setting), setting, folder)
         shutil.rmtree(folder)
-    return f"{done} times exit {128 + number}, {saved} saved first, {twice} sent twice: all as if left alone"
+    return f"{done} times exit {128 + number}, {saved} saved first, {twice} sent twice: all as undisturbed"
 
 
 def _refused(training, *parts):
-    """The training must end with one line that has the parts."""
+    """Raise an error unless the training ends with one line that contains the parts."""
     code, line = training.wait()
     lines = [text for text in training.errors.read_text().splitlines() if text.startswith("charlm: ")]
     assert code == 1 and lines == [line] and "Traceback" not in line, (code, line)
@@ -262,9 +262,9 @@ def _killed_run(parent, setting="windows builtin"):
 
 
 def file_size_limit(parent, expected):
-    """No file may grow beyond 20 KB."""
+    """Limit each file to 20 KB."""
     folder, run = _killed_run(parent)
-    before = run.state.read_bytes()  # the models may be mended before the first save that fails
+    before = run.state.read_bytes()  # the models can be restored before the first save fails
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     _refused(Training(folder, "windows builtin", prepare=limit), "cannot write", "File too large")
     assert run.state.read_bytes() == before
@@ -273,14 +273,14 @@ def file_size_limit(parent, expected):
 
 
 def full_disk(parent, expected):
-    """A file system that is full."""
+    """Resume on a full file system."""
     folder, run = _killed_run(parent)
     disk = folder / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) + 500_000
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True)
     if done.returncode:
-        return "not tried: " + done.stderr.decode().strip()
+        return "skipped: " + done.stderr.decode().strip()
     try:
         shutil.copytree(folder / "runs", disk / "runs")
         shutil.copy(folder / "corpus.txt", disk)
@@ -302,7 +302,7 @@ def full_disk(parent, expected):
 
 
 def _outside(training, folder, errors):
-    """A training whose stderr does not need the full disk."""
+    """Start a training whose stderr is not on the full disk."""
     (folder / "stderr.txt").unlink(missing_ok=True)
     (folder / "stderr.txt").symlink_to(errors)
     errors.touch()
@@ -310,18 +310,18 @@ def _outside(training, folder, errors):
 
 
 def read_only_folder(parent, expected):
-    """The run's folder is read only."""
+    """Resume in a read-only folder."""
     folder, run = _killed_run(parent)
     run.folder.chmod(0o555)
     (folder / "stderr.txt").chmod(0o666)
-    drop = lambda: os.getuid() or os.setuid(65534)  # root may write anywhere
+    drop = lambda: os.getuid() or os.setuid(65534)  # root can write everywhere
     _refused(Training(folder, "windows builtin", prepare=drop), "cannot write", "Permission denied")
     run.folder.chmod(0o755)
     compare(expected, finish(folder, "windows builtin"), "read-only", folder)
 
 
 def folder_gone(parent, expected):
-    """The run's folder is moved away under the training."""
+    """Move the run's folder away during the training."""
     folder, run = _killed_run(parent)
     training = Training(folder, "windows builtin")
     while "resumed" not in training.errors.read_text(encoding="utf-8"):
@@ -335,7 +335,7 @@ def folder_gone(parent, expected):
 
 
 def state_gone(parent, expected):
-    """The files are deleted under the training: it writes them again."""
+    """Delete the files during the training, which writes them again."""
     folder = make_folder(parent)
     training = Training(folder, "windows builtin")
     training.wait_for(training.run.last)
@@ -348,7 +348,7 @@ def state_gone(parent, expected):
 
 
 def two_at_once(parent, expected):
-    """A run that is being trained is not resumed."""
+    """Resume a run that another process is training."""
     folder = make_folder(parent)
     first = Training(folder, "windows builtin")
     first.wait_for(first.run.last)
@@ -364,9 +364,9 @@ FAULTS = [file_size_limit, full_disk, read_only_folder, folder_gone, state_gone,
 
 
 def run_all(kills, signals, faults, seed, settings):
-    """Print a line for each question."""
+    """Print a line for each setting and each fault."""
     torch.set_num_threads(1)
-    codecs.lookup("utf-8-sig")  # Python imports it late, which another user may not be allowed to
+    codecs.lookup("utf-8-sig")  # imported late by Python, where another user may have no access
     native.kernels(torch.float32)
     draw, parent = random.Random(seed), tempfile.mkdtemp()
     os.chmod(parent, 0o755)  # noqa: PTH101
@@ -379,8 +379,8 @@ def run_all(kills, signals, faults, seed, settings):
         expected, _ = measure(parent, "windows builtin")
         for fault in FAULTS:
             skipped = fault(parent, expected)
-            print(f"{fault.__name__:16} {skipped or 'one line, and then on as if left alone'}", flush=True)
-    shutil.rmtree(parent)  # what failed stays, to be looked at
+            print(f"{fault.__name__:16} {skipped or 'one line, then as undisturbed'}", flush=True)
+    shutil.rmtree(parent)  # after a failure it stays, to be examined
 
 
 if __name__ == "__main__":
@@ -389,7 +389,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--kills", type=int, default=0, help="SIGKILLs for each setting")
     parser.add_argument("--signals", type=int, default=0, help="SIGINTs and SIGTERMs for each setting")
-    parser.add_argument("--faults", action="store_true", help="full disks, folders that go away and the like")
+    parser.add_argument(
+        "--faults", action="store_true", help="try full disks, folders that are moved away and so on"
+    )
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("settings", nargs="*", metavar="SETTING", help=", ".join(SETTINGS))
     options = parser.parse_args()

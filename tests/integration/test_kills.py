@@ -5,7 +5,7 @@ import sys
 from conftest import ROOT
 
 
-def test_killed_trainings_end_as_if_they_had_been_left_alone():
+def test_killed_trainings_end_as_an_undisturbed_one():
     command = [
         sys.executable,
         ROOT / "tests/integration/kills.py",
@@ -17,4 +17,4 @@ def test_killed_trainings_end_as_if_they_had_been_left_alone():
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"diverging +[2-9] kills.*all as if left alone", done.stdout), done.stdout
+    assert re.search(r"diverging +[2-9] kills.*all as undisturbed", done.stdout), done.stdout

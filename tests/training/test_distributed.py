@@ -126,7 +126,7 @@ def test_processes_exchange_values(two):
         assert "different text" in (two.folder / f"different.{rank}").read_text()
 
 
-def test_an_error_of_one_process_ends_both_and_is_said_once(two):
+def test_error_of_one_process_ends_both_and_is_reported_once(two):
     assert two.codes == [1, 1]
     assert two.errors == ["EndedElsewhere: \n", "CharlmError: the disk is full\n"]
 
@@ -172,7 +172,7 @@ def test_world_size_of_1_needs_no_group(monkeypatch):
         assert group is ALONE
 
 
-def test_each_process_has_a_gpu_or_none_has(monkeypatch):
+def test_each_process_uses_another_gpu(monkeypatch):
     group = Group(rank=5, size=8, local_rank=1, local_size=4)
     assert group.device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -30,18 +30,28 @@ def test_learner_leaves_the_allocator_alone(words, monkeypatch):
 
 
 def test_bfloat16_trains_float32_weights(words):
-    learner = Learner(configure("model.implementation=scratch", "train.lr=0.02"), Corpus.from_text(words))
+    learner = Learner(configure("model.implementation=scratch"), Corpus.from_text(words))
     learner.precision = torch.bfloat16  # which `choose_precision` refuses on a CPU that emulates it
-    losses = []
-    for x, y in learner.batches.loader(1, 0):
-        learner.step(x, y)
-        losses.append(learner.progress.since_evaluation.nats / learner.progress.since_evaluation.characters)
-    assert losses[-1] < losses[0]
-    assert all(parameter.dtype == torch.float32 for parameter in learner.model.parameters())
+    predictions = []
+    learner.prediction.register_forward_hook(lambda module, inputs, output: predictions.append(output[0]))
+    before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    learner.step(*next(iter(learner.batches.loader(1, 0))))
+    assert [logits.dtype for logits in predictions] == [torch.bfloat16]
+    for parameter, old in zip(learner.model.parameters(), before, strict=True):
+        assert parameter.dtype == torch.float32 and not torch.equal(parameter, old)
+
+
+def test_small_step_lowers_the_loss_of_its_batch(words):
+    overrides = ["train.optimizer=sgd", "train.lr=0.01", "model.dropout=0.0", "train.precision=float32"]
+    learner = Learner(configure(*overrides, "train.schedule=constant"), Corpus.from_text(words))
+    batch = next(iter(learner.batches.loader(1, 0)))
+    first, second = learner.step(*batch)[0], learner.step(*batch)[0]
+    assert second < first
 
 
 def test_loss_on_last_trains_on_the_last_character_of_each_window(words):
-    learner = Learner(configure("train.loss_on=last", "model.dropout=0.0"), Corpus.from_text(words))
+    overrides = ["train.loss_on=last", "model.dropout=0.0", "train.precision=float32"]
+    learner = Learner(configure(*overrides), Corpus.from_text(words))
     x, y = next(iter(learner.batches.loader(1, 0)))
     logits, _ = learner.model.eval()(x, learner.model.initial_state(len(x)))
     expected = F.cross_entropy(logits[:, -1], y[:, -1]).item()
@@ -49,7 +59,7 @@ def test_loss_on_last_trains_on_the_last_character_of_each_window(words):
     assert (loss, characters) == (pytest.approx(expected, rel=1e-5), len(x))
 
 
-def test_a_backward_model_trains_on_the_text_reversed(words):
+def test_backward_model_trains_on_the_text_reversed(words):
     forward, backward = (
         Learner(configure(f"model.direction={d}", "batches.shuffle=false"), Corpus.from_text(words))
         for d in ("forward", "backward")

@@ -81,13 +81,11 @@ def same_weights(first, second):
 
 
 @pytest.mark.parametrize("sampling", ["sliding", "contiguous"])
-def test_training_lowers_the_loss_and_logs_it(train, sampling):
-    trainer, run, reporter = train("train.epochs=3", f"batches.sampling={sampling}", "train.lr=0.02")
+def test_log_has_each_evaluation_and_the_test_of_the_best_model(train, sampling):
+    trainer, run, reporter = train("train.epochs=3", f"batches.sampling={sampling}")
     *evaluations, test = [row for row in rows(run) if "val_loss" in row or "test_loss" in row]
     assert [row["epoch"] for row in evaluations] == [1, 2, 3]
     assert evaluations[2]["step"] == 3 * trainer.learner.steps_per_epoch
-    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < math.log(12)
-    assert evaluations[-1]["train_loss"] < evaluations[0]["train_loss"]
     named = {"step", "epoch", "train_loss", "val_loss", "lr", "grad_norm", "chars_per_second", "seconds"}
     assert named <= reporter.rows[0][0].keys()
     best = load_model(run.best)
@@ -278,11 +276,6 @@ def test_more_epochs_extend_a_finished_run(train):
     assert [row["epoch"] for row in rows(run) if "val_loss" in row] == [1, 2, 3]
 
 
-def test_a_loss_that_is_not_finite_stops_with_advice(train):
-    with pytest.raises(CharlmError, match="diverged.*train.lr"):
-        train("train.optimizer=sgd", "train.lr=1e30", "train.clip=none", "train.schedule=constant")
-
-
 def poison(monkeypatch, steps):
     """Make the loss NaN at `steps` of all that are tried; returns the learning rates of all."""
     rates, training, step, forward = [], [], Learner.step, Prediction.forward
@@ -299,6 +292,15 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(Learner, "step", noted)
     monkeypatch.setattr(Prediction, "forward", poisoned)
     return rates
+
+
+ALL_STEPS = range(1, 10**9)
+
+
+def test_diverged_training_stops_with_advice(train, monkeypatch):
+    poison(monkeypatch, ALL_STEPS)
+    with pytest.raises(CharlmError, match=r"diverged.*train\.lr"):
+        train()
 
 
 def test_step_that_is_not_finite_is_skipped(words, monkeypatch):
@@ -408,17 +410,18 @@ def test_other_batches_restart_the_epoch(train, words):
 
 
 @pytest.mark.parametrize("change", ["batches.seq_len=4", "train.max_rollbacks=1"])
-def test_changed_run_can_roll_back_and_stops(train, words, tmp_path, change):
-    """In other batches the save to go back to is of another step; fewer rollbacks may be left than none."""
-    diverging = ["train.lr=1e30", "train.clip=none", "train.schedule=constant", "train.optimizer=sgd"]
+def test_changed_run_can_roll_back_and_stops(train, words, tmp_path, monkeypatch, change):
+    """Other batches count other steps; the run may have rolled back more often than is now allowed."""
     begin = ["train.max_steps=77", "train.max_bad_steps=2"]
     if "rollbacks" in change:
+        poison(monkeypatch, ALL_STEPS)
         with pytest.raises(CharlmError, match="3 rollbacks"):
-            train(*begin, *diverging)
+            train(*begin)
     else:
         train(*begin)
+        poison(monkeypatch, ALL_STEPS)
     run = Run(tmp_path / "run")
-    other = Trainer(configure("train.max_steps=400", *begin[1:], *diverging, change), Corpus.from_text(words))
+    other = Trainer(configure("train.max_steps=400", *begin[1:], change), Corpus.from_text(words))
     other.restore(run)
     with pytest.raises(CharlmError, match="diverged .* 3 rollbacks"):
         other.train(run, Silent())
@@ -441,7 +444,7 @@ def test_run_resumes_from_a_kept_checkpoint(train, words):
     assert own.exists()
 
 
-def test_a_run_killed_before_its_first_evaluation_can_be_resumed(train):
+def test_run_killed_before_its_first_evaluation_can_be_resumed(train):
     def die():
         raise KeyboardInterrupt
 
@@ -460,12 +463,12 @@ def test_max_steps_overrides_epochs(train):
     assert train("train.epochs=1", "train.max_steps=70", "train.eval_every=70")[0].learner.progress.step == 70
 
 
-def test_val_can_be_limited(words):
+def test_max_val_windows_limits_val(words):
     trainer = Trainer(configure("batches.max_val_windows=3", "batches.stride=2"), Corpus.from_text(words))
     assert len(trainer.val) == 2 * 2 + 8 + 1
 
 
-def test_a_val_split_too_short(words):
+def test_val_split_that_is_too_short_is_refused(words):
     with pytest.raises(CharlmError, match="val split has 1 characters"):
         Trainer(configure(), Corpus.from_text(words, (0.999, 0.0005, 0.0005)))
 
@@ -512,13 +515,10 @@ def test_resume_refuses_another_model(train, words, tmp_path):
 
 
 def test_metrics_of_a_filling_model_have_their_own_names(train):
-    _, run, reporter = train(
-        "model.direction=both", "train.epochs=3", "train.lr=0.02", "train.sample_chars=9"
-    )
-    *evaluations, test = rows(run)
-    assert "val_pseudo_perplexity" in evaluations[0] and "test_pseudo_perplexity" in test
+    _, run, reporter = train("model.direction=both", "train.epochs=1", "train.sample_chars=9")
+    evaluation, test = rows(run)
+    assert "val_pseudo_perplexity" in evaluation and "test_pseudo_perplexity" in test
     assert not any("perplexity" in key and "pseudo" not in key for row in rows(run) for key in row)
-    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"]
     assert reporter.samples == []
 
 

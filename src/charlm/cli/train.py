@@ -47,9 +47,7 @@ def train(
     if not resume and (at is not None or allow_changes):
         raise ConfigError("--at and --allow-changes need --resume RUN")
     if resume and (recipe or name):
-        raise ConfigError(
-            "--resume takes the run's own configuration and name; leave out --config and --name"
-        )
+        raise ConfigError("--resume uses the run's configuration and name; leave out --config and --name")
 
     from charlm import config as configuration
     from charlm.nn.kernels.native import keep_memory
@@ -110,10 +108,7 @@ def train(
 def _load_run(
     run: "Run", overrides: tuple[str, ...], at: int | None, allow_changes: bool, processes: int
 ) -> tuple["Config", dict[str, Any] | None]:
-    """Return the configuration to resume `run` with, and the state that it saved last or at the step `at`.
-
-    The state is None for a run that was never saved.
-    """
+    """Return the configuration to resume `run` with, and the state saved last or at step `at`, if any."""
     from charlm import config as configuration
     from charlm.training.learner import refuse_changes
 
@@ -133,9 +128,6 @@ def _load_run(
     config = configuration.override(before, overrides)
     refuse_changes(before, config, allow_changes)
     return config, state
-
-
-_SHORT = 2**26  # bytes that are read in a moment, without a bar
 
 
 def bar(total: int, **options: Any) -> "tqdm[Any] | None":
@@ -167,7 +159,7 @@ class TrainingDisplay:
 
     def reading(self, count: int, total: int) -> None:
         """Show that `count` more bytes of the corpus, of `total`, were read; a short corpus has no bar."""
-        if self.bar is None and total > _SHORT and not self.silent:
+        if self.bar is None and total > 2**26 and not self.silent:
             self.bar = bar(total, desc="reading")
         if self.bar is not None:
             self.bar.update(count)
@@ -210,7 +202,7 @@ class TrainingDisplay:
 
     def sample(self, text: str) -> None:
         """Print a text of the model, indented."""
-        self.say("".join(f"    | {line}\n" for line in text.strip("\n").split("\n")).rstrip("\n"))
+        self.say("\n".join(f"    | {line}" for line in text.strip("\n").split("\n")))
 
     def finished(self, best: dict[str, Any], test: Score | None, folder: Path, prefix: str) -> None:
         """Print the metrics of the best model, its file, and a command that generates with it."""

@@ -17,15 +17,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from charlm import config as configuration
 from charlm.config import Config
 from charlm.errors import CharlmError, ConfigError, one_line
-from charlm.files import json_text
+from charlm.files import json_text, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,24 +40,17 @@ _TYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "I64": ("int64", 8), "U8
 _CODES = {f"torch.{name}": code for code, (name, _) in _TYPES.items()}
 
 
-class Layout(NamedTuple):
-    """The type of a tensor, as torch names it ("float32"), and its shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class Container:
     """The header of a model or state file.
 
     content: the JSON that was saved.
-    tensors: the layout of each tensor, by name, in the order of their bytes.
+    tensors: the type of each tensor, as in torch ("float32"), and its shape, in the order of their bytes.
     data_sha256: the checksum of those bytes, in hexadecimal.
     """
 
     content: dict[str, Any]
-    tensors: dict[str, Layout]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
     data_sha256: str
 
 
@@ -72,9 +65,9 @@ class Header:
 
     config: Config
     vocab: str
-    figures: dict[str, Any] = field(default_factory=dict)
-    fingerprint: str = ""
-    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    figures: dict[str, Any]
+    fingerprint: str
+    tensors: dict[str, tuple[int, ...]]
 
     @property
     def parameters(self) -> int:
@@ -100,11 +93,11 @@ def model_header(container: Container, path: Path) -> Header:
             raise ValueError("invalid vocabulary")
         if not (isinstance(figures, dict) and isinstance(fingerprint, str)):
             raise ValueError("invalid figures or fingerprint")
-        for name, layout in container.tensors.items():
-            if layout.dtype != "float32":
+        for name, (dtype, _) in container.tensors.items():
+            if dtype != "float32":
                 raise ValueError(f"the tensor {one_line(name)} is not float32")
         config = configuration.from_data(content["config"], str(path))
-        shapes = {name: layout.shape for name, layout in container.tensors.items()}
+        shapes = {name: shape for name, (_, shape) in container.tensors.items()}
         return Header(config, vocab, figures, fingerprint, shapes)
 
 
@@ -119,6 +112,16 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         yield file
 
 
+def save_container(path: Path, kind: str, content: dict[str, Any], tensors: Mapping[str, "Tensor"]) -> None:
+    """Write a file of this `kind` to `path`, atomically; the arguments are those of `write_container`."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            write_container(file, kind, content, tensors)
+
+    write_atomically(path, write)
+
+
 def write_container(
     file: BinaryIO, kind: str, content: dict[str, Any], tensors: Mapping[str, "Tensor"]
 ) -> None:
@@ -130,26 +133,16 @@ def write_container(
     # Larger types first, so that each tensor is aligned, as the safetensors library does it.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     on_cpu = [tensors[name].detach().cpu().contiguous() for name in names]
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {"__metadata__": {}}
     digest, end = hashlib.sha256(), 0
     for name, tensor in zip(names, on_cpu, strict=True):
         digest.update(_memory(tensor))
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": _CODES[str(tensor.dtype)],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    about = {
-        "format": FORMAT,
-        "kind": kind,
-        "header_sha256": NO_DIGEST,
-        "data_sha256": digest.hexdigest(),
-        **content,
-    }
-    header = json_text(
-        {"__metadata__": {"charlm": json_text(about)}, **entries}, separators=(",", ":")
-    ).encode()
+        begin, end = end, end + tensor.nbytes
+        code = _CODES[str(tensor.dtype)]
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    about = {"format": FORMAT, "kind": kind, "header_sha256": NO_DIGEST, "data_sha256": digest.hexdigest()}
+    entries["__metadata__"]["charlm"] = json_text({**about, **content})
+    header = json_text(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     header = header.replace(NO_DIGEST.encode(), hashlib.sha256(header).hexdigest().encode(), 1)
     file.write(len(header).to_bytes(8, "little") + header)
@@ -176,8 +169,7 @@ def read_container(file: BinaryIO, path: Path, kind: str) -> Container:
             raise damaged(path, "the checksum of its header does not match")
         if (found_kind := content.pop("kind")) != kind:
             raise CharlmError(f"{path} is a {one_line(str(found_kind))} file, not a {kind} file")
-        tensors = _layouts(entries)
-        size = sum(prod(shape) * _itemsize(dtype) for dtype, shape in tensors.values())
+        tensors, size = _layouts(entries)
         expected, found = file.tell() + size, _size(file)
         if found != expected:
             cut = "it is cut short: " if found < expected else ""
@@ -232,8 +224,8 @@ def _raw_header(file: BinaryIO, path: Path) -> bytes:
     return file.read(size)
 
 
-def _layouts(entries: dict[str, Any]) -> dict[str, Layout]:
-    """Return the tensors' layouts in the order of their bytes; `ValueError` for gaps and overlaps."""
+def _layouts(entries: dict[str, Any]) -> tuple[dict[str, tuple[str, tuple[int, ...]]], int]:
+    """Return the tensors' types and shapes and the number of their bytes; refuse gaps and overlaps."""
     layouts, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         shape, (begin, stop) = entry["shape"], entry["data_offsets"]
@@ -242,8 +234,8 @@ def _layouts(entries: dict[str, Any]) -> dict[str, Layout]:
         dtype, itemsize = _TYPES[entry["dtype"]]
         if type(begin) is not int or begin != end or stop - begin != itemsize * prod(shape):
             raise ValueError(f"the bytes of {one_line(name)} do not fit its shape, or are misplaced")
-        layouts[name], end = Layout(dtype, tuple(shape)), stop
-    return layouts
+        layouts[name], end = (dtype, tuple(shape)), stop
+    return layouts, end
 
 
 def _parse(text: str | bytes) -> dict[str, Any]:
@@ -268,9 +260,7 @@ def _check_format(path: Path, version: Any) -> None:
     if type(version) is not int or version < 1:
         raise ValueError("invalid format")
     if version > FORMAT:
-        raise CharlmError(
-            f"{path} has format {version}, newer than this charlm reads ({FORMAT}); upgrade charlm"
-        )
+        raise CharlmError(f"{path} has format {version}, newer than this charlm reads; upgrade charlm")
     if version < FORMAT:
         raise CharlmError(f"{path} has format {version}, of a charlm before its first release; train again")
 
@@ -283,11 +273,6 @@ def _size(file: BinaryIO) -> int:
     return size
 
 
-def _itemsize(dtype: str) -> int:
-    return dict(_TYPES.values())[dtype]
-
-
 def _memory(tensor: "Tensor") -> memoryview:
     """Return the bytes of `tensor`, contiguous and on the CPU; they are valid as long as the tensor is."""
-    size = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -24,9 +24,7 @@ def append(run: Run, row: Row, sync: bool = True) -> int:
     Raises `CharlmError` for a log that cannot be written.
     """
     finite = {
-        key: value
-        for key, value in row.items()
-        if not (isinstance(value, float) and not math.isfinite(value))
+        key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)
     }
     line = (json.dumps(finite, allow_nan=False) + "\n").encode()
     try:

@@ -13,7 +13,6 @@ from torch import Tensor
 from charlm import config as configuration
 from charlm.config import Config
 from charlm.errors import one_line
-from charlm.files import write_atomically
 from charlm.nn.device import Uninitialised
 from charlm.nn.model import CharLM, make_model
 from charlm.storage.header import (
@@ -22,7 +21,7 @@ from charlm.storage.header import (
     opened,
     read_container,
     read_tensors,
-    write_container,
+    save_container,
 )
 from charlm.text.vocab import Vocab
 
@@ -46,13 +45,7 @@ def save_model(
         "figures": figures,
         "fingerprint": fingerprint,
     }
-    tensors = dict(model.named_parameters())  # a tied weight occurs once
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            write_container(file, "model", content, tensors)
-
-    write_atomically(path, write)
+    save_container(path, "model", content, dict(model.named_parameters()))  # a tied weight occurs once
 
 
 @dataclass(frozen=True)
@@ -86,10 +79,8 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
             names = sorted(shapes.keys() | header.tensors)
             wrong = [name for name in names if shapes.get(name) != header.tensors.get(name)]
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise damaged(
-                path,
-                f"its tensors do not fit its configuration ({', '.join(map(one_line, wrong[:4]))}{more})",
-            )
+            found = ", ".join(map(one_line, wrong[:4])) + more
+            raise damaged(path, f"its tensors do not fit its configuration ({found})")
         with Uninitialised(), torch.device("cpu"):  # whatever torch's default device is
             model = make_model(len(header.vocab), config.model, torch.device(device)).float()
         read_tensors(file, path, container, dict(model.named_parameters()))

@@ -1,10 +1,4 @@
-"""A run is a folder: its configuration, its models, the state to resume from, and its log.
-
-``config.yaml`` (resolved), ``model.safetensors`` (best on val), ``last.safetensors`` and
-``state.safetensors`` (to resume from), ``metrics.jsonl``, ``checkpoints/step-N/`` (earlier saves).
-
-``state.safetensors`` decides: after a kill between two writes, the other files are restored from it.
-"""
+"""A run is a folder: its configuration, its models, the state to resume from, its log and its checkpoints."""
 
 import contextlib
 import errno
@@ -121,11 +115,7 @@ class Run:
             raise CharlmError(f"cannot make {checkpoint.folder}: {error.strerror}") from None
         for source, target in ((self.last, checkpoint.last), (self.state, checkpoint.state)):
             if source.exists():  # a user may have deleted it
-                _link(source, target)
-
-    def replace_best(self, model: Path) -> None:
-        """Make the model file `model` the best model."""
-        _link(model, self.best)
+                link(source, target)
 
     def prune(self, steps: Collection[int]) -> None:
         """Remove all checkpoints except those of `steps`."""
@@ -268,14 +258,14 @@ def _model_of(run: Run) -> Path | None:
     return next((path for path in (run.best, run.last) if path.is_file()), None)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the file `source`, atomically."""
+def link(source: Path, target: Path) -> None:
+    """Make `target` a link to the file `source` or, on a file system without links, a copy; atomically."""
 
     def write(temporary: Path) -> None:
         temporary.unlink()
         try:
             os.link(source, temporary)
-        except OSError:  # a file system without links
+        except OSError:
             shutil.copyfile(source, temporary)
 
     write_atomically(target, write)

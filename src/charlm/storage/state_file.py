@@ -12,20 +12,22 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from charlm.files import write_atomically
-from charlm.storage.header import checking, opened, read_container, read_tensors, write_container
+from charlm.storage.header import (
+    checking,
+    opened,
+    read_container,
+    read_tensors,
+    save_container,
+    write_container,
+)
 
 _FLOATS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path`, atomically; the bytes depend on `state` alone."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            write_state(file, state)
-
-    write_atomically(path, write)
+    tensors: dict[str, Tensor] = {}
+    save_container(path, "state", {"state": _encode(state, "", tensors)}, tensors)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -40,8 +42,7 @@ def load_state(path: Path) -> dict[str, Any]:
 def write_state(file: BinaryIO, state: dict[str, Any]) -> None:
     """Write `state` to `file`, as a state file."""
     tensors: dict[str, Tensor] = {}
-    tree = _encode(state, "", tensors)
-    write_container(file, "state", {"state": tree}, tensors)
+    write_container(file, "state", {"state": _encode(state, "", tensors)}, tensors)
 
 
 def read_state(file: BinaryIO, path: Path) -> dict[str, Any]:
@@ -49,8 +50,8 @@ def read_state(file: BinaryIO, path: Path) -> dict[str, Any]:
     container = read_container(file, path, "state")
     with checking(path):
         tensors = {
-            name: torch.empty(layout.shape, dtype=getattr(torch, layout.dtype), device="cpu")
-            for name, layout in container.tensors.items()
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+            for name, (dtype, shape) in container.tensors.items()
         }
         left = dict(tensors)
         state = _decode(container.content["state"], left)

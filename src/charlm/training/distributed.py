@@ -34,10 +34,6 @@ from charlm.text.batches import mix
 
 Value = TypeVar("Value")
 
-# The others wait while the first process scores val. A process that dies is noticed at once in spite of this,
-# because its connections close.
-_TIMEOUT = timedelta(hours=24)
-
 
 @dataclass(frozen=True)
 class Group:
@@ -72,10 +68,10 @@ class Group:
                 "(each process takes another GPU)"
             )
         choose_device("cuda")
-        if self.local_size > torch.cuda.device_count():
+        if self.local_size > (count := torch.cuda.device_count()):
             raise ConfigError(
-                f"{self.local_size} processes need {self.local_size} GPUs, and this machine has "
-                f"{torch.cuda.device_count()}; lower --nproc-per-node or set train.device=cpu"
+                f"{self.local_size} processes need as many GPUs, and this machine has {count}; "
+                "lower --nproc-per-node or set train.device=cpu"
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
@@ -117,16 +113,11 @@ class Group:
         dist.all_gather(parts, tensor, self.gloo)
         return torch.stack(parts)
 
-    def side_by_side(self, tensor: Tensor) -> Tensor:
-        """Return the processes' tensors, all of shape (L, B, H), as one (L, size · B, H) on the CPU."""
-        return torch.cat(list(self.gathered(tensor)), 1)
-
     def from_first(self, find: Callable[[], Value]) -> Value:
         """Return the result of `find`, a JSON value, which only the first process calls."""
         if self.size == 1:
             return find()
-        data = json.dumps(find()).encode() if self.first else b""
-        value: Value = json.loads(self._broadcast(data))
+        value: Value = json.loads(self._broadcast(json.dumps(find()).encode() if self.first else b""))
         return value
 
     def state(self, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -139,15 +130,12 @@ class Group:
         data = self._broadcast(buffer.getvalue())
         return state if self.first else read_state(io.BytesIO(data), Path("the first process's state"))
 
-    def _broadcast(self, data: bytes) -> bytes:
-        """Return the first process's bytes."""
-        size = torch.tensor([len(data)])
-        dist.broadcast(size, 0, self.gloo)
-        buffer = torch.empty(int(size), dtype=torch.uint8)
-        if self.first:
-            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, 0, self.gloo)
-        return buffer.numpy().tobytes()
+    def _broadcast(self, data: bytes) -> bytearray:
+        """Return the first process's bytes, of which there is at least one."""
+        buffer = bytearray(self.largest(len(data)))
+        buffer[: len(data)] = data
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), 0, self.gloo)
+        return buffer
 
     def in_turn(self, load: Callable[[], Value]) -> Value:
         """Return the result of `load`, called on one process of each machine first, then on the others.
@@ -155,12 +143,8 @@ class Group:
         The others find the files that the first call leaves on the disk.
         """
         value = load() if self.local_rank == 0 else None
-        self.wait()
+        self.largest(0)  # waits for the others
         return load() if value is None else value
-
-    def wait(self) -> None:
-        """Wait until all processes have called this."""
-        self.largest(0)
 
     def check_same(self, name: str, value: str) -> None:
         """Raise `CharlmError` unless all processes have the same `value`; `name` says what it is."""
@@ -192,7 +176,9 @@ def joined() -> Iterator[Group]:
         store = next(rendezvous("env://", rank, size, timeout=timedelta(minutes=10)))[0]
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        gloo = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        # The others wait while the first process scores val. The end of a process is noticed at once, because
+        # its connections close.
+        gloo = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     except (RuntimeError, ValueError) as error:
         raise CharlmError(f"process {rank} of {size} cannot join the others: {_line(error)}") from None
     try:
@@ -222,16 +208,16 @@ def end_process(code: int) -> NoReturn:
 def _from_environment() -> tuple[int, int, int, int]:
     """Return RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or those of a single process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    found = {name: os.environ.get(name) for name in names}
-    if not (found["RANK"] or found["WORLD_SIZE"]):
+    texts = [os.environ.get(name, "") for name in names]
+    if not any(texts[:2]):
         return 0, 1, 0, 1
-    variables = ", ".join(f"{name}={value}" for name, value in found.items())
     try:
-        rank, size = int(found["RANK"] or ""), int(found["WORLD_SIZE"] or "")
-        local_rank, local_size = int(found["LOCAL_RANK"] or rank), int(found["LOCAL_WORLD_SIZE"] or size)
+        rank, size = map(int, texts[:2])
+        local_rank, local_size = int(texts[2] or rank), int(texts[3] or size)
         if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
             raise ValueError
     except ValueError:
+        variables = ", ".join(map("=".join, zip(names, texts, strict=True)))
         raise ConfigError(
             f"invalid environment variables {variables}; "
             "start several processes with torchrun, or unset RANK and WORLD_SIZE"
@@ -240,7 +226,7 @@ def _from_environment() -> tuple[int, int, int, int]:
 
 
 def _first_to_end(error: BaseException, rank: int, size: int, store: Any) -> BaseException:
-    """Return the error to raise: on the first process to meet one its own, on the others `EndedElsewhere`."""
+    """Return the error to raise: `error` on the first process to have one, else `EndedElsewhere`."""
     lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
     try:
         first = store.add("charlm/ended", 1) == 1

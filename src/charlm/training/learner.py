@@ -5,6 +5,7 @@ scheduled sampling. `refuse_changes` says which settings can change when a run i
 """
 
 import copy
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from charlm.config import Config, ModelConfig, TrainConfig
+from charlm.config import Config, CorpusConfig, ModelConfig, TrainConfig
 from charlm.errors import ConfigError, one_line
 from charlm.nn.cells import State
 from charlm.nn.device import autocast, choose_precision
@@ -28,7 +29,6 @@ from charlm.training.distributed import ALONE, Group
 from charlm.training.optim import (
     clip_gradients,
     load_optimizer,
-    load_plateau,
     lr_factor,
     make_optimizer,
     make_plateau,
@@ -114,7 +114,9 @@ class Learner:
         if self.plateau is None:
             factor = lr_factor(progress.step, train, self.total_steps, self.steps_per_epoch)
             set_lr(self.optimizer, train.lr * factor * 0.5**progress.rollbacks)
-        sequences = self._sequences(len(x))
+        sequences = len(x)  # that all processes together read in this step
+        if self.group.size > 1:
+            sequences = self.batches.sequences(progress.step % self.steps_per_epoch)
         weight = len(x) / sequences  # of this process in the mean over all processes' characters
         if not weight:  # the other processes wait for its gradients, which count nothing
             x = y = x.new_zeros(1, x.shape[1])
@@ -154,12 +156,6 @@ class Learner:
             sums.add(nats if finite else 0.0, characters if finite else 0, seconds)
         return nats, characters, seconds
 
-    def _sequences(self, own: int) -> int:
-        """Return how many sequences all processes together read in this step; this process reads `own`."""
-        if self.group.size == 1:
-            return own
-        return self.batches.sequences(self.progress.step % self.steps_per_epoch)
-
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the training depends on; all processes must call this.
 
@@ -177,7 +173,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau and self.plateau.state_dict(),
             "sequences": self.config.batches.batch_size * self.group.size,
-            "carried": self.carried and tuple(map(self.group.side_by_side, self.carried)),
+            "carried": self.carried and tuple(torch.cat([*self.group.gathered(t)], 1) for t in self.carried),
             "rng": self.group.gathered(torch.get_rng_state()),
             "cuda_rng": self.group.gathered(torch.cuda.get_rng_state(self.device)) if cuda else None,
         }
@@ -196,40 +192,30 @@ class Learner:
         _check_types(state["progress"], asdict(Progress()))
         for name in ("since_evaluation", "since_row"):
             _check_types(state["progress"][name], asdict(Sums()))
-        changed = set(differences(config, self.config))
-        # Another number of processes can read the same sequences in each step.
-        changed -= {"batches.batch_size"}
+        changed = set(differences(config, self.config)) - {"batches.batch_size"}
+        # Another number of processes, each with another batch_size, can read the same sequences in each step.
         if state["sequences"] != self.config.batches.batch_size * self.group.size:
-            changed |= {"batches.batch_size"}
+            changed.add("batches.batch_size")
         self.progress = Progress(**state["progress"])
         load_weights(self.model, state["weights"])
         if self.config.train.ema:
             load_weights(self.scored, state["average"] or state["weights"])
-        self._load_optimizer(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.plateau and state["plateau"]:
             own = self.plateau.state_dict()
             _check_types(state["plateau"], {key: own[key] for key in own.keys() & state["plateau"]})
-            load_plateau(self.plateau, state["plateau"])
-        if changed & {
-            "train.lr",
-            "train.schedule",
-        }:  # set now: without the halvings of earlier rollbacks
+            settings = {key: own[key] for key in ("factor", "patience", "min_lrs")}
+            self.plateau.load_state_dict({**state["plateau"], **settings})
+        if changed & {"train.lr", "train.schedule"}:  # the new rate, without the halvings of rollbacks
             self.progress.rollbacks = 0
             set_lr(self.optimizer, self.config.train.lr)
         self._load_processes(state)
         if changed & REORDERING or state["steps_per_epoch"] != self.steps_per_epoch:
-            self._begin_epoch_again(state["steps_per_epoch"])
+            # The step counts other batches: go to the beginning of its epoch, counted in these.
+            self.progress.step = self.progress.step // state["steps_per_epoch"] * self.steps_per_epoch
+            self.progress.since_evaluation, self.progress.since_row = Sums(), Sums()
+            self.carried = None
         return bool(changed)
-
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load the optimiser's moments, each of which has its parameter's shape or none."""
-        load_optimizer(self.optimizer, state)
-        for group in self.optimizer.param_groups:
-            _check_types(group, {"lr": 0.0})
-            for parameter in group["params"]:
-                for name, tensor in self.optimizer.state[parameter].items():
-                    if tensor.shape not in (torch.Size(), parameter.shape):
-                        raise ValueError(f"the optimiser's {name} has the shape {tuple(tensor.shape)}")
 
     def _load_processes(self, state: dict[str, Any]) -> None:
         """Load the part of the state that differs between the processes."""
@@ -247,13 +233,6 @@ class Learner:
         else:
             torch.manual_seed(mix(self.config.train.seed, rank, self.progress.step))
 
-    def _begin_epoch_again(self, steps_per_epoch: int) -> None:
-        """Set the step, counted in other batches, to the beginning of its epoch, counted in these."""
-        progress = self.progress
-        progress.step = progress.step // steps_per_epoch * self.steps_per_epoch
-        progress.since_evaluation, progress.since_row = Sums(), Sums()
-        self.carried = None
-
 
 class Prediction(nn.Module):
     """The forward pass of a model in training, as the module that `Group.parallel` wraps."""
@@ -265,10 +244,7 @@ class Prediction(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, state: State, true_probability: float | None
     ) -> tuple[Tensor, Tensor, State]:
-        """Return the logits (B, T, V) on a batch x, y (B, T), the ids that they predict, and the last state.
-
-        true_probability: as in `scheduled_forward`; None without scheduled sampling.
-        """
+        """Return the logits (B, T, V) on a batch x, y (B, T), the ids they predict, and the last state."""
         if true_probability is None:
             return self.model.predict(x, y, state)
         logits, state = scheduled_forward(self.model, x, state, true_probability)
@@ -341,13 +317,14 @@ REORDERING = {
     "train.seed",
 }
 
-_ADAPTABLE = {  # the keys of the model that can change with --allow-changes
-    f"model.{key}"
-    for key in ("implementation", "dropout", "locked_dropout", "weight_dropout", "embedding_dropout")
+# The changes that are refused with --allow-changes too, and why.
+_MODEL_KEYS = ModelConfig.model_fields.keys() - {
+    *("implementation", "dropout", "locked_dropout", "weight_dropout", "embedding_dropout")
 }
 _IMPOSSIBLE = {
-    **{f"model.{key}": "the weights would not fit the model" for key in ModelConfig.model_fields},
+    **{f"model.{key}": "the weights would not fit the model" for key in _MODEL_KEYS},
     **{f"model.{key}": "it affects the initial weights only" for key in ("init", "forget_bias")},
+    **{f"corpus.{key}": "the text and its vocabulary would change" for key in CorpusConfig.model_fields},
     "train.optimizer": "the state of one optimiser does not fit another",
 }
 
@@ -374,21 +351,11 @@ def refuse_changes(before: Config, after: Config, allow: bool) -> None:
             f"--resume would change {_shown(changed)}; allowed without --allow-changes: {', '.join(FREE)}; "
             "restore the old values or add --allow-changes"
         )
-    impossible = {key: why for key in changed if (why := _why_impossible(key))}
-    if impossible:
-        reasons = ", ".join(f"{_shown({key: changed[key]})} ({why})" for key, why in impossible.items())
+    if impossible := [key for key in changed if key in _IMPOSSIBLE]:
+        reasons = ", ".join(f"{_shown({key: changed[key]})} ({_IMPOSSIBLE[key]})" for key in impossible)
         raise ConfigError(f"--resume cannot change {reasons}; start a new run instead")
 
 
-def _why_impossible(key: str) -> str | None:
-    if key.startswith("corpus."):
-        return "the text and its vocabulary would change"
-    return None if key in _ADAPTABLE else _IMPOSSIBLE.get(key)
-
-
 def _shown(changed: dict[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{key}: {_text(old)} → {_text(new)}" for key, (old, new) in changed.items())
-
-
-def _text(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    values = {key: [json.dumps(value).strip('"') for value in pair] for key, pair in changed.items()}
+    return ", ".join(f"{key}: {old} → {new}" for key, (old, new) in values.items())

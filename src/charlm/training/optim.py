@@ -10,6 +10,7 @@ from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from charlm.config import TrainConfig
+from charlm.errors import one_line
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -20,9 +21,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = all(
-        parameter.device.type in ("cpu", "cuda") for parameter in matrices
-    )  # one pass over the weights
+    fused = all(each.device.type in ("cpu", "cuda") for each in matrices)  # one pass over the weights
     makers: dict[str, Callable[[], Optimizer]] = {
         "sgd": lambda: SGD(groups, lr=config.lr, momentum=config.momentum),
         "adam": lambda: Adam(groups, lr=config.lr, betas=config.betas, fused=fused),
@@ -34,14 +33,20 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load another optimiser's state and learning rate into `optimizer`, which keeps its settings."""
-    settings = [
-        {key: value for key, value in group.items() if key not in ("params", "lr")}
-        for group in optimizer.param_groups
-    ]
+    """Load another optimiser's moments and learning rate into `optimizer`, which keeps its settings.
+
+    Raises `ValueError` or `TypeError` for a state that does not fit the parameters.
+    """
+    settings = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+        if type(group["lr"]) is not float:
+            raise TypeError(f"lr is {one_line(repr(group['lr']))}")
+        group.update({**own, "lr": group["lr"]})
+        for parameter in group["params"]:
+            for name, tensor in optimizer.state[parameter].items():
+                if tensor.shape not in (torch.Size(), parameter.shape):
+                    raise ValueError(f"the optimiser's {name} has the shape {tuple(tensor.shape)}")
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -67,12 +72,6 @@ def make_plateau(optimizer: Optimizer, config: TrainConfig) -> ReduceLROnPlateau
         threshold=0,
         min_lr=config.lr * config.min_lr,
     )
-
-
-def load_plateau(plateau: ReduceLROnPlateau, state: dict[str, Any]) -> None:
-    """Load the state of another scheduler into `plateau`, which keeps its settings."""
-    settings = {key: getattr(plateau, key) for key in ("factor", "patience", "min_lrs")}
-    plateau.load_state_dict({**state, **settings})
 
 
 def lr_factor(step: int, config: TrainConfig, total_steps: int, steps_per_epoch: int) -> float:

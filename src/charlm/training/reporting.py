@@ -60,6 +60,7 @@ class TensorBoard:
     def __init__(self, folder: Path, reporter: Reporter):
         check_tensorboard()
         self.folder, self.reporter, self.last_step = folder, reporter, 0
+        self.step, self.say = reporter.step, reporter.say  # a point per step would slow small models down
 
     def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Open an event file that makes the events after `step` in older files invalid."""
@@ -67,10 +68,6 @@ class TensorBoard:
 
         self.writer = SummaryWriter(self.folder, purge_step=step + 1)
         self.reporter.begin(step, total_steps, steps_per_epoch)
-
-    def step(self, loss: float, characters: int, seconds: float) -> None:
-        """Write nothing: a point per step would slow small models down."""
-        self.reporter.step(loss, characters, seconds)
 
     def logged(self, row: Row) -> None:
         """Write the row."""
@@ -98,10 +95,6 @@ class TensorBoard:
         block = "".join(f"    {line}\n" for line in text.split("\n"))
         self.writer.add_text("sample", block, self.last_step)
         self.reporter.sample(text)
-
-    def say(self, line: str) -> None:
-        """Pass the message on."""
-        self.reporter.say(line)
 
     def end(self) -> None:
         """Close the event file."""

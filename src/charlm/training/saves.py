@@ -15,7 +15,7 @@ from charlm.nn.model import CharLM
 from charlm.storage import log
 from charlm.storage.header import read_header
 from charlm.storage.model_file import save_model
-from charlm.storage.run import Run
+from charlm.storage.run import Run, link
 from charlm.text.corpus import Corpus
 from charlm.training.progress import Progress
 
@@ -63,7 +63,7 @@ class Saves:
             # The best model is missing, or is of a step after the one that is resumed from.
             checkpoint = run.checkpoint(progress.best_step).last
             if _is_best(checkpoint, progress):
-                run.replace_best(checkpoint)
+                link(checkpoint, run.best)
             else:
                 progress.best_loss = math.inf
         if diverged_from_save:
@@ -75,11 +75,6 @@ class Saves:
                 run.keep(progress.step)
         log.cut(run, progress.log_size)
         self._prune(progress)
-
-    def rollback_source(self, progress: Progress) -> Run:
-        """Return where the state of `progress.rollback_step` is."""
-        saved_last = self.step == progress.rollback_step
-        return self.run if saved_last else self.run.checkpoint(progress.rollback_step)
 
     def _write_models(self, progress: Progress, figures: dict[str, Any]) -> None:
         """Write the last model, and the best if this is the best and is not there yet."""

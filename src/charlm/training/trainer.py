@@ -64,30 +64,32 @@ class Trainer:
         # they are not compared with a perplexity.
         self.kind = "pseudo_" if config.model.direction == "both" else ""
         self.figures: Row = {"step": 0}  # of the last save
-        self.resumed = self.diverged_from_save = (
-            False  # from a save; otherwise than that save would have gone on
-        )
+        self.resumed = False
+        self.diverged_from_save = False  # whether it resumes otherwise than the saved training would continue
 
     def describe(self) -> list[str]:
         """Return short lines that describe the corpus, the model, the batches and the device."""
         corpus, batches, model = self.corpus, self.config.batches, self.config.model
         learner = self.learner
-        source = self.config.corpus.source
-        if len(corpus.files) > 1:
-            source = f"{source} ({len(corpus.files)} files)"
+        files = f" ({len(corpus.files)} files)" if len(corpus.files) > 1 else ""
         sizes = f"train {len(corpus.train):,}, val {len(self.val):,}, test {len(corpus.test):,}"
         state = "carried over" if learner.batches.carries_state else "reset for each window"
         implementation, reason = choose_implementation(model, learner.device)
         precision = str(learner.precision).removeprefix("torch.")
         processes = f"{self.group.size} processes × batch " if self.group.size > 1 else ""
-        size = f"{processes}{batches.batch_size} × {batches.seq_len}"
+        directions = {
+            "forward": "left to right",
+            "backward": "right to left",
+            "both": "both directions, to fill in characters",
+        }
         lines = [
-            f"corpus   {source}: {sizes} characters, vocabulary of {len(corpus.vocab)}",
+            f"corpus   {self.config.corpus.source}{files}: {sizes} characters, "
+            f"vocabulary of {len(corpus.vocab)}",
             f"model    {model.cell} {model.num_layers} × {model.hidden_size}, "
-            f"{_DIRECTIONS[model.direction]}: {num_parameters(learner.model):,} parameters",
+            f"{directions[model.direction]}: {num_parameters(learner.model):,} parameters",
             f"         {implementation} ({reason})",
-            f"batches  {batches.sampling}, {size}, state {state}; "
-            f"{learner.steps_per_epoch:,} steps per epoch, {learner.total_steps:,} in total",
+            f"batches  {batches.sampling}, {processes}{batches.batch_size} × {batches.seq_len}, "
+            f"state {state}; {learner.steps_per_epoch:,} steps per epoch, {learner.total_steps:,} in total",
             f"device   {learner.device}, {precision} ({learner.precision_reason})",
         ]
         if corpus.unseen:
@@ -194,25 +196,24 @@ class Trainer:
         row = self._row(progress.since_evaluation, val)
         row |= {key: count for key in ("bad_steps", "rollbacks") if (count := getattr(progress, key))}
         if train.sample_chars and not self.kind and self.group.first:
-            row["sample"] = self._sample(train.sample_chars)
+            # A separate generator leaves the training unchanged.
+            generator = torch.Generator().manual_seed(train.seed + progress.step)
+            vocab = self.corpus.vocab
+            start = vocab.encode("", "skip")
+            text = generate(learner.scored, vocab, start, train.sample_chars, Sampling(), generator)
+            row["sample"] = "".join(text)
         best = val.loss < progress.best_loss
         if best:
             progress.best_loss, progress.best_step = val.loss, progress.step
         progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
         progress.since_evaluation, progress.since_row = Sums(), Sums()
         self._log(run, row)
-        self.figures = _without(row, "seconds", "chars_per_second", "sample")
+        unsaved = ("seconds", "chars_per_second", "sample")
+        self.figures = {key: value for key, value in row.items() if key not in unsaved}
         self._save(sound=self._is_sound(val))
         reporter.evaluated(row, best)
         if "sample" in row:
             reporter.sample(row["sample"])
-
-    def _sample(self, length: int) -> str:
-        """Return a text of the model, from a separate random generator, so that training is unchanged."""
-        generator = torch.Generator().manual_seed(self.config.train.seed + self.learner.progress.step)
-        vocab = self.corpus.vocab
-        start = vocab.encode("", "skip")
-        return "".join(generate(self.learner.scored, vocab, start, length, Sampling(), generator))
 
     def _log_skipped(self, run: Run, reporter: Reporter) -> bool:
         """Log a skipped step; after too many in a row, roll back and return True."""
@@ -238,8 +239,8 @@ class Trainer:
                 f"training diverged at step {left.step}: {why}{tried}; "
                 "use a smaller train.lr or train.clip: norm"
             )
-        source = self.saves.rollback_source(left)
-        self._load(source)
+        saved_last = self.saves.step == left.rollback_step
+        self._load(run if saved_last else run.checkpoint(left.rollback_step))
         progress = learner.progress
         progress.rollbacks, progress.bad_steps = left.rollbacks + 1, left.bad_steps
         progress.bad_steps_in_a_row, progress.seconds = 0, left.seconds
@@ -282,7 +283,7 @@ class Trainer:
             self._save(keep=not stop)
 
     def _is_sound(self, val: Score) -> bool:
-        """Return whether a model with this score can be rolled back to: it is not far worse than guessing."""
+        """Return whether the run can roll back to a model with this score, not far worse than guessing."""
         return val.loss < 2 * math.log(len(self.corpus.vocab)) + 1
 
     def _save(self, sound: bool = False, keep: bool = True) -> None:
@@ -311,18 +312,15 @@ class Trainer:
         return Score(*self.group.from_first(lambda: astuple(evaluate(self.learner.scored, ids))))
 
     def _snapshot(self) -> dict[str, Any]:
-        """Return the content of ``state.safetensors``: the learner's state and the last save's figures."""
+        """Return the content of ``state.safetensors``: the learner's state and its figures at this step."""
         if self.figures["step"] != self.learner.progress.step:
             self.figures = {"step": self.learner.progress.step}
         return {**self.learner.state(), "figures": self.figures}
 
     def restore(self, run: Run, step: int | None = None, state: dict[str, Any] | None = None) -> None:
-        """Restore the state that `run` saved last, or the checkpoint that it kept of `step`; write nothing.
+        """Restore the last state of `run`, or that of `step`, as `Learner.load` does; write nothing.
 
-        A run that was never saved begins at step 0. `Learner.load` documents what happens when the
-        configuration or the number of processes is another.
-
-        state: the content of that save, if it was read already.
+        A run that was never saved begins at step 0. state: the content of that save, if it was read already.
 
         Raises `CharlmError` for a state that is missing, damaged, or of another corpus.
         """
@@ -333,7 +331,7 @@ class Trainer:
             return
         self._load(source, state)
         self.resumed = True
-        self.diverged_from_save = self.diverged_from_save or step is not None
+        self.diverged_from_save |= step is not None
 
     def _load(self, source: Run, state: dict[str, Any] | None = None) -> None:
         """Load the state that `source` holds, or `state`, read from there; raises as `restore` does."""
@@ -353,30 +351,18 @@ class Trainer:
 
     def _finish(self, run: Run) -> Result:
         """Score the test split with the best model, log the score, and save that the training has ended."""
-        result = self._test(run) if self.group.first else Result({}, None)
-        self.learner.progress.concluded = True
+        progress, result = self.learner.progress, Result({}, None)
+        if self.group.first:
+            best = load_model(run.best, device=self.learner.device)
+            test = evaluate(best.model, self.corpus.test) if len(self.corpus.test) > 1 else None
+            if test:
+                row: Row = {"step": progress.step, "best_step": progress.best_step, "test_loss": test.loss}
+                row[f"test_{self.kind}perplexity"] = test.perplexity
+                row[f"test_{self.kind}bits_per_character"] = test.bits_per_character
+                log.append(run, row)
+            result = Result(best.figures, test)
+        progress.concluded = True
         state = self._snapshot()
         if self.group.first:
             run.save_state(state)
         return result
-
-    def _test(self, run: Run) -> Result:
-        progress = self.learner.progress
-        best = load_model(run.best, device=self.learner.device)
-        test = evaluate(best.model, self.corpus.test) if len(self.corpus.test) > 1 else None
-        if test:
-            figures = {"test_loss": test.loss, f"test_{self.kind}perplexity": test.perplexity}
-            figures[f"test_{self.kind}bits_per_character"] = test.bits_per_character
-            log.append(run, {"step": progress.step, "best_step": progress.best_step, **figures})
-        return Result(best.figures, test)
-
-
-_DIRECTIONS = {
-    "forward": "left to right",
-    "backward": "right to left",
-    "both": "both directions, to fill in characters",
-}
-
-
-def _without(row: Row, *keys: str) -> Row:
-    return {key: value for key, value in row.items() if key not in keys}

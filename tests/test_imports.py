@@ -20,7 +20,7 @@ def test_folders_import_from_their_left_only():
         own = path.relative_to(ROOT / "src/charlm").parts[0]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             parts = (getattr(node, "module", None) or "").split(".")
-            names = parts[1:2] or [alias.name for alias in getattr(node, "names", [])]
+            names = parts[1:2] or [getattr(alias, "name", "") for alias in getattr(node, "names", [])]
             for name in names if parts[0] == "charlm" else []:
                 assert name == own or rank.get(name, -1) < rank[own], f"{path} imports {name}"
 

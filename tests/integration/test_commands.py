@@ -179,7 +179,7 @@ BAD = {
     "short file": (["train", "--set", "corpus.source=short.txt"], 1, "too few for one window"),
     "binary file": (["train", "--set", "corpus.source=binary.txt"], 1, "NUL byte at offset 4"),
     "latin-1 file": (["train", "--set", "corpus.source=latin.txt"], 1, "byte 0xf1 at offset 2"),
-    "unknown key": (["train", "--set", "train.learning_rat=1"], 2, "unknown key train.learning_rat"),
+    "unknown key": (["train", "--set", "train.learning_rat=1"], 2, "train.learning_rat"),
     "wrong type": (["train", "--set", "model.hidden_size=many"], 2, "'many'"),
     "out of range": (["train", "--set", "model.dropout=1.5"], 2, "model.dropout is 1.5"),
     "no recipe": (["train", "--config", "lstn.yaml"], 2, "did you mean lstm.yaml"),

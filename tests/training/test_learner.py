@@ -65,5 +65,5 @@ def test_backward_model_trains_on_the_text_reversed(words):
         for d in ("forward", "backward")
     )
     for learner, expected in ((forward, words[:9]), (backward, words[1799:1790:-1])):
-        x, y = next(learner.batches.loader(1, 0))
+        x, y = next(iter(learner.batches.loader(1, 0)))
         assert learner.corpus.vocab.decode(torch.cat([x[0], y[0, -1:]])) == expected

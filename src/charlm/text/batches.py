@@ -6,10 +6,11 @@ Neither copies the encoded text: windows are a view of it, and the shuffled orde
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from charlm.config import BatchesConfig
 from charlm.errors import CharlmError
@@ -83,7 +84,13 @@ class _Reader(NamedTuple):
         return sequences[:, :-1], sequences[:, 1:]
 
 
-class SlidingWindows:
+def _loader(dataset: Dataset[Batch], order: Iterator[Any]) -> "DataLoader[Batch]":
+    """Return the batches of `dataset` in `order`."""
+    # With its own generator: a DataLoader draws from the global one otherwise, each time it begins.
+    return DataLoader(dataset, batch_size=None, sampler=order, generator=torch.Generator())
+
+
+class SlidingWindows(Dataset[Batch]):
     """Windows of T + 1 characters, `stride` apart, in random order; the state is reset for each.
 
     ids: the encoded text, (N,).
@@ -116,8 +123,15 @@ class SlidingWindows:
         """Return the number of windows that all processes together read: fewer in an epoch's last step."""
         return min(self.batch_size, self.count - step * self.batch_size)
 
-    def loader(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from step `start`."""
+    def __getitem__(self, windows: Tensor) -> Batch:
+        """Return the batch of the windows numbered `windows` (B,)."""
+        return self.reader.read(self.ids, windows * self.stride, self.seq_len)
+
+    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
+        """Return the batches of an epoch from step `start`."""
+        return _loader(self, self._order(seed, epoch, start))
+
+    def _order(self, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
         size = self.batch_size
         together = max(_SHUFFLED_AT_ONCE // size, 1) * size
         for first in range(start * size, self.count, together):
@@ -129,10 +143,10 @@ class SlidingWindows:
             for number, batch in enumerate(torch.split(indices, [len(batch) for batch in own])):
                 if number * size % _READ_AT_ONCE < size:
                     self.reader.release()
-                yield self.reader.read(self.ids, batch * self.stride, self.seq_len)
+                yield batch
 
 
-class ContiguousStreams:
+class ContiguousStreams(Dataset[Batch]):
     """The text cut into B parallel streams, read in order, T characters per step; the state is carried.
 
     Up to B·T + T - 1 characters do not fill a step. Each epoch skips a random number of them at its start,
@@ -170,8 +184,17 @@ class ContiguousStreams:
         """Return the number of streams that all processes together read, the same in every step."""
         return self.batch_size
 
-    def loader(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from step `start`."""
+    def __getitem__(self, part: tuple[int, int]) -> Batch:
+        """Return the batch of which the first stream has the characters from `part[0]` to `part[1]`."""
+        begin, end = part
+        starts = begin + self.steps_per_epoch * self.seq_len * self.streams
+        return self.reader.read(self.ids, starts, end - begin)
+
+    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
+        """Return the batches of an epoch from step `start`."""
+        return _loader(self, self._order(seed, epoch, start))
+
+    def _order(self, seed: int, epoch: int, start: int) -> Iterator[tuple[int, int]]:
         T, steps = self.seq_len, self.steps_per_epoch
         slack = len(self.ids) - 1 - steps * self.batch_size * T
         generator = torch.Generator().manual_seed(mix(seed, epoch))
@@ -186,7 +209,7 @@ class ContiguousStreams:
             self.reader.release()
             for step, end in enumerate(ends.tolist(), first):
                 if step >= start:
-                    yield self.reader.read(self.ids, begin + steps * T * self.streams, end - begin)
+                    yield begin, end
                 begin = end
 
 

@@ -278,12 +278,11 @@ def _units(
     from charlm.inference.score import score
     from charlm.text import read
 
-    vocab, cleaning, num_unknown = loaded.vocab, loaded.config.corpus.cleaning, 0
+    vocab, cleaning, unknown_counts = loaded.vocab, loaded.config.corpus.cleaning, list[int]()
 
     def watched(pieces: Iterator[str]) -> Iterator[str]:
-        nonlocal num_unknown
         for piece in pieces:
-            num_unknown += 0 if unknown == "error" else vocab.count_unknown(piece)
+            unknown_counts.append(0 if unknown == "error" else vocab.count_unknown(piece))
             yield piece
             _print(lines)
 
@@ -293,7 +292,7 @@ def _units(
             pieces = watched(stdin or read.read_clean(read.TextFile(path).pieces, cleaning))
             for each in score(loaded.model, vocab, pieces, kind, unknown, str(path)):
                 yield str(path), each
-    if num_unknown:
+    if num_unknown := sum(unknown_counts):
         how = "skipped" if unknown == "skip" else f"read as {vocab.replacement!r}"
         click.echo(f"{num_unknown:,} characters that the model does not know were {how}", err=True)
 

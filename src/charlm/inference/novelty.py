@@ -24,12 +24,13 @@ _ODD = 0x5851F42D4C957F2D  # a multiplier with irregular bits; int64 wraps aroun
 
 @dataclass(frozen=True)
 class Novelty:
-    """How much of a text occurs in another.
+    """How much of a text of `characters` characters occurs in another.
 
     longest, start: the length of the longest passage that does, and its position in the text.
     shares: for each of `SIZES`, the share of the passages of this size; absent if the text is shorter.
     """
 
+    characters: int
     longest: int
     start: int
     shares: dict[int, float]
@@ -54,7 +55,7 @@ def novelty(text: Tensor, known: Tensor) -> Novelty:
         if matched.any():
             size, found, regions = size_, matched, covered
     if not size:
-        return Novelty(0, 0, shares)
+        return Novelty(len(text), 0, 0, shares)
     low, high = size, len(text)  # bisect for the longest
     while low < high:
         middle = min((low + high + 1) // 2, low * 2)
@@ -63,7 +64,7 @@ def novelty(text: Tensor, known: Tensor) -> Novelty:
             low, found, regions = middle, matched, covered
         else:
             high = middle - 1
-    return Novelty(low, int(found.long().argmax()), shares)
+    return Novelty(len(text), low, int(found.long().argmax()), shares)
 
 
 def training_text(path: Path, config: Config, vocab: str, source: str | None = None) -> Corpus:

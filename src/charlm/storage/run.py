@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +19,16 @@ from charlm.files import write_atomically
 RUNS = Path("runs")
 
 
-@dataclass(frozen=True)
 class Run:
-    """The files of a run."""
+    """The files of a run in its folder."""
 
-    folder: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.folder / "config.yaml"
-
-    @property
-    def best(self) -> Path:
-        """The model that was best on val."""
-        return self.folder / "model.safetensors"
-
-    @property
-    def last(self) -> Path:
-        """The model at the last save."""
-        return self.folder / "last.safetensors"
-
-    @property
-    def state(self) -> Path:
-        """The state to resume from."""
-        return self.folder / "state.safetensors"
-
-    @property
-    def metrics(self) -> Path:
-        """The log, a JSON object a line."""
-        return self.folder / "metrics.jsonl"
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = folder / "config.yaml"  # the resolved configuration
+        self.best = folder / "model.safetensors"  # the model that was best on val
+        self.last = folder / "last.safetensors"  # the model at the last save
+        self.state = folder / "state.safetensors"  # the state to resume from
+        self.metrics = folder / "metrics.jsonl"  # the log, a JSON object a line
 
     def load_config(self) -> Config:
         """Read the configuration of the run."""

@@ -45,8 +45,7 @@ def by_trigrams(train, text, places):
 
     def best(a, b, d, e):
         return max(
-            letters,
-            key=lambda c: (trigrams[a, b, c] + 1) * (trigrams[b, c, d] + 1) * (trigrams[c, d, e] + 1),
+            letters, key=lambda c: (trigrams[a, b, c] + 1) * (trigrams[b, c, d] + 1) * (trigrams[c, d, e] + 1)
         )
 
     return [best(*text[place - 2 : place], *text[place + 1 : place + 3]) for place in places]

@@ -22,14 +22,7 @@ from torch.nn import functional as F
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
 from charlm.nn.cells import CELLS
 from charlm.nn.device import choose_precision
-from charlm.study.bench import (
-    CHARACTERS,
-    make_learner,
-    matrix_rate,
-    operations,
-    rate,
-    training_rate,
-)
+from charlm.study.bench import CHARACTERS, make_learner, matrix_rate, operations, rate, training_rate
 from charlm.study.compare import markdown
 
 SIZES = {

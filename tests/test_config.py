@@ -4,17 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlm.config import (
-    KEYS,
-    Config,
-    ModelConfig,
-    from_data,
-    load,
-    override,
-    parse_yaml,
-    reference,
-    to_yaml,
-)
+from charlm.config import KEYS, Config, ModelConfig, from_data, load, override, parse_yaml, reference, to_yaml
 from charlm.errors import ConfigError
 from conftest import ROOT
 

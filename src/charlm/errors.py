@@ -8,6 +8,10 @@ class CharlmError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str = "", exit_code: int | None = None):
+        super().__init__(message)
+        self.exit_code = self.exit_code if exit_code is None else exit_code
+
 
 class ConfigError(CharlmError):
     """An invalid configuration or invalid arguments of a command."""
@@ -20,19 +24,11 @@ class UnknownCharactersError(CharlmError):
 
 
 class Interrupted(CharlmError):  # noqa: N818 - a request, not a mistake
-    """A stop that the user asked for; `exit_code` is 128 + the signal's number."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+    """A stop that the user asked for; its exit code is 128 + the signal's number."""
 
 
 class EndedElsewhere(CharlmError):  # noqa: N818 - an event, not a mistake
     """The end of this process because another process of its group met an error, which shows it."""
-
-    def __init__(self, exit_code: int):
-        super().__init__("")
-        self.exit_code = exit_code
 
 
 def one_line(text: str, longest: int = 200) -> str:

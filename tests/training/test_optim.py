@@ -70,8 +70,7 @@ def test_weight_decay_excludes_biases():
 
 
 @pytest.mark.parametrize(
-    ("clip", "expected"),
-    [("norm", [[0.6, -0.8]]), ("value", [[1.0, -1.0]]), ("none", [[3.0, -4.0]])],
+    ("clip", "expected"), [("norm", [[0.6, -0.8]]), ("value", [[1.0, -1.0]]), ("none", [[3.0, -4.0]])]
 )
 def test_clipping_limits_large_gradients_only(clip, expected):
     model = nn.Linear(2, 1, bias=False)

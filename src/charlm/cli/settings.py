@@ -7,7 +7,7 @@ from datetime import datetime
 import click
 
 from charlm.cli.options import json_option
-from charlm.files import CacheEntry, cache_entries, cache_limit, json_text, safe_cache_folder
+from charlm.files import cache_entries, cache_limit, json_text, safe_cache_folder
 
 
 @click.command("config")
@@ -53,15 +53,11 @@ def show_cache(clear: bool) -> None:
         else:
             used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
             click.echo(f"{entry.kind:<8} {_size(entry.size):>9}  {used}  {entry.path.relative_to(folder)}")
-    texts, kernels = ([each for each in entries if each.kind == kind] for kind in ("text", "kernels"))
+    texts, kernels = ([each.size for each in entries if each.kind == kind] for kind in ("text", "kernels"))
     click.echo(
-        f"{'removed from ' if clear else ''}{folder}: {len(texts)} texts, {_total(texts)}"
-        f"{'' if clear else f' of at most {_size(limit)}'}; {len(kernels)} kernels, {_total(kernels)}"
+        f"{'removed from ' if clear else ''}{folder}: {len(texts)} texts, {_size(sum(texts))}"
+        f"{'' if clear else f' of at most {_size(limit)}'}; {len(kernels)} kernels, {_size(sum(kernels))}"
     )
-
-
-def _total(entries: list[CacheEntry]) -> str:
-    return _size(sum(entry.size for entry in entries))
 
 
 def _size(count: int) -> str:

@@ -38,7 +38,7 @@ def export(model: str | None, to: str, output: Path | None, force: bool) -> None
 
         def stop_if_interrupted() -> None:
             if caught:
-                raise Interrupted("interrupted; no file was written", caught[0])
+                raise Interrupted("interrupted; no file was written", 128 + caught[0])
 
         stop_if_interrupted()
         path = runs.find_model(model)

@@ -167,11 +167,7 @@ def stanza_state(loaded: Loaded) -> dict[str, Any]:
                 "char_rec_dropout": 0.0,
                 "char_unit_dropout": 0.0,
             },
-            "state_dict": {
-                "charlstm_h_init": start,
-                "charlstm_c_init": start.clone(),
-                **weights,
-            },
+            "state_dict": {"charlstm_h_init": start, "charlstm_c_init": start.clone(), **weights},
             "pad": False,
             "is_forward_lm": config.model.direction == "forward",
         },

@@ -15,24 +15,12 @@ from charlm.config import Config
 from charlm.errors import one_line
 from charlm.nn.device import Uninitialised
 from charlm.nn.model import CharLM, make_model
-from charlm.storage.header import (
-    damaged,
-    model_header,
-    opened,
-    read_container,
-    read_tensors,
-    save_container,
-)
+from charlm.storage.header import damaged, model_header, opened, read_container, read_tensors, save_container
 from charlm.text.vocab import Vocab
 
 
 def save_model(
-    path: Path,
-    model: CharLM,
-    vocab: Vocab,
-    config: Config,
-    figures: dict[str, Any],
-    fingerprint: str = "",
+    path: Path, model: CharLM, vocab: Vocab, config: Config, figures: dict[str, Any], fingerprint: str = ""
 ) -> None:
     """Write `model` and what it needs to `path`, atomically; the bytes depend on the arguments alone.
 

@@ -233,7 +233,7 @@ def _first_to_end(error: BaseException, rank: int, size: int, store: Any) -> Bas
     except RuntimeError:  # the process that held the store is gone
         first = True
     if not first:
-        return EndedElsewhere(error.exit_code if isinstance(error, CharlmError) else 1)
+        return EndedElsewhere("", error.exit_code if isinstance(error, CharlmError) else 1)
     if lost:
         return CharlmError(
             f"process {rank} of {size} lost the others: {_line(error)}; "

@@ -58,7 +58,6 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, reporter: Reporter):
-        check_tensorboard()
         self.folder, self.reporter, self.last_step = folder, reporter, 0
         self.step, self.say = reporter.step, reporter.say  # a point per step would slow small models down
 

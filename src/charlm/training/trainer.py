@@ -77,16 +77,11 @@ class Trainer:
         implementation, reason = choose_implementation(model, learner.device)
         precision = str(learner.precision).removeprefix("torch.")
         processes = f"{self.group.size} processes × batch " if self.group.size > 1 else ""
-        directions = {
-            "forward": "left to right",
-            "backward": "right to left",
-            "both": "both directions, to fill in characters",
-        }
         lines = [
             f"corpus   {self.config.corpus.source}{files}: {sizes} characters, "
             f"vocabulary of {len(corpus.vocab)}",
-            f"model    {model.cell} {model.num_layers} × {model.hidden_size}, "
-            f"{directions[model.direction]}: {num_parameters(learner.model):,} parameters",
+            f"model    {model.cell} {model.num_layers} × {model.hidden_size}, {model.direction}: "
+            f"{num_parameters(learner.model):,} parameters",
             f"         {implementation} ({reason})",
             f"batches  {batches.sampling}, {processes}{batches.batch_size} × {batches.seq_len}, "
             f"state {state}; {learner.steps_per_epoch:,} steps per epoch, {learner.total_steps:,} in total",
@@ -147,7 +142,7 @@ class Trainer:
                         raise Interrupted(
                             f"stopped at step {learner.progress.step} of {learner.total_steps}; "
                             f"resume with: charlm train --resume {shlex.quote(str(run.folder))}",
-                            stop,
+                            128 + stop,
                         )
         finally:
             reporter.end()

@@ -38,7 +38,7 @@ def test_invalid_names_are_refused(folder, name):
 
 
 def test_run_is_found_by_name_and_by_folder(run, folder):
-    assert runs.find_run("a").folder == runs.find_run("runs/a").folder == run
+    assert runs.find_run("a").folder == runs.find_run("runs/a").folder == run.folder
     assert runs.find_run(str(folder / "runs/a")).folder == folder / "runs/a"
     with pytest.raises(ConfigError, match="'b'.*: a$"):
         runs.find_run("b")

@@ -1,1 +1,1 @@
-"""What stands on the disk: runs, logs, model and state files."""
+"""The files of a run: models, states and logs, and the folder that holds them."""

@@ -1,1 +1,1 @@
-"""Looking and comparing: benchmarks, checks, plots and reports."""
+"""Comparing models and trainings: benchmarks, checks, plots and reports."""

@@ -1,1 +1,1 @@
-"""How a model learns: optimiser, learner, loop and saves."""
+"""How a model learns: the optimiser, the steps, the loop around them, and its saves."""

@@ -1,1 +1,1 @@
-"""The compiled CPU kernels: C sources, and how they are built and called."""
+"""The compiled CPU kernels: C sources, and how they are built, checked and called."""

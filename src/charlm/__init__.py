@@ -8,7 +8,7 @@ from os import PathLike, fspath
 
 from charlm.errors import CharlmError as CharlmError
 
-TYPE_CHECKING = False  # typing takes a tenth of the start of `charlm --help` to import
+TYPE_CHECKING = False  # instead of importing typing: this runs before Ctrl-C is handled
 
 if TYPE_CHECKING:
     from charlm.api import LanguageModel

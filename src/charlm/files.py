@@ -133,7 +133,7 @@ def _others_write(found: os.stat_result) -> bool:
 
 @functools.cache
 def _is_private_group(gid: int) -> bool:
-    """Whether the group is this user's private one, which many systems create for every user, with umask 002.
+    """Return whether the group is the user's private group, which many systems create, with umask 002.
 
     It has the user's name, is the user's primary group, and nobody else is in it.
     """

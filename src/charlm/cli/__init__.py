@@ -49,7 +49,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: torch's allocator for the CPU raises a bare RuntimeError."""
+    """Return whether an allocation failed. torch's CPU allocator raises a plain RuntimeError."""
     torch = sys.modules.get("torch")  # not imported here, so that --help starts fast
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True

@@ -70,7 +70,7 @@ class Sampling:
 
     @property
     def has_filters(self) -> bool:
-        """Whether a filter may exclude characters."""
+        """True if a filter can exclude characters."""
         return (self.top_k, self.top_p, self.min_p) != (None, None, None)
 
 

@@ -275,7 +275,7 @@ _IGNORED = re.compile(  # a checkpoint may contain them; charlm does not need th
 
 
 def _stand_in(module: Any, name: Any) -> Any:
-    """Return the stand-in of a class or function; `pickle.UnpicklingError` where there is none."""
+    """Return the stand-in of a class or function; `pickle.UnpicklingError` if it has none."""
     full = f"{_expect(module, str)} {_expect(name, str)}"
     if full in _STAND_INS:
         return _STAND_INS[full]

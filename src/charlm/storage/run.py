@@ -53,7 +53,7 @@ class Run:
 
     @property
     def was_saved(self) -> bool:
-        """Whether the run was ever saved; before its first save it has a configuration only."""
+        """True if the run was ever saved; before its first save it has a configuration only."""
         return any(path.exists() for path in (self.state, self.last, self.best, self.metrics))
 
     def remove_temporaries(self) -> None:

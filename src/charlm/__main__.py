@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import traceback
 
 
 def main() -> int:
@@ -31,6 +30,8 @@ def run() -> None:
     try:
         code = main()
     except BaseException:
+        import traceback
+
         traceback.print_exc()
         code = 1
     from charlm.training.distributed import end_process

@@ -3,12 +3,9 @@
 import contextlib
 import errno
 import functools
-import hashlib
 import io
-import json
 import math
 import os
-import shlex
 import stat
 import time
 from collections.abc import Callable
@@ -54,6 +51,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def json_text(data: Any, **options: Any) -> str:
     """Return `data` as ``json.dumps(data, **options)`` does, with null for floats that are not finite."""
+    import json  # here and below: `charlm --help` needs neither
+
     return json.dumps(_finite(data), allow_nan=False, **options)
 
 
@@ -67,6 +66,8 @@ def _finite(data: Any) -> Any:
 
 def sha256(file: io.BufferedIOBase, size: int) -> str:
     """Return the SHA-256, in hexadecimal, of the next `size` bytes of `file`, or of all that there are."""
+    import hashlib
+
     digest, chunk = hashlib.sha256(), memoryview(bytearray(min(size, 2**20)))
     while size > 0 and (read := file.readinto(chunk[: min(size, len(chunk))])):
         digest.update(chunk[:read])
@@ -112,6 +113,8 @@ def _why_unsafe(folder: Path, above: bool) -> str:
     if found.st_uid not in ((0, os.getuid()) if above else (os.getuid(),)):
         return f"{folder} belongs to another user (uid {found.st_uid})"
     if _others_write(found) and not (above and found.st_mode & stat.S_ISVTX):
+        import shlex
+
         return f"others can write to {folder} (chmod go-w {shlex.quote(str(folder))} forbids it)"
     return ""
 

@@ -1,8 +1,6 @@
 """The commands that show what is configured and what is cached: config, cache."""
 
-import shutil
 import textwrap
-from datetime import datetime
 
 import click
 
@@ -27,6 +25,8 @@ def show_config(names: tuple[str, ...], as_json: bool) -> None:
         shown = [{name: getattr(row, name) for name in fields} for row in rows]
         click.echo(json_text(shown, indent=2, ensure_ascii=False))
         return
+    import shutil
+
     width = shutil.get_terminal_size().columns
     key_width = max(len(row.key) for row in rows) + 2
     default_width = max(len(row.default_text) for row in rows) + 2
@@ -46,6 +46,8 @@ def show_cache(clear: bool) -> None:
     It is in $XDG_CACHE_HOME/charlm, by default ~/.cache/charlm. The texts are kept under 10 GB, or
     $CHARLM_CACHE_GB: the least recently used is removed when another is written.
     """
+    from datetime import datetime
+
     folder, entries, limit = safe_cache_folder(), cache_entries(), cache_limit()
     for entry in entries:
         if clear:

@@ -15,7 +15,7 @@ from charlm.text.vocab import Vocab
 def draws(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(module, "kernels", lambda dtype: None)
-        monkeypatch.setattr("charlm.nn.fused.kernels", lambda dtype: None)
+        monkeypatch.setattr("charlm.nn.kernels.native.kernels", lambda dtype: None)
 
 
 def draw(logits, generator=None, **options):

@@ -1,4 +1,4 @@
-"""`fused` against the equations of `cells`, forward and backward, with compiled steps and with torch's."""
+"""`fused` against the equations of `cells`, forward and backward."""
 
 import itertools
 import math
@@ -10,21 +10,11 @@ from charlm.config import ModelConfig
 from charlm.nn import cells, fused
 from charlm.nn.kernels.native import kernels
 
+if kernels(torch.float64) is None:
+    pytest.skip("there is no C compiler here", allow_module_level=True)
+
 T, B, H, V = 5, 3, 19, 7  # all different, and no multiple of a vector's length
 CASES = [("rnn", "tanh"), ("rnn", "relu"), ("lstm", "tanh"), ("gru", "tanh")]
-
-
-@pytest.fixture(params=["kernels", "compiled arithmetic", "torch"])
-def steps(request, monkeypatch):
-    """Compiled steps with and without the product, if there is a compiler; and torch's."""
-    if request.param == "torch":
-        monkeypatch.setattr(fused, "kernels", lambda dtype: None)
-    elif kernels(torch.float64) is None:
-        pytest.skip("there is no C compiler here")
-    elif request.param != "kernels":
-        for dtype in (torch.float32, torch.float64):
-            monkeypatch.setattr(kernels(dtype), "multiplies", False)
-    return request.param
 
 
 def example(cell, table, dtype=torch.float64, steps=T, batch=B, hidden=H):
@@ -78,7 +68,7 @@ def loss(results):
 @pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("hidden", [1, H, 64])
-def test_results_and_gradients_equal_those_of_the_equations(steps, cell, nonlinearity, table, hidden):
+def test_results_and_gradients_equal_those_of_the_equations(cell, nonlinearity, table, hidden):
     ids, tensors = example(cell, table, hidden=hidden)
     ours = run_fused(cell, nonlinearity, ids, **tensors)
     theirs = run_cells(cell, nonlinearity, ids, **tensors)
@@ -90,7 +80,7 @@ def test_results_and_gradients_equal_those_of_the_equations(steps, cell, nonline
 
 
 @pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
-def test_gradients_equal_numeric_ones(steps, cell, nonlinearity):
+def test_gradients_equal_numeric_ones(cell, nonlinearity):
     ids, tensors = example(cell, True, steps=3, batch=2, hidden=3)
     names, values = tensors.keys(), tuple(tensors.values())
     assert torch.autograd.gradcheck(
@@ -100,7 +90,7 @@ def test_gradients_equal_numeric_ones(steps, cell, nonlinearity):
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])  # relu's gradient jumps at 0
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_lower_precision_is_near_float64(steps, cell, dtype, tolerance):
+def test_lower_precision_is_near_float64(cell, dtype, tolerance):
     ids, exact = example(cell, True, hidden=40, batch=9)
     lower = {
         name: tensor.detach().to(torch.float32 if name in ("h", "c", "b_hn") else dtype).requires_grad_()
@@ -117,7 +107,6 @@ def test_lower_precision_is_near_float64(steps, cell, dtype, tolerance):
         assert (mine - yours).norm() <= tolerance * yours.norm()
 
 
-@pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_states_and_ids_of_other_types_are_converted(cell):
     ids, tensors = example(cell, True, dtype=torch.float32)
@@ -148,7 +137,7 @@ def test_gradient_of_a_table_is_not_summed_in_bfloat16(rows):
 
 
 @pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
-def test_transposed_tensors_give_the_same_results(steps, cell, nonlinearity):
+def test_transposed_tensors_give_the_same_results(cell, nonlinearity):
     """Transposed inputs, and transposed gradients as a batch-first reader of y gives them."""
     ids, tensors = example(cell, True)
     weight = torch.randn(B, T, H, dtype=torch.float64)
@@ -165,7 +154,7 @@ def test_transposed_tensors_give_the_same_results(steps, cell, nonlinearity):
     torch.testing.assert_close((results, found), (plain, expected), rtol=0, atol=1e-12)
 
 
-def test_gradients_flow_from_the_last_state_alone(steps):
+def test_gradients_flow_from_the_last_state_alone():
     ids, tensors = example("lstm", False)
     for which in (1, 2):
         ours, theirs = (
@@ -175,19 +164,49 @@ def test_gradients_flow_from_the_last_state_alone(steps):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (13, 33, 17), (101, 7, 70)])
-@pytest.mark.usefixtures("steps")
-def test_product_is_right_for_any_shape(shape):
-    M, K, N = shape
-    a, W = torch.randn(M, K, dtype=torch.float64), torch.randn(N, K, dtype=torch.float64)
-    out = torch.full((M, N), torch.nan, dtype=torch.float64)
-    steps = fused.steps_for(a)
-    steps.product(W.t(), M)(steps.at(a), steps.at(out))
-    torch.testing.assert_close(out, a @ W.t(), rtol=0, atol=1e-12)
+@pytest.fixture
+def threads():
+    """Set the number of threads, and restore it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 50, 101])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_batches_of_any_size_equal_the_equations_with_any_number_of_threads(
+    threads, cell, nonlinearity, batch, steps
+):
+    """With fewer rows than threads the threads share the units."""
+    ids, tensors = example(cell, False, steps=steps, batch=batch, hidden=37)
+    theirs = run_cells(cell, nonlinearity, ids, **tensors)
+    expected = [*theirs, *torch.autograd.grad(loss(theirs), list(tensors.values()))]
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        ours = run_fused(cell, nonlinearity, ids, **tensors)
+        threads(1)  # torch's sums may depend on it
+        found.append([*ours, *torch.autograd.grad(loss(ours), list(tensors.values()))])
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-10)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_results_without_gradients_are_the_same(cell, dtype):
+    """Scoring keeps the last state only."""
+    ids, tensors = example(cell, True)
+    with torch.no_grad():
+        tensors = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    expected = run_fused(cell, "tanh", ids, **tensors)
+    with torch.no_grad():
+        found = run_fused(cell, "tanh", ids, **tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_large_numbers_saturate_and_nan_stays_nan(steps, cell):
+def test_large_numbers_saturate_and_nan_stays_nan(cell):
     """Saturated gates are 0 and 1; NaN stays NaN, so that a divergence is seen."""
     ids, tensors = example(cell, False, dtype=torch.float32)
     with torch.no_grad():
@@ -210,7 +229,7 @@ def test_second_derivative_raises_an_error(cell):
         gradient.sum().backward()
 
 
-def test_expanded_gradient_is_read_with_its_strides(steps):
+def test_expanded_gradient_is_read_with_its_strides():
     one = torch.ones(1, 1, dtype=torch.float64)
     W_hh = one.clone().requires_grad_()
     fused.rnn(one[None], None, W_hh, one)[0].sum().backward()

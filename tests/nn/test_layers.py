@@ -4,6 +4,7 @@ from torch import nn
 
 from charlm.config import ModelConfig
 from charlm.nn.cells import CELLS
+from charlm.nn.kernels.native import kernels
 from charlm.nn.layers import (
     BuiltinLayers,
     choose_implementation,
@@ -19,13 +20,13 @@ KINDS = [("rnn", {"nonlinearity": "tanh"}), ("rnn", {"nonlinearity": "relu"}), (
 
 
 def stacks(cell, num_layers, **options):
-    """The same weights in the three implementations, in float64: builtin, scratch, fused."""
+    """The same weights in each implementation, in float64: builtin, scratch and, with a compiler, fused."""
     torch.manual_seed(1)
     builtin, *others = (
         make_recurrent(
             E, ModelConfig(cell=cell, implementation=i, hidden_size=H, num_layers=num_layers, **options)
         ).double()
-        for i in ("builtin", "scratch", "fused")
+        for i in ("builtin", "scratch", *(["fused"] if kernels(torch.float64) else []))
     )
     for parameter in builtin.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
@@ -162,17 +163,20 @@ def test_builtin_without_regularisers_is_the_module_of_torch():
 
 
 @pytest.mark.parametrize(
-    ("options", "device", "kernels", "chosen"),
+    ("options", "device", "compiled", "chosen"),
     [
         ({}, "cpu", True, "fused"),
         ({}, "cpu", None, "builtin"),
         ({}, "cuda", True, "builtin"),
         ({"cell": "gru", "gru_reset": "before"}, "cpu", True, "scratch"),
         ({"implementation": "scratch"}, "cpu", True, "scratch"),
+        ({"implementation": "fused"}, "cpu", True, "fused"),
+        ({"implementation": "fused"}, "cpu", None, "builtin"),
+        ({"implementation": "fused"}, "cuda", True, "builtin"),
     ],
 )
-def test_auto_chooses_the_fastest_implementation_of_the_cell(monkeypatch, options, device, kernels, chosen):
-    monkeypatch.setattr("charlm.nn.layers.kernels", lambda dtype: kernels)
+def test_the_fastest_implementation_that_can_run_is_chosen(monkeypatch, options, device, compiled, chosen):
+    monkeypatch.setattr("charlm.nn.layers.kernels", lambda dtype: compiled)
     assert choose_implementation(ModelConfig(**options), torch.device(device))[0] == chosen
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from charlm.config import ModelConfig
+from charlm.nn.kernels.native import kernels
 from charlm.nn.model import CharLM, FillLM, make_model, num_parameters
 
 V, B, T = 11, 3, 6
@@ -187,7 +188,8 @@ def test_embedding_dropout_drops_a_character_everywhere_in_the_batch(kind):
         assert len(dropped[x == character].unique()) == 1, "a character is dropped everywhere or nowhere"
     assert torch.allclose(embedded[~dropped], full[x][~dropped] / 0.6)
     fused = make(input=kind, embedding_dropout=0.4, implementation="fused").train()
-    assert (fused.embed(x).table == 0).all(-1).any(), "rows of the table are dropped"
+    if kernels(torch.float32):
+        assert (fused.embed(x).table == 0).all(-1).any(), "rows of the table are dropped"
 
 
 def test_regularisers_are_off_by_default():

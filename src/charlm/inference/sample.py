@@ -114,7 +114,7 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature and sampling.has_filters:
         logits, ids = logits.sort(stable=True, dim=-1, descending=True)
     compiled = kernels(logits.dtype) if sampling.temperature else None
-    if compiled and compiled.multiplies:
+    if compiled and compiled.writes:
         drawn = compiled.draw(logits.contiguous(), uniforms.contiguous(), _draw_options(sampling))
     else:
         drawn = _drawn_by_torch(logits, uniforms, sampling)

@@ -1,15 +1,14 @@
-"""RNN, LSTM and GRU over a whole sequence, with the backward pass derived by hand.
+"""RNN, LSTM and GRU over a whole sequence in one call, with the backward pass derived by hand.
 
 The equations and letters are those of `cells`. The input's part of all steps, x_t = W_ih input_t + b, is
-computed before; for characters it is a table of V rows, and `ids` holds the rows of each step. A step has one
-product, h_{t-1} W_hhᵀ, whose memory then receives the gates. The backward loop computes da_t, the gradient of
-the gates' sums, and one product, da_t W_hh, the gradient of h_{t-1}; after it, dW_hh = Σ_t da_tᵀ h_{t-1}.
+computed before; for characters it is a table of V rows, and `ids` holds the rows of each step. A step forward
+has one product, h_{t-1} W_hhᵀ. A step backward computes da_t, the gradient of the gates' sums, and has one
+product, da_t W_hh, the gradient of h_{t-1}; after all steps, dW_hh = Σ_t da_tᵀ h_{t-1}.
 
-On the CPU `kernels.c` does the arithmetic of a step where it can be compiled, else torch does. In bfloat16
-products and gates are bfloat16; arithmetic and the state c (of the GRU: h) are float32. T time, B batch.
+`kernels.c` computes a layer over all steps in one call. In bfloat16 the products' operands and the gates are
+bfloat16; sums, arithmetic and the state c (of the GRU: h) are float32. T time, B batch, G gates.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from charlm.nn.kernels.native import Kernels, kernels
 
 Ids = Tensor | None
-_HALF = (torch.bfloat16, torch.float16)
+_RNN, _RELU, _LSTM, _GRU = range(4)  # the cells' numbers in kernels_sequences.c
 
 
 def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, relu: bool = False) -> tuple[Tensor, Tensor]:
@@ -31,7 +30,7 @@ def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, relu: bool = False) -> tup
 
     Returns y (T, B, H), all h_t, and the last h_t.
     """
-    y: Tensor = _RNN.apply(x.contiguous(), _checked(ids, len(x)), W_hh, h, relu)  # type: ignore[no-untyped-call]
+    y, _ = _sequence(_RELU if relu else _RNN, x, ids, W_hh, None, h, None)
     return y, y[-1]
 
 
@@ -40,9 +39,8 @@ def lstm(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tenso
 
     Returns y (T, B, H), all h_t, and the state (h, c) after the last step, c in float32 or float64.
     """
-    c = c.to(_wide_type(x.dtype))
-    y, c = _LSTM.apply(x.contiguous(), _checked(ids, len(x)), W_hh, h, c)  # type: ignore[no-untyped-call]
-    return y, y[-1], c
+    y, last = _sequence(_LSTM, x, ids, W_hh, None, h, c)
+    return y, y[-1], last
 
 
 def gru(x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,248 +50,90 @@ def gru(x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Tensor, h: Tensor) -> tuple[Ten
 
     Returns y (T, B, H), all h_t, and the last h_t, in float32 or float64.
     """
-    h, b_hn = (tensor.to(_wide_type(x.dtype)).contiguous() for tensor in (h, b_hn))
-    y, last = _GRU.apply(x.contiguous(), _checked(ids, len(x)), W_hh, b_hn, h)  # type: ignore[no-untyped-call]
-    return y, last
+    return _sequence(_GRU, x, ids, W_hh, b_hn, h, h)
 
 
-class _RNN(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ids: Ids, W_hh: Tensor, h_0: Tensor, relu: bool) -> Tensor:
-        (T, B), H = (x if ids is None else ids).shape[:2], W_hh.shape[1]
-        steps = steps_for(x)
-        h = x.new_empty(T + 1, B, H)
-        h[0] = h_0
-        multiply, step = steps.product(W_hh.t(), B), steps.bind("rnn_forward", B, H)
-        for x_t, ids_t, h_before, h_t in _forwards(steps, x, ids, h[:-1], h[1:]):
-            multiply(h_before, h_t)
-            step(relu, x_t, ids_t, h_t, h_t)
-        ctx.save_for_backward(ids, W_hh, h)
-        ctx.relu, ctx.rows = relu, len(x)
-        return h[1:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ids, W_hh, h = ctx.saved_tensors
-        steps, dy, da = steps_for(h), dy.contiguous(), h.new_empty(dy.shape)
-        dh = torch.zeros_like(h[0])
-        multiply, step = steps.product(W_hh, len(dh)), steps.bind("rnn_backward", *dh.shape)
-        at_dh = steps.at(dh)
-        for h_t, dy_t, da_t in _backwards(steps, h[1:], dy, da):
-            step(ctx.relu, h_t, dy_t, at_dh, da_t)
-            multiply(da_t, at_dh)
-        return _gathered(da, ids, ctx.rows), None, _over_steps(da, h[:-1]), dh, None
+def _sequence(
+    cell: int, x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Tensor | None, h: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y and the last state, c or h in the type of arithmetic; for RNNs y again."""
+    assert x.dtype == W_hh.dtype
+    wide = _wide_type(x.dtype)
+    state, b_hn = (None if each is None else each.to(wide).contiguous() for each in (state, b_hn))
+    inputs = (cell, x.contiguous(), _checked(ids, len(x)), W_hh.contiguous(), b_hn, h, state)
+    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
+        return _Sequence.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+    y, states, _ = _forward(*inputs, keep=False)
+    return y[1:], y if states is None else states[-1]
 
 
-class _LSTM(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, ids: Ids, W_hh: Tensor, h_0: Tensor, c_0: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        (T, B), H = (x if ids is None else ids).shape[:2], W_hh.shape[1]
-        steps = steps_for(x)
-        gates = x.new_empty(T, B, 4 * H)
-        h, c = x.new_empty(T + 1, B, H), c_0.new_empty(T + 1, B, H)
-        h[0], c[0] = h_0, c_0
-        multiply, step = steps.product(W_hh.t(), B), steps.bind("lstm_forward", B, H)
-        tensors = gates, h[:-1], h[1:], c[:-1], c[1:]
-        for x_t, ids_t, gates_t, h_before, h_t, c_before, c_t in _forwards(steps, x, ids, *tensors):
-            multiply(h_before, gates_t)
-            step(x_t, ids_t, gates_t, c_before, c_t, h_t)
-        ctx.save_for_backward(ids, W_hh, gates, h, c)
-        ctx.rows = len(x)
-        return h[1:], c[-1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dc: Tensor) -> tuple[Tensor | None, ...]:
-        ids, W_hh, gates, h, c = ctx.saved_tensors
-        steps, dy, da = steps_for(h), dy.contiguous(), torch.empty_like(gates)
-        dh, dc = torch.zeros_like(h[0]), dc.clone(memory_format=torch.contiguous_format)
-        multiply, step = steps.product(W_hh, len(dh)), steps.bind("lstm_backward", *dh.shape)
-        at_dh, at_dc = steps.at(dh), steps.at(dc)
-        for gates_t, c_before, c_t, dy_t, da_t in _backwards(steps, gates, c[:-1], c[1:], dy, da):
-            step(gates_t, c_before, c_t, dy_t, at_dh, da_t, at_dc)
-            multiply(da_t, at_dh)
-        return _gathered(da, ids, ctx.rows), None, _over_steps(da, h[:-1]), dh, dc
+def _forward(
+    cell: int, x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Ids, h: Tensor, state: Ids, keep: bool
+) -> tuple[Tensor, Ids, Ids]:
+    """Return y (T + 1, B, H) with the h before; and with `keep` all states and gates, else the last state."""
+    (T, B), H = (x if ids is None else ids).shape[:2], W_hh.shape[1]
+    y = x.new_empty(T + 1, B, H)
+    y[0] = h
+    states = gates = None
+    if state is not None:
+        if cell == _GRU and x.dtype == state.dtype:
+            states = y
+        else:
+            states = state.new_empty(T + 1 if keep else 1, B, H)
+            states[0] = state
+        gates = x.new_empty(T, B, 4 * H) if keep else None
+    step = B * H if states is not None and len(states) > 1 else 0
+    tensors = {"x": x, "ids": ids, "b_hn": b_hn, "y": y, "state": states, "gates": gates}
+    _kernels(x).sequence(False, cell, W_hh, T=T, B=B, state_step=step, **tensors)
+    return y, states, gates
 
 
-class _GRU(torch.autograd.Function):
+class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Tensor, h_0: Tensor
+        ctx: Any, cell: int, x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Ids, h: Tensor, state: Ids
     ) -> tuple[Tensor, Tensor]:
-        (T, B), H = (x if ids is None else ids).shape[:2], W_hh.shape[1]
-        steps = steps_for(x)
-        gates, n = x.new_empty(T, B, 3 * H), x.new_empty(T, B, H)
-        h = h_0.new_empty(T + 1, B, H)
-        h[0] = h_0
-        y = h if h.dtype == x.dtype else h.to(x.dtype)  # the products' operands
-        multiply, step = steps.product(W_hh.t(), B), steps.bind("gru_forward", B, H)
-        tensors = gates, n, h[:-1], h[1:], y[:-1], y[1:]
-        for x_t, ids_t, gates_t, n_t, h_before, h_t, y_before, y_t in _forwards(steps, x, ids, *tensors):
-            multiply(y_before, gates_t)
-            step(x_t, ids_t, steps.at(b_hn), gates_t, h_before, n_t, h_t, y_t)
-        ctx.save_for_backward(ids, W_hh, gates, n, h, y)
-        ctx.rows = len(x)
-        return y[1:], h[-1].clone()
+        y, states, gates = _forward(cell, x, ids, W_hh, b_hn, h, state, keep=True)
+        ctx.save_for_backward(ids, W_hh, y, states, gates)
+        ctx.cell, ctx.rows = cell, len(x)
+        # A copy of the state is no view of the memory that the backward pass reads.
+        return y[1:], y.new_empty(0) if states is None else states[-1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dh_T: Tensor) -> tuple[Tensor | None, ...]:
-        ids, W_hh, gates, n, h, y = ctx.saved_tensors
-        H = h.shape[-1]
-        steps, dy, dx, du_n = steps_for(y), dy.contiguous(), torch.empty_like(gates), torch.empty_like(n)
-        dh, du = torch.zeros_like(y[0]), torch.empty_like(gates[0])
-        direct = dh_T.clone(memory_format=torch.contiguous_format)
-        multiply, step = steps.product(W_hh, len(dh)), steps.bind("gru_backward", *dh.shape)
-        at_dh, at_direct, at_du = steps.at(dh), steps.at(direct), steps.at(du)
-        for gates_t, n_t, h_before, dy_t, dx_t, du_n_t in _backwards(steps, gates, n, h[:-1], dy, dx, du_n):
-            step(gates_t, n_t, h_before, dy_t, at_dh, at_direct, dx_t, at_du, du_n_t)
-            multiply(at_du, at_dh)
-        dW_hh = torch.cat([_over_steps(dx[..., : 2 * H], y[:-1]), _over_steps(du_n, y[:-1])])
-        return _gathered(dx, ids, ctx.rows), None, dW_hh, du_n.sum((0, 1)), direct + dh
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+        ids, W_hh, y, states, gates = ctx.saved_tensors
+        cell, (T, B, H) = ctx.cell, dy.shape
+        dy, wide = dy.contiguous(), _wide_type(y.dtype)
+        dx = y.new_empty(T, B, len(W_hh))
+        du = torch.empty_like(dx) if cell == _GRU else dx
+        dh = dy.new_zeros(B, H, dtype=wide)
+        dstate = None if states is None else dlast.clone(memory_format=torch.contiguous_format)
+        results = {"dx": dx, "du": du, "dh": dh, "dstate": dstate}
+        _kernels(y).sequence(True, cell, W_hh, T=T, B=B, y=y, state=states, gates=gates, dy=dy, **results)
+        db_hn = du[..., 2 * H :].sum((0, 1), dtype=wide) if cell == _GRU else None
+        return None, _gathered(dx, ids, ctx.rows), None, _over_steps(du, y[:-1]), db_hn, dh, dstate
 
 
-class Steps:
-    """The arithmetic of one step on tensors of any type and device; `native.Kernels` has the same, compiled.
-
-    ``x`` and ``ids`` hold the input's part of the step; results are written to the arguments on the left of
-    an equation. dy is the gradient of h_t from the layer above, dh that from the next step's product.
-
-    compiled: the kernels that compute the steps between torch's products, or None.
-    """
-
-    def __init__(self, compiled: Kernels | None = None):
-        self.compiled = compiled
-
-    def at(self, tensor: Tensor) -> Any:
-        """Return `tensor` as a step takes it."""
-        return tensor
-
-    def each(self, tensor: Tensor) -> Sequence[Any]:
-        """Return tensor[t] as a step takes it, for all t."""
-        return tensor.unbind(0)
-
-    def bind(self, name: str, B: int, H: int) -> Callable[..., None]:
-        """Return the step `name` for a batch of B and H units."""
-        if self.compiled is None:
-            return getattr(self, name)  # type: ignore[no-any-return]
-        step = self.compiled.bind(name, B, H)
-        return lambda *arguments: step(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
-
-    def product(self, W: Tensor, M: int) -> Callable[[Any, Any], object]:
-        """Return a function of a (M, K) and out (M, N) that writes a W into out; W (K, N) must not change."""
-        return lambda a, out: torch.mm(a, W, out=out)
-
-    def rnn_forward(self, relu: bool, x: Tensor, ids: Ids, u: Tensor, h: Tensor) -> None:
-        """h = tanh(x + u) or max(0, x + u), for the recurrent product u."""
-        a = _wide(_input_part(x, ids)) + _wide(u)
-        h.copy_(a.relu() if relu else a.tanh())
-
-    def rnn_backward(self, relu: bool, h: Tensor, dy: Tensor, dh: Tensor, da: Tensor) -> None:
-        """da = (dy + dh) ⊙ (1 - h²), or ⊙ [h > 0]."""
-        h, d = _wide(h), _wide(dy) + _wide(dh)
-        da.copy_(d * (h > 0) if relu else d * (1 - h * h))
-
-    def lstm_forward(
-        self, x: Tensor, ids: Ids, gates: Tensor, c_before: Tensor, c: Tensor, h: Tensor
-    ) -> None:
-        """gates (B, 4H), in: the recurrent product, out: i, f, g, o.
-
-        c = f ⊙ c_before + i ⊙ g; h = o ⊙ tanh(c).
-        """
-        i, f, g, o = (_wide(_input_part(x, ids)) + _wide(gates)).chunk(4, -1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        torch.addcmul(f * c_before, i, g, out=c)
-        h.copy_(o * c.tanh())
-        gates.copy_(torch.cat([i, f, g, o], -1))
-
-    def lstm_backward(
-        self, gates: Tensor, c_before: Tensor, c: Tensor, dy: Tensor, dh: Tensor, da: Tensor, dc: Tensor
-    ) -> None:
-        """da (B, 4H); dc, in: the gradient of c_t from the step after, out: that of c_before."""
-        i, f, g, o = _wide(gates).chunk(4, -1)
-        d, tanh_c = _wide(dy) + _wide(dh), c.tanh()
-        d_c = dc + d * o * (1 - tanh_c * tanh_c)
-        parts = (d_c * g * i * (1 - i), d_c * c_before * f * (1 - f), d_c * i * (1 - g * g))
-        da.copy_(torch.cat([*parts, d * tanh_c * o * (1 - o)], -1))
-        torch.mul(d_c, f, out=dc)
-
-    def gru_forward(self, x: Tensor, ids: Ids, b_hn: Tensor, *tensors: Tensor) -> None:
-        """gates (B, 3H), in: the recurrent product, out: r, z, u = W_hn h_before + b_hn.
-
-        n = tanh(x_n + r ⊙ u); h = n + z ⊙ (h_before - n). y is h, or its copy in the products' type.
-        """
-        gates, h_before, n, h, y = tensors
-        H = h.shape[-1]
-        x_t, products = _wide(_input_part(x, ids)), _wide(gates)
-        r, z = (x_t[:, : 2 * H] + products[:, : 2 * H]).sigmoid().chunk(2, -1)
-        u = products[:, 2 * H :] + b_hn
-        candidate = (x_t[:, 2 * H :] + r * u).tanh()
-        torch.addcmul(candidate, z, h_before - candidate, out=h)
-        n.copy_(candidate)
-        gates.copy_(torch.cat([r, z, u], -1))
-        if y is not h:
-            y.copy_(h)
-
-    def gru_backward(self, *tensors: Tensor) -> None:
-        """dx (B, 3H) of the input's part, du (B, 3H) of the recurrent product, du_n its last third again.
-
-        direct: the part of the gradient of h that comes through no product, in: of h_t, out: of h_before.
-        """
-        gates, n, h_before, dy, dh, direct, dx, du, du_n = tensors
-        (r, z, u), n = _wide(gates).chunk(3, -1), _wide(n)
-        d = _wide(dy) + _wide(dh) + direct
-        dn = d * (1 - z) * (1 - n * n)
-        dr, dz = dn * u * r * (1 - r), d * (h_before - n) * z * (1 - z)
-        dx.copy_(torch.cat([dr, dz, dn], -1))
-        du.copy_(torch.cat([dr, dz, dn * r], -1))
-        du_n.copy_(dn * r)
-        torch.mul(d, z, out=direct)
-
-
-def steps_for(tensor: Tensor) -> "Steps | Kernels":
-    """Return the compiled steps for `tensor`'s type and device if there are any, else torch's."""
+def _kernels(tensor: Tensor) -> Kernels:
     found = kernels(tensor.dtype) if tensor.device.type == "cpu" else None
-    return found if found and found.multiplies else Steps(found)
+    if found is None:
+        raise RuntimeError(f"there are no kernels for {tensor.dtype} on {tensor.device.type}")
+    return found
 
 
 def _wide_type(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of arithmetic and states: float32 for the half types."""
-    return torch.float32 if dtype in _HALF else dtype
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Return `tensor` in the type of arithmetic."""
-    return tensor.to(_wide_type(tensor.dtype))
-
-
-def _input_part(x: Tensor, ids: Ids) -> Tensor:
-    """Return the input's part of a step: x (B, N), or the rows ids (B,) of the table x (V, N)."""
-    return x if ids is None else x[ids]
+    """Return the type of arithmetic and states: float32 for bfloat16."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def _checked(ids: Ids, rows: int) -> Ids:
     """Return ids as int64 in contiguous memory; the kernels do not check that they are rows of the table."""
     if ids is None:
         return None
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
         raise IndexError(f"ids must be from 0 to {rows - 1}")
     return ids.long().contiguous()
-
-
-def _forwards(steps: "Steps | Kernels", x: Tensor, ids: Ids, *tensors: Tensor) -> Any:
-    """Return the input's part, the ids of its rows or None, and the tensors at each step."""
-    T = len(tensors[0])
-    inputs = (steps.each(x), [None] * T) if ids is None else ([steps.at(x)] * T, steps.each(ids))
-    return zip(*inputs, *map(steps.each, tensors), strict=True)
-
-
-def _backwards(steps: "Steps | Kernels", *tensors: Tensor) -> Any:
-    """Return the tensors at each step, from the last to the first."""
-    return zip(*(reversed(steps.each(tensor)) for tensor in tensors), strict=True)
 
 
 def _over_steps(da: Tensor, h: Tensor) -> Tensor:
@@ -305,7 +145,7 @@ def _gathered(da: Tensor, ids: Ids, rows: int) -> Tensor:
     """Return the gradient of x: da, or for a table (V, N) the sum over the steps that used a row."""
     if ids is None:
         return da
-    if da.dtype in _HALF:  # sums in a half type would lose small parts; products sum in float32
+    if da.dtype == torch.bfloat16:  # sums in a half type would lose small parts; products sum in float32
         if rows <= 256:
             return F.one_hot(ids.flatten(), rows).to(da.dtype).t() @ da.flatten(0, 1)
         da = da.float()

@@ -26,7 +26,8 @@ Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 def choose_implementation(config: ModelConfig, device: torch.device) -> tuple[str, str]:
     """Return the implementation in which `config` runs on `device`, and the reason.
 
-    ``auto`` is the fastest one that computes the cell there, as measured by ``charlm bench``.
+    ``auto`` is the fastest one that computes the cell there, as measured by ``charlm bench``. Where there are
+    no compiled kernels, ``fused`` is replaced by ``builtin``, with the same results to rounding.
 
     Raises `ConfigError` for an implementation that does not compute the cell.
     """
@@ -36,15 +37,16 @@ def choose_implementation(config: ModelConfig, device: torch.device) -> tuple[st
             f"model.implementation is {config.implementation!r}, which does not compute {cell.setting}; "
             f"allowed: auto, {', '.join(cell.implementations)}"
         )
-    if config.implementation != "auto":
+    if config.implementation in ("scratch", "builtin"):
         return config.implementation, "as configured"
     if not cell.builtin:
         return "scratch", f"the only one that computes {cell.setting}"
     if device.type != "cpu":
         return "builtin", f"the fastest on {device.type}"
-    if kernels(torch.float32):
-        return "fused", "the fastest on the CPU with compiled kernels"
-    return "builtin", f"no kernels: {load('f32')[1]}"
+    if not kernels(torch.float32):
+        return "builtin", f"no kernels: {load('f32')[1]}"
+    fastest = "the fastest on the CPU with compiled kernels"
+    return "fused", fastest if config.implementation == "auto" else "as configured"
 
 
 def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:

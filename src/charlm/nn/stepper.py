@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from charlm.errors import ConfigError
-from charlm.nn import fused
 from charlm.nn.cells import State, cell_of
 from charlm.nn.kernels import native
 from charlm.nn.layers import WEIGHTS
@@ -89,8 +88,7 @@ class Stepper:
             # A table replaces the input matrix of layer 0.
             layers.append((quantised(W_ih, quantize if k else None), quantised(W_hh, quantize), b_ih, b_hh))
         head = quantised(model.head.weight.detach(), quantize)
-        steps = fused.steps_for(rows)
-        self.kernels = steps if isinstance(steps, native.Kernels) and steps.multiplies else None
+        self.kernels = native.kernels(self.dtype)
         if self.kernels:
             self._pack(self.kernels, rows, layers, head)
             return
@@ -152,7 +150,7 @@ class Stepper:
             with torch.no_grad():
                 return self._step(ids, (h, c)[: len(state)])
         after = tuple(torch.empty_like(h) for _ in state)
-        work = self.table.new_empty(B * (2 * G + 1) * H)  # one for each call: threads may share a stepper
+        work = self.table.new_empty(2 * B * G * H)  # one for each call: threads may share a stepper
         logits, ids = self.table.new_empty(B, len(self.table)), ids.long().contiguous()
         arguments = (ids, h, c, work, after[0], after[-1], logits)
         if self.kernels.library.step(self.address, B, *(tensor.data_ptr() for tensor in arguments)):

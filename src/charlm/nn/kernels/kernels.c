@@ -1,19 +1,24 @@
-/* The steps of training, called by `fused` at every time step: the arithmetic of the cells, forward and backward,
- * each in one pass over memory, and a product with a matrix that is packed once and used at all steps. The steps of
- * writing text, called by `stepper`, are in kernels_writing.c.
+/* The arithmetic of the cells, products with packed matrices, and, in the files included at the end, the sequences of
+ * training and scoring and the steps of writing text.
  *
  * `native` compiles this file for the machine's instructions, once for each type of number:
  *   -DSTORE=f32   float32 throughout
  *   -DSTORE=f64   float64 throughout
- *   -DSTORE=bf16  products' operands and results in bfloat16, cell state and arithmetic in float32
+ *   -DSTORE=bf16  products' operands and results in bfloat16; sums, cell state and arithmetic in float32
  *
- * Letters are those of cells.py: B batch, H hidden; row b of the input's part of a step is x[ids[b]], or x[b]
- * where ids is NULL. All matrices are row-major and contiguous.
+ * Letters are those of cells.py: T time, B batch, H hidden, G gates. All matrices are row-major.
  */
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #define f32 1
 #define f64 2
@@ -88,230 +93,227 @@ INLINE real tanh_(real x) { /* m / (m + 2) with m = e^2x - 1, which keeps the re
 }
 #endif
 
-/* h = tanh(x + u) or max(0, x + u); u, the recurrent product, and h are (B, H) and may be the same. */
-EXPORT void rnn_forward(int64_t B, int64_t H, int relu, const store *x, const int64_t *ids, const store *u,
-                        store *h) {
-#pragma omp parallel for if (B * H > ENOUGH)
-    for (int64_t b = 0; b < B; b++) {
-        const store *xb = x + (ids ? ids[b] : b) * H, *ub = u + b * H;
-        store *hb = h + b * H;
-        if (relu) {
+/* The cells, for n units of one row of the batch; x: the input's part of the step; u: the recurrent product, in rows
+ * of `stride` numbers, one for each gate; gates (G, H), or NULL where no backward pass follows. */
+
+/* h = tanh(x + u) or max(0, x + u). */
+INLINE void rnn_forward(int relu, int64_t n, const store *x, const real *u, store *h) {
+    if (relu) {
 #pragma omp simd
-            for (int64_t j = 0; j < H; j++) {
-                real a = load(xb[j]) + load(ub[j]);
-                hb[j] = keep(a < 0 ? 0 : a);
-            }
-        } else {
-#pragma omp simd
-            for (int64_t j = 0; j < H; j++) hb[j] = keep(tanh_(load(xb[j]) + load(ub[j])));
+        for (int64_t j = 0; j < n; j++) {
+            real a = load(x[j]) + u[j];
+            h[j] = keep(a < 0 ? 0 : a);
         }
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) h[j] = keep(tanh_(load(x[j]) + u[j]));
     }
 }
 
 /* da = (dy + dh) * (1 - h^2), or where h > 0: (dy + dh). */
-EXPORT void rnn_backward(int64_t B, int64_t H, int relu, const store *h, const store *dy, const store *dh,
-                         store *da) {
-#pragma omp parallel for if (B * H > ENOUGH)
-    for (int64_t b = 0; b < B; b++) {
-        const store *hb = h + b * H, *yb = dy + b * H, *nb = dh + b * H;
-        store *ab = da + b * H;
-        if (relu) {
+INLINE void rnn_backward(int relu, int64_t n, const store *h, const store *dy, const real *dh, store *da) {
+    if (relu) {
 #pragma omp simd
-            for (int64_t j = 0; j < H; j++) ab[j] = keep(load(hb[j]) > 0 ? load(yb[j]) + load(nb[j]) : 0);
-        } else {
+        for (int64_t j = 0; j < n; j++) da[j] = keep(load(h[j]) > 0 ? load(dy[j]) + dh[j] : 0);
+    } else {
 #pragma omp simd
-            for (int64_t j = 0; j < H; j++) {
-                real hj = load(hb[j]);
-                ab[j] = keep((load(yb[j]) + load(nb[j])) * (1 - hj * hj));
-            }
+        for (int64_t j = 0; j < n; j++) {
+            real hj = load(h[j]);
+            da[j] = keep((load(dy[j]) + dh[j]) * (1 - hj * hj));
         }
     }
 }
 
-/* gates (B, 4H) hold the recurrent product and then i, f, g, o; c from c_before; h (B, H). */
-EXPORT void lstm_forward(int64_t B, int64_t H, const store *x, const int64_t *ids, store *gates,
-                         const real *c_before, real *c, store *h) {
-#pragma omp parallel for if (B * H > ENOUGH)
-    for (int64_t b = 0; b < B; b++) {
-        const store *xb = x + (ids ? ids[b] : b) * 4 * H;
-        store *gb = gates + b * 4 * H, *hb = h + b * H;
-        const real *pb = c_before + b * H;
-        real *cb = c + b * H;
+/* gates: i, f, g, o. c may be c_before. */
+INLINE void lstm_forward(int64_t n, int64_t H, const store *x, const real *u, int64_t stride, const real *c_before,
+                         real *c, store *h, store *gates) {
 #pragma omp simd
-        for (int64_t j = 0; j < H; j++) {
-            real i = sigmoid(load(xb[j]) + load(gb[j]));
-            real f = sigmoid(load(xb[H + j]) + load(gb[H + j]));
-            real g = tanh_(load(xb[2 * H + j]) + load(gb[2 * H + j]));
-            real o = sigmoid(load(xb[3 * H + j]) + load(gb[3 * H + j]));
-            real cj = f * pb[j] + i * g;
-            cb[j] = cj;
-            hb[j] = keep(o * tanh_(cj));
-            gb[j] = keep(i);
-            gb[H + j] = keep(f);
-            gb[2 * H + j] = keep(g);
-            gb[3 * H + j] = keep(o);
+    for (int64_t j = 0; j < n; j++) {
+        real i = sigmoid(load(x[j]) + u[j]);
+        real f = sigmoid(load(x[H + j]) + u[stride + j]);
+        real g = tanh_(load(x[2 * H + j]) + u[2 * stride + j]);
+        real o = sigmoid(load(x[3 * H + j]) + u[3 * stride + j]);
+        real cj = f * c_before[j] + i * g;
+        c[j] = cj;
+        h[j] = keep(o * tanh_(cj));
+        if (gates) {
+            gates[j] = keep(i);
+            gates[H + j] = keep(f);
+            gates[2 * H + j] = keep(g);
+            gates[3 * H + j] = keep(o);
         }
     }
 }
 
-/* From dy + dh and dc (in: the gradient of c, out: of c_before): da (B, 4H), of the gates' sums. */
-EXPORT void lstm_backward(int64_t B, int64_t H, const store *gates, const real *c_before, const real *c,
-                          const store *dy, const store *dh, store *da, real *dc) {
-#pragma omp parallel for if (B * H > ENOUGH)
-    for (int64_t b = 0; b < B; b++) {
-        const store *gb = gates + b * 4 * H, *yb = dy + b * H, *nb = dh + b * H;
-        const real *pb = c_before + b * H, *cb = c + b * H;
-        store *ab = da + b * 4 * H;
-        real *db = dc + b * H;
+/* From dy + dh and dc (in: the gradient of c, out: of c_before): da (4, H), of the gates' sums. */
+INLINE void lstm_backward(int64_t n, int64_t H, const store *gates, const real *c_before, const real *c,
+                          const store *dy, const real *dh, store *da, real *dc) {
 #pragma omp simd
-        for (int64_t j = 0; j < H; j++) {
-            real i = load(gb[j]), f = load(gb[H + j]), g = load(gb[2 * H + j]), o = load(gb[3 * H + j]);
-            real tanh_c = tanh_(cb[j]), d = load(yb[j]) + load(nb[j]);
-            real dcj = db[j] + d * o * (1 - tanh_c * tanh_c);
-            ab[j] = keep(dcj * g * i * (1 - i));
-            ab[H + j] = keep(dcj * pb[j] * f * (1 - f));
-            ab[2 * H + j] = keep(dcj * i * (1 - g * g));
-            ab[3 * H + j] = keep(d * tanh_c * o * (1 - o));
-            db[j] = dcj * f;
-        }
+    for (int64_t j = 0; j < n; j++) {
+        real i = load(gates[j]), f = load(gates[H + j]), g = load(gates[2 * H + j]), o = load(gates[3 * H + j]);
+        real tanh_c = tanh_(c[j]), d = load(dy[j]) + dh[j];
+        real dcj = dc[j] + d * o * (1 - tanh_c * tanh_c);
+        da[j] = keep(dcj * g * i * (1 - i));
+        da[H + j] = keep(dcj * c_before[j] * f * (1 - f));
+        da[2 * H + j] = keep(dcj * i * (1 - g * g));
+        da[3 * H + j] = keep(d * tanh_c * o * (1 - o));
+        dc[j] = dcj * f;
     }
 }
 
-/* gates (B, 3H) hold the recurrent product and then r, z and u_n = W_hn h + b_hn; n (B, H). h (B, H) is the
- * state; h_kept is the same array, or in bfloat16 its rounded copy for the next product. */
-EXPORT void gru_forward(int64_t B, int64_t H, const store *x, const int64_t *ids, const real *b_hn,
-                        store *gates, const real *h_before, store *n, real *h, store *h_kept) {
-#pragma omp parallel for if (B * H > ENOUGH)
-    for (int64_t b = 0; b < B; b++) {
-        const store *xb = x + (ids ? ids[b] : b) * 3 * H;
-        const real *pb = h_before + b * H;
-        store *gb = gates + b * 3 * H, *nb = n + b * H;
-        real *hb = h + b * H;
+/* gates: r, z, n and u_n = W_hn h + b_hn. h is the state; y the same memory, or in bfloat16 its rounded copy for the
+ * next product. */
+INLINE void gru_forward(int64_t n, int64_t H, const store *x, const real *b_hn, const real *u, int64_t stride,
+                        const real *h_before, real *h, store *y, store *gates) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        real r = sigmoid(load(x[j]) + u[j]);
+        real z = sigmoid(load(x[H + j]) + u[stride + j]);
+        real u_n = u[2 * stride + j] + b_hn[j];
+        real nj = tanh_(load(x[2 * H + j]) + r * u_n);
+        real hj = nj + z * (h_before[j] - nj);
+        h[j] = hj;
 #if STORE == bf16
-        store *kb = h_kept + b * H;
+        y[j] = keep(hj);
 #endif
-#pragma omp simd
-        for (int64_t j = 0; j < H; j++) {
-            real r = sigmoid(load(xb[j]) + load(gb[j]));
-            real z = sigmoid(load(xb[H + j]) + load(gb[H + j]));
-            real u = load(gb[2 * H + j]) + b_hn[j];
-            real nj = tanh_(load(xb[2 * H + j]) + r * u);
-            real hj = nj + z * (pb[j] - nj);
-            hb[j] = hj;
-#if STORE == bf16
-            kb[j] = keep(hj);
-#endif
-            gb[j] = keep(r);
-            gb[H + j] = keep(z);
-            gb[2 * H + j] = keep(u);
-            nb[j] = keep(nj);
+        if (gates) {
+            gates[j] = keep(r);
+            gates[H + j] = keep(z);
+            gates[2 * H + j] = keep(nj);
+            gates[3 * H + j] = keep(u_n);
         }
     }
 }
 
-/* From dy + dh + direct, the gradient of h: dx (B, 3H) of the input's part, du (B, 3H) of the recurrent
- * product, du_n (B, H) a copy of its last third, and direct, the part of h_before's
- * gradient that comes through no product. */
-EXPORT void gru_backward(int64_t B, int64_t H, const store *gates, const store *n, const real *h_before,
-                         const store *dy, const store *dh, real *direct, store *dx, store *du, store *du_n) {
-#pragma omp parallel for if (B * H > ENOUGH)
-    for (int64_t b = 0; b < B; b++) {
-        const store *gb = gates + b * 3 * H, *nb = n + b * H, *yb = dy + b * H, *rb = dh + b * H;
-        const real *pb = h_before + b * H;
-        store *xb = dx + b * 3 * H, *ub = du + b * 3 * H, *kb = du_n + b * H;
-        real *db = direct + b * H;
+/* From dy + dh + direct, the gradient of h: dx (3, H) of the input's part, du (3, H) of the recurrent product, and
+ * direct, the part of h_before's gradient that comes through no product. */
+INLINE void gru_backward(int64_t n, int64_t H, const store *gates, const real *h_before, const store *dy,
+                         const real *dh, real *direct, store *dx, store *du) {
 #pragma omp simd
-        for (int64_t j = 0; j < H; j++) {
-            real r = load(gb[j]), z = load(gb[H + j]), u = load(gb[2 * H + j]), nj = load(nb[j]);
-            real d = load(yb[j]) + load(rb[j]) + db[j];
-            real dn = d * (1 - z) * (1 - nj * nj);
-            real dr = dn * u * r * (1 - r), dz = d * (pb[j] - nj) * z * (1 - z);
-            db[j] = d * z;
-            xb[j] = ub[j] = keep(dr);
-            xb[H + j] = ub[H + j] = keep(dz);
-            xb[2 * H + j] = keep(dn);
-            ub[2 * H + j] = kb[j] = keep(dn * r);
-        }
+    for (int64_t j = 0; j < n; j++) {
+        real r = load(gates[j]), z = load(gates[H + j]), nj = load(gates[2 * H + j]), u_n = load(gates[3 * H + j]);
+        real d = load(dy[j]) + dh[j] + direct[j];
+        real dn = d * (1 - z) * (1 - nj * nj);
+        real dr = dn * u_n * r * (1 - r), dz = d * (h_before[j] - nj) * z * (1 - z);
+        direct[j] = d * z;
+        dx[j] = du[j] = keep(dr);
+        dx[H + j] = du[H + j] = keep(dz);
+        dx[2 * H + j] = keep(dn);
+        du[2 * H + j] = keep(dn * r);
     }
 }
 
-#if STORE != bf16 && defined(__AVX__) /* elsewhere torch's product is used */
-/* C = A W for a W (K, N) that `pack` has laid out in panels of NR columns, each (K, NR), so that the
- * innermost loop walks memory forward. A block of MR rows of C and one panel's columns stays in registers
- * over all of K (Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication"). */
+/* Products. A matrix W (K, N) is packed in panels of NR columns, each (K, NR), so that the innermost loop walks memory
+ * forward; a block of up to MR rows of the result and one panel's columns stays in registers over all of K (Goto & van
+ * de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication"). In bfloat16 two rows of a panel lie side by
+ * side in words of 32 bits, as the instruction for dot products takes them. The order of a sum does not depend on the
+ * number of rows. */
 #if defined(__AVX512F__)
 #define BYTES 64
 #define MR 12
-#else
+#elif defined(__AVX__)
 #define BYTES 32
+#define MR 6
+#elif defined(__aarch64__)
+#define BYTES 16
+#define MR 12
+#else
+#define BYTES 16
 #define MR 6
 #endif
 #define LANES (BYTES / (int)sizeof(real))
 #define NR (2 * LANES)
-#define ROWS (8 * MR) /* rows of C in one thread's piece of work */
+#define PAIR (int)(sizeof(real) / sizeof(store)) /* rows of a panel side by side */
 typedef real vector __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+typedef float floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t loaded __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-EXPORT int64_t packed_size(int64_t K, int64_t N) { return (N + NR - 1) / NR * NR * K; }
+INLINE int64_t panels_of(int64_t N) { return (N + NR - 1) / NR; }
+INLINE int64_t panel_size(int64_t K) { return (K + PAIR - 1) / PAIR * PAIR * NR; }
 
-/* W[k, n] is w[k * row + n * column]. */
-EXPORT void pack(int64_t K, int64_t N, const real *w, int64_t row, int64_t column, real *packed) {
-    int64_t panels = (N + NR - 1) / NR;
-#pragma omp parallel for if (K * N > 16 * ENOUGH)
-    for (int64_t p = 0; p < panels; p++)
-        for (int64_t k = 0; k < K; k++)
-            for (int64_t j = 0; j < NR; j++) {
-                int64_t n = p * NR + j;
-                packed[(p * K + k) * NR + j] = n < N ? w[k * row + n * column] : 0;
-            }
+/* One panel: the columns from `first` on of W (K, N), where W[k, n] is w[k * row + n * column]. */
+static void pack(int64_t K, int64_t N, const store *w, int64_t row, int64_t column, int64_t first, store *panel) {
+    int64_t n = N - first < NR ? N - first : NR;
+    if (n < NR || K % PAIR) memset(panel, 0, (size_t)panel_size(K) * sizeof(store));
+    w += first * column;
+    for (int64_t k = 0; k < K; k++)
+        for (int64_t j = 0; j < n; j++) panel[(k / PAIR * NR + j) * PAIR + k % PAIR] = w[k * row + j * column];
 }
 
-INLINE void block(const int rows, int64_t K, const real *a, const real *panel, real *c, int64_t N,
+#if STORE == bf16
+INLINE floats part(words word, int high) { return (floats)(high ? word & 0xFFFF0000 : word << 16); }
+
+/* sum + the products of the pairs in `w` with the pair `a`. */
+INLINE vector dot(vector sum, words w, uint32_t a) {
+#if defined(__AVX512BF16__)
+    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)a));
+#else
+    sum += load((store)a) * part(w, 0);
+    return sum + load((store)(a >> 16)) * part(w, 1);
+#endif
+}
+#endif
+
+/* c (rows, width) = a (rows, K) times a panel; lda and ldc are the distances of rows. */
+INLINE void block(const int rows, int64_t K, const store *a, int64_t lda, const store *panel, real *c, int64_t ldc,
                   int64_t width) {
     vector sum[MR][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vector){0};
-    for (int64_t k = 0; k < K; k++) {
-        vector left = *(const vector *)(panel + k * NR), right = *(const vector *)(panel + k * NR + LANES);
+#if STORE == bf16
+    for (int64_t k = 0; k < K; k += 2, panel += 2 * NR) {
+        words left = *(const loaded *)panel, right = *(const loaded *)(panel + 2 * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
-            sum[i][0] += a[i * K + k] * left;
-            sum[i][1] += a[i * K + k] * right;
+            uint32_t pair = 0;
+            memcpy(&pair, a + i * lda + k, k + 1 < K ? 4 : 2); /* the last one may stand alone */
+            sum[i][0] = dot(sum[i][0], left, pair);
+            sum[i][1] = dot(sum[i][1], right, pair);
         }
     }
+#else
+    for (int64_t k = 0; k < K; k++, panel += NR) {
+        vector left = *(const vector *)panel, right = *(const vector *)(panel + LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            sum[i][0] += a[i * lda + k] * left;
+            sum[i][1] += a[i * lda + k] * right;
+        }
+    }
+#endif
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
         if (width >= NR) {
-            *(vector *)(c + i * N) = sum[i][0];
-            *(vector *)(c + i * N + LANES) = sum[i][1];
+            *(vector *)(c + i * ldc) = sum[i][0];
+            *(vector *)(c + i * ldc + LANES) = sum[i][1];
         } else {
             real last[NR];
             memcpy(last, &sum[i][0], BYTES);
             memcpy(last + LANES, &sum[i][1], BYTES);
-            memcpy(c + i * N, last, (size_t)width * sizeof(real));
+            memcpy(c + i * ldc, last, (size_t)width * sizeof(real));
         }
     }
 }
 
-/* a (M, K), c (M, N). */
-EXPORT void product(int64_t M, int64_t K, int64_t N, const real *a, const real *packed, real *c) {
-    int64_t panels = (N + NR - 1) / NR, pieces = (M + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(static) if (M * K * N > 16 * ENOUGH)
-    for (int64_t task = 0; task < panels * pieces; task++) {
-        int64_t p = task / pieces, first = task % pieces * ROWS;
-        int64_t end = first + ROWS < M ? first + ROWS : M, width = N - p * NR;
-        const real *panel = packed + p * K * NR;
-        int64_t m = first;
-        for (; m + MR <= end; m += MR) block(MR, K, a + m * K, panel, c + m * N + p * NR, N, width);
-        switch (end - m) {
-#define REST(rows) \
-    case rows: block(rows, K, a + m * K, panel, c + m * N + p * NR, N, width); break;
-            REST(1) REST(2) REST(3) REST(4) REST(5)
+/* The same for any number of rows, in blocks of nearly equal height. */
+static void product(int64_t rows, int64_t K, const store *a, int64_t lda, const store *panel, real *c, int64_t ldc,
+                    int64_t width) {
+    int64_t blocks = (rows + MR - 1) / MR;
+    for (int64_t i = 0; i < blocks; i++) {
+        int64_t first = rows * i / blocks, height = rows * (i + 1) / blocks - first;
+        switch (height) {
+#define HEIGHT(rows) \
+    case rows: block(rows, K, a + first * lda, lda, panel, c + first * ldc, ldc, width); break;
+            HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
 #if MR > 6
-            REST(6) REST(7) REST(8) REST(9) REST(10) REST(11)
+            HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
 #endif
         }
     }
 }
 
+#include "kernels_sequences.c"
+#if STORE != bf16
 #include "kernels_writing.c"
 #endif

@@ -1,15 +1,11 @@
-/* Writing text: one step of a whole model, for a few rows at a time. Included by kernels.c, whose types, steps and
- * panels it uses.
+/* Writing text: one step of a whole model, for a few rows at a time. Included by kernels.c.
  *
  * The time is that of reading the weights from memory. They are therefore stored as `real`, as bfloat16, or as int8
  * with a scale for each column, and widened in registers; sums are always `real`.
  *
  * The order of a sum depends neither on B nor on the threads: the result of a row does not depend on the others. */
 enum { PLAIN, HALF, BYTE };
-typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef int32_t integers __attribute__((vector_size(LANES * 4)));
-typedef float floats __attribute__((vector_size(LANES * 4)));
-typedef uint32_t loaded __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 #define STRIP 4 /* panels at a time for a single row, so that enough sums are under way */
 
 /* A (K, N), in panels as `pack` lays them out. In HALF and BYTE, a panel's 2 LANES columns of a k are in LANES
@@ -28,7 +24,7 @@ typedef struct {
 } layer;
 
 typedef struct {
-    int64_t cell, layers, H, V; /* cell: 0 rnn with tanh, 1 with relu, 2 lstm, 3 gru */
+    int64_t cell, layers, H, V;
     const real *table;          /* (V, G H): the input's part of layer 0 for every character */
     const layer *layer;
     matrix head;
@@ -146,11 +142,11 @@ static void multiply(const matrix *w, int64_t M, const real *a, real *c) {
 }
 
 /* One step: ids (B,) and the state h, c (layers, B, H) to logits (B, V) and the state after.
- * work: room for B (2 G + 1) H numbers. Returns 1, and does nothing, for an id out of range. */
+ * work: room for 2 B G H numbers. Returns 1, and does nothing, for an id out of range. */
 EXPORT int step(const model *m, int64_t B, const int64_t *ids, const real *h, const real *c, real *work,
                 real *h_after, real *c_after, real *logits) {
-    const int64_t H = m->H, BH = B * H, G = m->cell == 2 ? 4 : m->cell == 3 ? 3 : 1;
-    real *gates = work, *share = work + G * BH, *n = work + 2 * G * BH;
+    const int64_t H = m->H, BH = B * H, G = gates_of(m->cell);
+    real *gates = work, *share = work + G * BH;
     for (int64_t b = 0; b < B; b++)
         if (ids[b] < 0 || ids[b] >= m->V) return 1;
     for (int64_t k = 0; k < m->layers; k++, h += BH, c += BH, h_after += BH, c_after += BH) {
@@ -158,12 +154,16 @@ EXPORT int step(const model *m, int64_t B, const int64_t *ids, const real *h, co
         const int64_t *rows = k ? NULL : ids;
         if (k) multiply(&m->layer[k].input, B, h_after - BH, share);
         multiply(&m->layer[k].recurrent, B, h, gates);
-        if (m->cell == 2)
-            lstm_forward(B, H, x, rows, gates, c, c_after, h_after);
-        else if (m->cell == 3)
-            gru_forward(B, H, x, rows, m->layer[k].b_hn, gates, h, n, h_after, h_after);
-        else
-            rnn_forward(B, H, (int)m->cell, x, rows, gates, h_after);
+        for (int64_t b = 0; b < B; b++) {
+            const real *xb = x + (rows ? rows[b] : b) * G * H, *u = gates + b * G * H;
+            real *y = h_after + b * H;
+            if (m->cell == LSTM)
+                lstm_forward(H, H, xb, u, H, c + b * H, c_after + b * H, y, NULL);
+            else if (m->cell == GRU)
+                gru_forward(H, H, xb, m->layer[k].b_hn, u, H, h + b * H, y, y, NULL);
+            else
+                rnn_forward(m->cell == RELU, H, xb, u, y);
+        }
     }
     multiply(&m->head, B, h_after - BH, logits);
     return 0;

@@ -3,7 +3,7 @@
 It is compiled at first use, once for each type of number, and kept in `files.cache_folder` if that is safe;
 else it is compiled in each process. The file's name contains its checksum, which is checked before it is
 loaded. Without a compiler, or with ``CHARLM_KERNELS=off`` in the environment, `kernels` returns None, and
-`fused` uses torch's operations. ``ATEN_CPU_CAPABILITY`` limits the kernels' instructions as torch's.
+`choose_implementation` takes another. ``ATEN_CPU_CAPABILITY`` limits the kernels' instructions as torch's.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +26,37 @@ from torch import Tensor
 from charlm.errors import CharlmError
 from charlm.files import cache_folder, is_ours, write_atomically
 
-_SOURCE = Path(__file__).with_name("kernels.c")  # it includes the other
-_SOURCES = (_SOURCE, Path(__file__).with_name("kernels_writing.c"))
+_SOURCE = Path(__file__).with_name("kernels.c")  # it includes the others
+_SOURCES = (_SOURCE, *(_SOURCE.with_stem(f"kernels_{part}") for part in ("sequences", "writing")))
 _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden"]
 _NATIVE = ["-march=native"]
 _STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 _COUNT, _POINTER, _FLAG, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_double
-_STEPS: dict[str, list[Any]] = {  # the types of the arguments
-    "rnn_forward": [_COUNT] * 2 + [_FLAG] + [_POINTER] * 4,
-    "rnn_backward": [_COUNT] * 2 + [_FLAG] + [_POINTER] * 4,
-    "lstm_forward": [_COUNT] * 2 + [_POINTER] * 6,
-    "lstm_backward": [_COUNT] * 2 + [_POINTER] * 7,
-    "gru_forward": [_COUNT] * 2 + [_POINTER] * 8,
-    "gru_backward": [_COUNT] * 2 + [_POINTER] * 9,
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # the types of the result and of the arguments
+    "packed_size": (_COUNT, [_COUNT, _COUNT, _FLAG]),
+    "sequence_forward": (None, [_POINTER]),
+    "sequence_backward": (None, [_POINTER]),
 }
-_PRODUCT: dict[str, list[Any]] = {  # where the library has a product
-    "packed_size": [_COUNT] * 2,
-    "pack": [_COUNT] * 2 + [_POINTER] + [_COUNT] * 2 + [_POINTER],
-    "product": [_COUNT] * 3 + [_POINTER] * 3,
-    "laid_size": [_COUNT] * 2,
-    "lay": [_COUNT] * 3 + [_POINTER] * 2,
-    "step": [_POINTER, _COUNT] + [_POINTER] * 7,
-    "draw": [_COUNT] * 2 + [_POINTER] * 5,
+_WRITING: dict[str, tuple[Any, list[Any]]] = {  # not in bfloat16
+    "laid_size": (_COUNT, [_COUNT] * 2),
+    "lay": (None, [_COUNT] * 3 + [_POINTER] * 2),
+    "step": (_FLAG, [_POINTER, _COUNT] + [_POINTER] * 7),
+    "draw": (_FLAG, [_COUNT] * 2 + [_POINTER] * 5),
 }
-_RESULTS = {"packed_size": _COUNT, "laid_size": _COUNT, "step": _FLAG, "draw": _FLAG}
 
 
 def _fields(kind: type, *names: str) -> tuple[tuple[str, Any], ...]:
     return tuple((name, kind) for name in names)
+
+
+class Sequence(ctypes.Structure):
+    """A layer, its sequence and room for the results; kernels_sequences.c says what the fields are."""
+
+    _fields_ = (
+        *_fields(_COUNT, "cell", "T", "B", "H", "threads", "state_step"),
+        *_fields(_POINTER, "x", "ids", "W_hh", "packed", "b_hn", "y", "state", "gates", "dy", "dx", "du"),
+        *_fields(_POINTER, "dh", "dstate"),
+    )
 
 
 class Matrix(ctypes.Structure):
@@ -87,37 +89,25 @@ class DrawOptions(ctypes.Structure):
 class Kernels:
     """The functions of `kernels.c` for one type of number, over contiguous CPU tensors.
 
-    The steps have the arguments of the methods of `fused.Steps`, which document them. `multiplies` is false
-    where there is no product for the type, in bfloat16 and without AVX: torch's product is used there.
+    writes: whether they write text too, which they do not in bfloat16.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         self.dtype, self.library = dtype, library
-        self.multiplies = hasattr(library, "product")
-        for name, arguments in {**_STEPS, **(_PRODUCT if self.multiplies else {})}.items():
+        self.writes = dtype != torch.bfloat16
+        for name, (result, arguments) in {**_FUNCTIONS, **(_WRITING if self.writes else {})}.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, _RESULTS.get(name)
+            function.restype, function.argtypes = result, arguments
 
-    def at(self, tensor: Tensor) -> int:
-        """Return the address of `tensor`."""
-        return tensor.data_ptr()
-
-    def each(self, tensor: Tensor) -> Sequence[Any]:
-        """Return the addresses of tensor[t] for all t."""
-        # The stride has no meaning where there is a single row.
-        size = max(tensor.numel() // max(len(tensor), 1) * tensor.element_size(), 1)
-        return range(tensor.data_ptr(), tensor.data_ptr() + len(tensor) * size, size)
-
-    def bind(self, name: str, B: int, H: int) -> Callable[..., None]:
-        """Return the step `name` over a batch of B and H units; it takes addresses of tensors."""
-        return functools.partial(getattr(self.library, name), B, H)
-
-    def product(self, W: Tensor, M: int) -> Callable[[Any, Any], object]:
-        """Return a function of a (M, K) and out (M, N) that writes a W into out; W (K, N) must not change."""
-        (K, N), library = W.shape, self.library
-        packed = W.new_empty(library.packed_size(K, N))
-        library.pack(K, N, W.data_ptr(), *W.stride(), packed.data_ptr())
-        return lambda a, out: library.product(M, K, N, a, packed.data_ptr(), out)
+    def sequence(self, backward: bool, cell: int, W_hh: Tensor, **fields: Any) -> None:
+        """Compute a layer over all steps, forward or backward; a field is a number, a tensor or None."""
+        H = W_hh.shape[1]
+        packed = W_hh.new_empty(self.library.packed_size(cell, H, backward))
+        fields = {**fields, "W_hh": W_hh, "packed": packed}
+        values = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
+        call = self.library.sequence_backward if backward else self.library.sequence_forward
+        sequence = Sequence(cell=cell, H=H, threads=torch.get_num_threads(), **values)
+        call(ctypes.addressof(sequence))
 
     def draw(self, logits: Tensor, uniforms: Tensor, options: DrawOptions) -> Tensor | None:
         """Draw ids (B,) from logits (B, V), sorted in descending order where `options` has a filter.

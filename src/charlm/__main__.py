@@ -4,9 +4,15 @@ import os
 import signal
 import sys
 
+SPINS = "200"  # some microseconds
+
 
 def main() -> int:
     """Import the command line and run it; return the exit code."""
+    # GNU's OpenMP library reads this when torch is loaded. By default a thread that waits for another one
+    # spins for milliseconds, and beside a busy process for as long as the other one is not scheduled.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     caught: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # an import that an exception ends shows a traceback

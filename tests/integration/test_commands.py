@@ -68,9 +68,17 @@ def test_on_a_terminal_there_is_a_bar(folder):
 
 
 def test_dry_run_writes_nothing(charlm, folder):
-    done = charlm("train", "--dry-run", "--name", "n", *settings("corpus.source=corpus.txt"))
+    done = charlm(
+        "train", "--dry-run", "--name", "n", "--threads", "1", *settings("corpus.source=corpus.txt")
+    )
     assert done.code == 0
-    for part in ("hidden_size: 12", "corpus.txt", "parameters", "would write runs/n/"):
+    for part in (
+        "threads  1 (--threads)",
+        "hidden_size: 12",
+        "corpus.txt",
+        "parameters",
+        "would write runs/n/",
+    ):
         assert part in done.out
     assert [path.name for path in folder.iterdir()] == ["corpus.txt"]
 
@@ -378,3 +386,12 @@ def test_checkpoint_can_be_resumed_without_the_last_state(charlm, folder):
     assert charlm("train", "--resume", "kept", "--at", "3").code == 0 and run.last.read_bytes() == end
     done = charlm("train", "--resume", "kept", "--at", "4")
     assert done.code == 1 and "step 4; its saves: 3, 6" in done.err
+
+
+@pytest.mark.parametrize(("given", "spins"), [({}, "200"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_threads_of_a_command_wait_without_spinning_for_long(given, spins):
+    code = "import os, charlm.__main__ as m; m.main(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(command, env={**environment, **given}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(spins)

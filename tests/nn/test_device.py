@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from charlm.config import ModelConfig
 from charlm.errors import ConfigError
-from charlm.nn.device import autocast, choose_device, choose_precision
+from charlm.nn.device import autocast, choose_device, choose_precision, choose_threads
 
 CPU = torch.device("cpu")
 
@@ -57,6 +58,16 @@ def test_bfloat16_needs_avx512(cpu):
         cpu(capability, *instructions)
         with pytest.raises(ConfigError, match="bfloat16.*float32"):
             choose_precision("bfloat16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environment", "rows", "threads"),
+    [(3, "2", 1, 3), (None, "2", 1, 8), (None, "", 1, 1), (None, "", 64, 8)],
+)
+def test_threads_depend_on_the_size_of_the_model(monkeypatch, wanted, environment, rows, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)  # as torch takes it from the variable
+    assert choose_threads(wanted, ModelConfig(hidden_size=192), rows)[0] == threads
 
 
 def test_autocast_multiplies_in_the_precision():

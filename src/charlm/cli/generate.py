@@ -91,6 +91,7 @@ def generate(
     model: str | None,
     implementation: str | None,
     device: str,
+    threads: int | None,
     **sampling_values: Any,
 ) -> None:
     """Write text with a trained model.
@@ -115,7 +116,7 @@ def generate(
     sampling = Sampling(**sampling_values)
     if quantize and device == "auto":
         device = "cpu"  # other devices cannot write with fewer bits
-    writer = LanguageModel(load(model, implementation, device))
+    writer = LanguageModel(load(model, implementation, device, threads, num_samples))
     options: dict[str, Any] = {"sampling": sampling, "unknown": unknown, "quantize": quantize}
     prefix = stdin_for_dash(prefix)
     start = writer.generate(prefix, 0, **options)  # raises for invalid arguments before anything is written
@@ -295,6 +296,7 @@ def fill(
     model: str | None,
     implementation: str | None,
     device: str,
+    threads: int | None,
 ) -> None:
     """Fill in the blanks of a text; prints the answers with their probabilities, best first.
 
@@ -306,7 +308,7 @@ def fill(
 
     if len(blank) != 1:
         raise ConfigError(f"--blank {blank!r} is not allowed; it must be one character")
-    loaded = load(model, implementation, device)
+    loaded = load(model, implementation, device, threads, 1)
     text_with_blanks = stdin_for_dash(text_with_blanks)
     parts = [clean(part, **loaded.config.corpus.cleaning) for part in text_with_blanks.split(blank)]
     rows = [

@@ -110,6 +110,12 @@ implementation_option = click.option(
     type=click.Choice(["auto", "scratch", "builtin", "fused"]),
     help="Load the model in this implementation.  [default: the run's setting]",
 )
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="CPU threads.  [default: by the model's size and the processors]",
+)
 unknown_option = click.option(
     "--unknown",
     type=click.Choice(["error", "skip", "replace"]),
@@ -121,7 +127,7 @@ unknown_option = click.option(
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that are the arguments of `load`."""
-    return model_option(implementation_option(device_option(command)))
+    return model_option(implementation_option(device_option(threads_option(command))))
 
 
 def stdin_for_dash(argument: str) -> str:
@@ -131,10 +137,19 @@ def stdin_for_dash(argument: str) -> str:
     return read.decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n") if argument == "-" else argument
 
 
-def load(model: str | None, implementation: str | None, device: str) -> "Loaded":
-    """Return the model that the options name, on the device that they name."""
-    from charlm.nn.device import choose_device
+def load(
+    model: str | None, implementation: str | None, device: str, threads: int | None, rows: int
+) -> "Loaded":
+    """Return the model that the options name, on the device that they name, and set the number of threads.
+
+    rows: sequences that are read or written side by side.
+    """
+    import torch
+
+    from charlm.nn.device import choose_device, choose_threads
     from charlm.storage import run as runs
     from charlm.storage.model_file import load_model
 
-    return load_model(runs.find_model(model), implementation, choose_device(device))
+    loaded = load_model(runs.find_model(model), implementation, choose_device(device))
+    torch.set_num_threads(choose_threads(threads, loaded.config.model, rows)[0])
+    return loaded

@@ -40,6 +40,7 @@ def evaluate(
     model: str | None,
     implementation: str | None,
     device: str,
+    threads: int | None,
 ) -> None:
     """Score texts: perplexity, bits per character and per byte.
 
@@ -55,7 +56,7 @@ def evaluate(
     from charlm.inference.evaluate import evaluate_each
     from charlm.metrics import Score
 
-    loaded = load(model, implementation, device)
+    loaded = load(model, implementation, device, threads, 16)
     prefix = _metric_prefix(loaded)
     rows, total, total_bytes = [], Score(), 0
     texts = _texts(files, loaded, unknown)
@@ -221,6 +222,7 @@ def score_texts(
     model: str | None,
     implementation: str | None,
     device: str,
+    threads: int | None,
 ) -> None:
     """Show how surprising each character, word or line is, in bits.
 
@@ -243,7 +245,7 @@ def score_texts(
     """  # noqa: D301 - \b is for click
     from charlm.inference.score import most_surprising
 
-    loaded = load(model, implementation, device)
+    loaded = load(model, implementation, device, threads, 16)
     has_lines = "\n" in loaded.vocab.characters
     if unit == "line" and not has_lines:
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from charlm.cli.options import complete_runs, config_option, set_option
+from charlm.cli.options import complete_runs, config_option, set_option, threads_option
 from charlm.errors import CharlmError, ConfigError
 from charlm.metrics import Score, perplexity
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Continue a run that stopped.")
 @click.option("--at", type=click.IntRange(min=0), metavar="STEP", help="Resume from an earlier save.")
 @click.option("--allow-changes", is_flag=True, help="Resume with changed settings, as far as possible.")
+@threads_option
 @click.option("--dry-run", is_flag=True, help="Show what would be trained and written, and exit.")
 def train(
     recipe: str | None,
@@ -35,6 +36,7 @@ def train(
     resume: str | None,
     at: int | None,
     allow_changes: bool,
+    threads: int | None,
     dry_run: bool,
 ) -> None:
     """Train a model on a text.
@@ -50,7 +52,10 @@ def train(
     if resume and (recipe or name):
         raise ConfigError("--resume uses the run's configuration and name; leave out --config and --name")
 
+    import torch
+
     from charlm import config as configuration
+    from charlm.nn.device import choose_threads
     from charlm.nn.kernels.native import keep_memory
     from charlm.storage import run as runs
     from charlm.text.corpus import Corpus
@@ -73,18 +78,20 @@ def train(
         display = TrainingDisplay(silent=not group.first)
         corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading))
         group.check_same("text", corpus.fingerprint)
+        count, reason = choose_threads(threads, config.model, config.batches.batch_size)
+        torch.set_num_threads(count)
         trainer = Trainer(config, corpus, group)
-        learner = trainer.learner
+        learner, lines = trainer.learner, [*trainer.describe(), f"threads  {count} ({reason})"]
         if dry_run:
             if group.first:
                 click.echo(configuration.to_yaml(config))
-                click.echo("\n".join(trainer.describe()))
+                click.echo("\n".join(lines))
                 click.echo(
                     f"would write {run.folder}/ with config.yaml, model.safetensors, last.safetensors, "
                     "state.safetensors, metrics.jsonl"
                 )
             return
-        for line in trainer.describe():
+        for line in lines:
             display.say(line)
         if not resume:
             folder = group.from_first(lambda: str(runs.create(run, config, rename=name is None).folder))

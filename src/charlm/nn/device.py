@@ -1,11 +1,15 @@
-"""Where a model runs and in which precision it multiplies."""
+"""Where a model runs, with how many threads, and in which precision it multiplies."""
 
+import os
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from charlm.config import ModelConfig
 from charlm.errors import ConfigError
+
+_ENOUGH_FOR_TWO = 2**17  # B · H², the multiplications of a step for each gate
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -47,6 +51,22 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
         return torch.float32, f"the safe choice on {device.type}"
     reason = f"the {device.type} device has {'' if native else 'no '}bfloat16 instructions"
     return (torch.bfloat16 if native else torch.float32), reason
+
+
+def choose_threads(wanted: int | None, model: ModelConfig, rows: int) -> tuple[int, str]:
+    """Return the number of CPU threads for `model` on batches of `rows` sequences, and the reason.
+
+    Without a `wanted` number or ``OMP_NUM_THREADS`` it is torch's, the number of processors, or 1 where a
+    second thread brings little, as measured by benchmarks/threads.py. It depends on the sizes alone, because
+    results differ in their last bits between numbers of threads.
+    """
+    if wanted:
+        return wanted, "--threads"
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads(), "OMP_NUM_THREADS"
+    if rows * model.hidden_size**2 < _ENOUGH_FOR_TWO:
+        return 1, f"a second one brings little to {rows} × {model.hidden_size} units"
+    return torch.get_num_threads(), "the number of processors"
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

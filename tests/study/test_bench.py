@@ -5,6 +5,7 @@ import torch
 
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
 from charlm.errors import ConfigError
+from charlm.nn.kernels.native import kernels
 from charlm.study import bench
 
 SMALL = ModelConfig(hidden_size=6, embedding_size=4, num_layers=2)
@@ -14,7 +15,7 @@ BATCHES = BatchesConfig(batch_size=3, seq_len=5, stride=5)
 def test_measures_all_implementations_except_auto():
     report = bench.bench(["gru"], SMALL, BATCHES, "cpu", seconds=0.01)
     names = [row.implementation for row in report.rows]
-    assert {"scratch", "builtin", "fused"} == set(names)
+    assert {"scratch", "builtin", *(["fused"] if kernels(torch.float32) else [])} == set(names)
     assert [row.ratio for row in report.rows if row.implementation == "builtin"] == [1]
     for row in report.rows:
         assert row.cell == "gru" and min(row.trained, row.written, row.share) > 0
@@ -41,15 +42,25 @@ def test_text_is_long_enough_for_a_batch(sampling):
     assert x.shape == (7, 9)
 
 
-@pytest.mark.parametrize(("precision", "size"), [(torch.bfloat16, 2048), (torch.float32, 256)])
+@pytest.mark.parametrize(("precision", "size"), [(torch.bfloat16, 512), (torch.float32, 128)])
 def test_matrix_product_is_two_operations_per_multiplication(monkeypatch, precision, size):
     """A type without instructions is measured on smaller matrices."""
     monkeypatch.setattr(bench, "choose_precision", lambda *args: (precision, ""))
     monkeypatch.setattr(bench, "rate", lambda work, seconds: work())
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: None)
     shapes = []
     monkeypatch.setattr(torch, "mm", lambda a, b, out: shapes.append((a.shape, b.shape, a.dtype)))
     assert bench.matrix_rate(torch.device("cpu"), torch.bfloat16, 0.0) == 2 * size**3
     assert shapes == [((size, size), (size, size), torch.bfloat16)]
+
+
+def test_profile_divides_a_step_into_its_parts():
+    batches = BatchesConfig(batch_size=8, seq_len=20, stride=20)
+    config = Config(model=ModelConfig(hidden_size=48), batches=batches, train=TrainConfig(device="cpu"))
+    parts, share = bench.profile(config, 0.1)
+    assert min(parts.values()) >= 0 and share > 0
+    fused = ["sequence forward", "sequence backward"] if kernels(torch.float32) else []
+    assert all(parts[name] > 0 for name in ("head", "optimiser", "batches", *fused))
 
 
 def test_unknown_device_is_refused():

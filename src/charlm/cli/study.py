@@ -1,5 +1,6 @@
 """The commands that examine models and machines: gradcheck, gradflow, compare, bench."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -131,6 +132,7 @@ def compare(
     default=3.0,
     help="Training time for each row of the table; generation takes a third of it.",
 )
+@click.option("--profile", is_flag=True, help="Show where the time of a training step goes, for each cell.")
 @device_option
 @json_option()
 def bench(
@@ -140,6 +142,7 @@ def bench(
     batch_size: int,
     seq_len: int,
     seconds: float,
+    profile: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -147,21 +150,36 @@ def bench(
 
     Prints the characters per second of training steps and of generation, and the share of the machine's rate
     of matrix products that training reaches (6 operations per weight and character). The rows alternate;
-    figures are medians of three rounds. Run nothing else at the same time.
+    figures are medians of three rounds. With --profile, prints the parts of a training step instead. Run
+    nothing else at the same time.
     """
-    from charlm.config import CELL_NAMES, BatchesConfig, ModelConfig
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would print its starts and stops
+
+    from charlm.config import CELL_NAMES, BatchesConfig, Config, ModelConfig, TrainConfig
     from charlm.nn.kernels.native import keep_memory
     from charlm.study import bench as benchmark
     from charlm.study.compare import markdown
 
     keep_memory()
-    report = benchmark.bench(
-        cells or CELL_NAMES,
-        ModelConfig(hidden_size=hidden_size, num_layers=num_layers),
-        BatchesConfig(batch_size=batch_size, seq_len=seq_len, stride=seq_len),
-        device,
-        seconds,
-    )
+    model = ModelConfig(hidden_size=hidden_size, num_layers=num_layers)
+    batches = BatchesConfig(batch_size=batch_size, seq_len=seq_len, stride=seq_len)
+    if profile:
+        found = {}
+        for cell in cells or CELL_NAMES:
+            train = TrainConfig(device=device, lr=1e-4, schedule="constant")
+            config = Config(model=model.model_copy(update={"cell": cell}), batches=batches, train=train)
+            found[cell] = benchmark.profile(config, seconds)
+        if as_json:
+            click.echo(json_text({c: {"seconds": p, "share": s} for c, (p, s) in found.items()}, indent=2))
+            return
+        click.echo(f"{benchmark.machine()}\n{num_layers} × {hidden_size}, batch {batch_size} × {seq_len}\n")
+        for cell, (parts, share) in found.items():
+            total = sum(parts.values())
+            rows = [[name, f"{1e3 * part:.2f}", f"{part / total:.1%}"] for name, part in parts.items()]
+            click.echo(markdown([cell, "ms", "share"], rows))
+            click.echo(f"\n{share:.1%} of the machine's rate of matrix products\n")
+        return
+    report = benchmark.bench(cells or CELL_NAMES, model, batches, device, seconds)
     if as_json:
         click.echo(json_text(asdict(report), indent=2))
         return

@@ -21,6 +21,7 @@ from charlm.errors import ConfigError
 from charlm.inference.sample import Sampling, generate
 from charlm.nn.cells import CELLS
 from charlm.nn.device import choose_device, choose_precision
+from charlm.nn.layers import choose_implementation
 from charlm.nn.model import CharLM
 from charlm.text.corpus import Corpus
 from charlm.training.learner import Learner
@@ -28,7 +29,14 @@ from charlm.training.learner import Learner
 ROUNDS = 3
 CHARACTERS = "".join(map(chr, range(32, 97)))  # 65, as in tiny Shakespeare
 _GENERATED = 256  # characters of a text, including the preparation of the weights
-_LARGE, _SMALL = 2048, 256  # sizes of the matrices; small for a type without instructions
+_PARTS = {  # of a training step: regular expressions of the names that torch's profiler gives to operations
+    "sequence forward": "_Sequence",
+    "sequence backward": "_SequenceBackward",
+    "other products": "aten::(add)?mm",
+    "loss": "aten::(_log_softmax|nll_loss).*",
+    "optimiser": "Optimizer.*|aten::(_fused_adam|_foreach_|linalg_vector_norm).*",
+}
+_PROFILED = 10  # steps; the profiler is slow to sort its records
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,13 @@ def bench(
         raise ConfigError(f"--seconds is {seconds}; allowed: a finite number, for example 3")
     train = TrainConfig(device=device, lr=1e-4, schedule="constant")
     config = Config(model=model, batches=batches, train=train)
-    learners = {
-        (cell, name): make_learner(override(config, [f"model.cell={cell}", f"model.implementation={name}"]))
-        for cell in cells
-        for name in CELLS[cell].implementations
-    }
     place, rates = choose_device(device), defaultdict[tuple[str, ...], list[float]](list)
+    learners = {}
+    for cell in cells:
+        for name in CELLS[cell].implementations:
+            each = override(config, [f"model.cell={cell}", f"model.implementation={name}"])
+            if choose_implementation(each.model, place)[0] == name:  # fused needs kernels
+                learners[cell, name] = make_learner(each)
     for turn in range(ROUNDS + 1):  # the first one warms up and compiles
         length = seconds / ROUNDS if turn else 0.0
         for name in ("float32", "bfloat16"):
@@ -124,10 +133,46 @@ def writing_rate(learner: Learner, seconds: float) -> float:
     return rate(lambda: len(list(generate(learner.model, vocab, prefix, _GENERATED, Sampling()))), seconds)
 
 
+def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
+    """Return the seconds of each part of a training step, and its share of the rate of matrix products.
+
+    The parts are measured by torch's profiler, which makes a step a little longer. ``rest`` is all the rest:
+    copies, dropout, Python.
+    """
+    learner = make_learner(config)
+    training_rate(learner, 0.0)  # compiles
+    plain, batches = training_rate(learner, seconds), 0.0
+    with torch.profiler.profile(record_shapes=True) as recorded:
+        start = time.perf_counter()
+        for epoch in range(_PROFILED):
+            before = time.perf_counter()
+            x, y = next(iter(learner.batches.loader(seed=1, epoch=epoch)))
+            batches += time.perf_counter() - before
+            learner.step(x, y)
+        elapsed = time.perf_counter() - start
+    parts = dict.fromkeys((*_PARTS, "head", "batches"), 0.0)
+    V = len(learner.corpus.vocab)
+    for event in recorded.key_averages(group_by_input_shape=True):
+        for part, names in _PARTS.items():
+            if re.fullmatch(names, event.key):
+                if part == "other products" and any(V in shape for shape in event.input_shapes):
+                    part = "head"
+                parts[part] += event.self_cpu_time_total / 1e6 / _PROFILED
+                break
+    parts["head"] += parts.pop("loss")
+    parts["batches"] = batches / _PROFILED
+    parts["rest"] = elapsed / _PROFILED - sum(parts.values())
+    limit = matrix_rate(learner.device, learner.precision, seconds)
+    return parts, plain * operations(learner.model) / limit
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Return the floating-point operations per second of a product of square matrices."""
+    """Return the floating-point operations per second of the fastest product of square matrices at hand.
+
+    On the CPU they fit the cache; for a type without instructions they are small.
+    """
     native = dtype == torch.float32 or choose_precision("auto", device)[0] == dtype
-    size = _LARGE if native else _SMALL
+    size = 2048 if device.type != "cpu" else 512 if native else 128
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(a)
 
@@ -137,7 +182,14 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
             getattr(torch, device.type).synchronize()
         return 2 * size**3
 
-    return rate(multiply, seconds)
+    def multiply_by_onednn() -> int:
+        torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return 2 * size**3
+
+    # In float32, torch.mm calls a library that is not the fastest one on every processor.
+    onednn = device.type == "cpu" and native and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    products = [multiply, *([multiply_by_onednn] if onednn else [])]
+    return max(rate(each, seconds / len(products)) for each in products)
 
 
 def rate(work: Callable[[], int], seconds: float) -> float:

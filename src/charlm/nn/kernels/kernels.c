@@ -253,6 +253,19 @@ INLINE vector dot(vector sum, words w, uint32_t a) {
     return sum + load((store)(a >> 16)) * part(w, 1);
 #endif
 }
+
+/* sum + the products of a pair of each row, or with 2 bytes of a single number, with two rows of a panel. */
+INLINE void add_pairs(const int rows, const int bytes, const store *a, int64_t lda, const store *panel,
+                      vector sum[MR][2]) {
+    words left = *(const loaded *)panel, right = *(const loaded *)(panel + 2 * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+        uint32_t pair = 0;
+        memcpy(&pair, a + i * lda, bytes);
+        sum[i][0] = dot(sum[i][0], left, pair);
+        sum[i][1] = dot(sum[i][1], right, pair);
+    }
+}
 #endif
 
 /* c (rows, width) = a (rows, K) times a panel; lda and ldc are the distances of rows. */
@@ -262,16 +275,8 @@ INLINE void block(const int rows, int64_t K, const store *a, int64_t lda, const 
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vector){0};
 #if STORE == bf16
-    for (int64_t k = 0; k < K; k += 2, panel += 2 * NR) {
-        words left = *(const loaded *)panel, right = *(const loaded *)(panel + 2 * LANES);
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) {
-            uint32_t pair = 0;
-            memcpy(&pair, a + i * lda + k, k + 1 < K ? 4 : 2); /* the last one may stand alone */
-            sum[i][0] = dot(sum[i][0], left, pair);
-            sum[i][1] = dot(sum[i][1], right, pair);
-        }
-    }
+    for (int64_t k = 0; k + 1 < K; k += 2, panel += 2 * NR) add_pairs(rows, 4, a + k, lda, panel, sum);
+    if (K % 2) add_pairs(rows, 2, a + K - 1, lda, panel, sum);
 #else
     for (int64_t k = 0; k < K; k++, panel += NR) {
         vector left = *(const vector *)panel, right = *(const vector *)(panel + LANES);

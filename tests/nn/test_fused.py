@@ -183,7 +183,7 @@ def test_batches_of_any_size_equal_the_equations_with_any_number_of_threads(
     theirs = run_cells(cell, nonlinearity, ids, **tensors)
     expected = [*theirs, *torch.autograd.grad(loss(theirs), list(tensors.values()))]
     found = []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 8):
         threads(count)
         ours = run_fused(cell, nonlinearity, ids, **tensors)
         threads(1)  # torch's sums may depend on it

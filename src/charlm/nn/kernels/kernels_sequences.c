@@ -1,11 +1,13 @@
 /* A layer over a whole sequence, forward and backward, in one call. Included by kernels.c.
  *
  * The rows of a batch do not depend on each other: each thread takes its rows through all time steps and waits for no
- * other. Only with fewer rows than threads do the threads share the units instead; they then meet at each step. */
+ * other. Only with a few rows, fewer than threads, do the threads share the units instead; they then meet at each
+ * step. */
 enum { RNN, RELU, LSTM, GRU };
 /* Rows and units whose recurrent products are computed before their arithmetic, so that these stay in cache. */
 #define TILE 48
 #define UNITS 64
+#define FEW 4 /* rows below which threads share the units of each row */
 
 typedef struct {
     int64_t cell, T, B, H, threads;
@@ -135,8 +137,9 @@ INLINE void backward(const int cell, const sequence *s, share own) {
 /* Pack W_hh and give each thread its share of the work. */
 INLINE void run(const int cell, const int backwards, const sequence *s) {
     const int64_t H = s->H, G = gates_of(cell), panels = panels_of(H);
+    const int64_t shares = s->B < FEW ? panels : s->B, count = s->threads < shares ? s->threads : shares;
     meeting meeting = {0, 0};
-#pragma omp parallel num_threads((int)s->threads) if (s->threads > 1)
+#pragma omp parallel num_threads((int)count) if (count > 1)
     {
         int threads = 1, thread = 0;
 #ifdef _OPENMP

@@ -1,4 +1,4 @@
-"""Where a model runs, with how many threads, and in which precision it multiplies."""
+"""The device, the number of threads and the precision of matrix products."""
 
 import os
 from typing import Any

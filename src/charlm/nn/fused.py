@@ -96,7 +96,7 @@ class _Sequence(torch.autograd.Function):
         y, states, gates = _forward(cell, x, ids, W_hh, b_hn, h, state, keep=True)
         ctx.save_for_backward(ids, W_hh, y, states, gates)
         ctx.cell, ctx.rows = cell, len(x)
-        # A copy of the state is no view of the memory that the backward pass reads.
+        # Copied: a caller may change it, and the backward pass reads this memory.
         return y[1:], y.new_empty(0) if states is None else states[-1].clone()
 
     @staticmethod

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import heading, record
+from common import heading
 
 from charlm.study.compare import markdown
 
@@ -78,8 +79,6 @@ def measure(work, rounds):
 
 
 def score_at_once(folder, count):
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(count) as pool:
         return statistics.mean(pool.map(score, [folder] * count))
 
@@ -108,8 +107,6 @@ def main():
             rows.append(
                 [title, *(f"{found[key]:.1f}" for key in found), *(f"{r:.2f}×" for r in ratios.values())]
             )
-            kind = "eval" if title.startswith("eval") else "train"
-            record(**{f"{kind} {key} {title}": ratio for key, ratio in ratios.items()})
     header = ["", "alone", "two at once", "beside a busy process", "two to alone", "beside to alone"]
     print(markdown(header, rows), flush=True)
 

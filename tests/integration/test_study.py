@@ -146,7 +146,8 @@ def test_bench_prints_a_table_or_json(charlm):
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| rnn")]
     assert [row[1].strip() for row in rows] == [row["implementation"] for row in json.loads(found)["rows"]]
     assert "torch" in table and json.loads(found)["products"].keys() == {"float32", "bfloat16"}
-    endless = charlm("bench", *tiny[:-2], "--seconds", "nan")
-    assert "nan" in endless.err and endless.code == 2
+    for more in ([], ["--profile"]):
+        endless = charlm("bench", *tiny[:-2], "--seconds", "nan", *more)
+        assert "nan" in endless.err and endless.code == 2
     refused = charlm("bench", *tiny, "--device", "tpu")
     assert "tpu" in refused.err and refused.code == 2

@@ -39,14 +39,14 @@ def choose_implementation(config: ModelConfig, device: torch.device) -> tuple[st
         )
     if config.implementation in ("scratch", "builtin"):
         return config.implementation, "as configured"
+    if cell.fused and device.type == "cpu" and kernels(torch.float32):
+        fastest = "the fastest on the CPU with compiled kernels"
+        return "fused", fastest if config.implementation == "auto" else "as configured"
     if not cell.builtin:
         return "scratch", f"the only one that computes {cell.setting}"
     if device.type != "cpu":
         return "builtin", f"the fastest on {device.type}"
-    if not kernels(torch.float32):
-        return "builtin", f"no kernels: {load('f32')[1]}"
-    fastest = "the fastest on the CPU with compiled kernels"
-    return "fused", fastest if config.implementation == "auto" else "as configured"
+    return "builtin", f"no kernels: {load('f32')[1]}"
 
 
 def make_recurrent(input_size: int, config: ModelConfig) -> nn.Module:

@@ -81,8 +81,7 @@ def bench(
 
     Raises `ConfigError` for a device that is not available and for `seconds` that are not finite.
     """
-    if not math.isfinite(seconds):
-        raise ConfigError(f"--seconds is {seconds}; allowed: a finite number, for example 3")
+    _check_seconds(seconds)
     train = TrainConfig(device=device, lr=1e-4, schedule="constant")
     config = Config(model=model, batches=batches, train=train)
     place, rates = choose_device(device), defaultdict[tuple[str, ...], list[float]](list)
@@ -112,6 +111,11 @@ def bench(
     return Report(machine(), str(place), precision, torch.get_num_threads(), products, rows)
 
 
+def _check_seconds(seconds: float) -> None:
+    if not math.isfinite(seconds):
+        raise ConfigError(f"--seconds is {seconds}; allowed: a finite number, for example 3")
+
+
 def make_learner(config: Config) -> Learner:
     """Return a learner of `config` on a random text of `CHARACTERS`, long enough for one batch."""
     length = (config.batches.batch_size + 1) * (max(config.batches.seq_len, config.batches.stride) + 1)
@@ -138,8 +142,13 @@ def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
 
     The parts are measured by torch's profiler, which makes a step a little longer. ``rest`` is all the rest:
     copies, dropout, Python.
+
+    Raises `ConfigError` for a device that is not the CPU and for `seconds` that are not finite.
     """
+    _check_seconds(seconds)
     learner = make_learner(config)
+    if learner.device.type != "cpu":
+        raise ConfigError(f"--profile measures the CPU, not {learner.device}; add --device cpu")
     training_rate(learner, 0.0)  # compiles
     plain, batches = training_rate(learner, seconds), 0.0
     with torch.profiler.profile(record_shapes=True) as recorded:
@@ -151,11 +160,12 @@ def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
             learner.step(x, y)
         elapsed = time.perf_counter() - start
     parts = dict.fromkeys((*_PARTS, "head", "batches"), 0.0)
-    V = len(learner.corpus.vocab)
+    # The dimensions of the head's products: the characters of a batch and the vocabulary.
+    head = {config.batches.batch_size * config.batches.seq_len, len(learner.corpus.vocab)}
     for event in recorded.key_averages(group_by_input_shape=True):
         for part, names in _PARTS.items():
             if re.fullmatch(names, event.key):
-                if part == "other products" and any(V in shape for shape in event.input_shapes):
+                if part == "other products" and head <= {n for shape in event.input_shapes for n in shape}:
                     part = "head"
                 parts[part] += event.self_cpu_time_total / 1e6 / _PROFILED
                 break

@@ -127,15 +127,6 @@ def test_ids_out_of_range_raise_an_error(wrong):
         run_fused("rnn", "tanh", ids, **tensors)
 
 
-@pytest.mark.parametrize("rows", [V, 1500])
-def test_gradient_of_a_table_is_not_summed_in_bfloat16(rows):
-    da = torch.full((64, 64, 3), 0.01, dtype=torch.bfloat16)
-    ids = torch.zeros(64, 64, dtype=torch.int64)
-    found = fused._gathered(da, ids, rows)
-    assert found.shape == (rows, 3) and not found[1:].any()
-    torch.testing.assert_close(found[0].double(), da.double().sum((0, 1)), rtol=0.005, atol=0)
-
-
 @pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
 def test_transposed_tensors_give_the_same_results(cell, nonlinearity):
     """Transposed inputs, and transposed gradients as a batch-first reader of y gives them."""
@@ -186,9 +177,10 @@ def test_batches_of_any_size_equal_the_equations_with_any_number_of_threads(
     for count in (1, 2, 3, 8):
         threads(count)
         ours = run_fused(cell, nonlinearity, ids, **tensors)
-        threads(1)  # torch's sums may depend on it
         found.append([*ours, *torch.autograd.grad(loss(ours), list(tensors.values()))])
-    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-10)
+    for each in found:
+        torch.testing.assert_close(each, expected, rtol=0, atol=1e-10)
+        del each[len(theirs) + list(tensors).index("W_hh")]  # torch's product may depend on the threads
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 

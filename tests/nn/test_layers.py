@@ -5,15 +5,7 @@ from torch import nn
 from charlm.config import ModelConfig
 from charlm.nn.cells import CELLS
 from charlm.nn.kernels.native import kernels
-from charlm.nn.layers import (
-    BuiltinLayers,
-    choose_implementation,
-    dropped,
-    locked,
-    make_recurrent,
-    once,
-    one_sequence,
-)
+from charlm.nn.layers import BuiltinLayers, choose_implementation, make_recurrent
 
 B, E, H = 3, 5, 4
 KINDS = [("rnn", {"nonlinearity": "tanh"}), ("rnn", {"nonlinearity": "relu"}), ("lstm", {}), ("gru", {})]
@@ -185,52 +177,3 @@ def test_state_of_other_sizes_raises_an_error(shape):
     for stack in stacks("lstm", 2)[1:]:
         with pytest.raises(ValueError, match=r"\(2, 3, 'H'\)"):
             stack(torch.zeros(B, 2, E, dtype=torch.double), (torch.zeros(shape, dtype=torch.double),) * 2)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.75])
-def test_dropout_has_the_probability_p_and_keeps_the_mean(p):
-    torch.manual_seed(0)
-    y = torch.ones(301, 333).requires_grad_()
-    found = dropped(y, p)
-    assert found.unique().tolist() == pytest.approx([1] if p == 0 else [0, 1 / (1 - p)])
-    assert (found == 0).float().mean().item() == pytest.approx(p, abs=0.005)
-    assert found.mean().item() == pytest.approx(1, abs=0.01)
-    # Neighbours, which may share a draw of the generator, are dropped independently of each other.
-    both = ((found[:, 1:] == 0) & (found[:, :-1] == 0)).float().mean().item()
-    assert both == pytest.approx(p * p, abs=0.01)
-    found.sum().backward()
-    assert torch.equal(y.grad, found), "the gradient passes through the same mask"
-
-
-@pytest.mark.parametrize("time", [0, 1])
-def test_locked_mask_is_the_same_at_all_steps_and_differs_between_streams_and_units(time):
-    torch.manual_seed(0)
-    y = torch.ones(9, 8, 7).movedim(0, time).requires_grad_()
-    dropped = locked(y, 0.25, time, "key")
-    steps = dropped.movedim(time, 0)
-    assert torch.equal(steps, steps[:1].expand_as(steps))
-    assert dropped.unique().tolist() == [0, pytest.approx(1 / 0.75)]
-    assert len(steps[0].unique(dim=0)) > 1 < len(steps[0].unique(dim=1)[0])
-    dropped.sum().backward()
-    assert torch.equal(y.grad, dropped), "the gradient passes through the same mask"
-
-
-def test_mask_is_drawn_once_for_each_sequence():
-    draw = lambda: torch.rand(3)
-    assert not torch.equal(once("a", draw), once("a", draw))
-    with one_sequence():
-        first = once("a", draw)
-        assert torch.equal(once("a", draw), first) and not torch.equal(once("b", draw), first)
-    with one_sequence():
-        assert not torch.equal(once("a", draw), first)
-
-
-@pytest.mark.parametrize("drop", [dropped, lambda y, p: locked(y, p, 0, "key")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_scale_of_dropout_is_exact_in_every_type(drop, dtype):
-    y = torch.rand(400, 400, generator=torch.Generator().manual_seed(0)).to(dtype)[:, None]
-    found = drop(y, 0.1)
-    kept = y.double()[found != 0].sum()
-    assert (found.double().sum() / kept).item() == pytest.approx(
-        1 / 0.9, rel=3e-4
-    )  # 1/0.9 in bfloat16: 1.6e-3

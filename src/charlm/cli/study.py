@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from charlm.cli.options import CellChoice, config_option, device_option, json_option, set_option
+from charlm.cli.options import (
+    CellChoice,
+    config_option,
+    device_option,
+    json_option,
+    set_option,
+    threads_option,
+)
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import json_text
 
@@ -134,6 +141,7 @@ def compare(
 )
 @click.option("--profile", is_flag=True, help="Show where the time of a training step goes, for each cell.")
 @device_option
+@threads_option
 @json_option()
 def bench(
     cells: tuple[str, ...],
@@ -144,6 +152,7 @@ def bench(
     seconds: float,
     profile: bool,
     device: str,
+    threads: int | None,
     as_json: bool,
 ) -> None:
     """Measure how fast this machine trains and generates, in each implementation.
@@ -155,13 +164,17 @@ def bench(
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would print its starts and stops
 
+    import torch
+
     from charlm.config import CELL_NAMES, BatchesConfig, Config, ModelConfig, TrainConfig
+    from charlm.nn.device import choose_threads
     from charlm.nn.kernels.native import keep_memory
     from charlm.study import bench as benchmark
     from charlm.study.compare import markdown
 
     keep_memory()
     model = ModelConfig(hidden_size=hidden_size, num_layers=num_layers)
+    torch.set_num_threads(choose_threads(threads, model, batch_size)[0])
     batches = BatchesConfig(batch_size=batch_size, seq_len=seq_len, stride=seq_len)
     if profile:
         found = {}

@@ -62,7 +62,7 @@ def choose_threads(wanted: int | None, model: ModelConfig, rows: int) -> tuple[i
     """
     if wanted:
         return wanted, "--threads"
-    if os.environ.get("OMP_NUM_THREADS"):
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():  # OpenMP ignores others, and warns
         return torch.get_num_threads(), "OMP_NUM_THREADS"
     if rows * model.hidden_size**2 < _ENOUGH_FOR_TWO:
         return 1, f"a second one brings little to {rows} × {model.hidden_size} units"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from charlm.nn.functional import product
 from charlm.nn.kernels.native import Kernels, kernels
 
 Ids = Tensor | None
@@ -58,7 +58,7 @@ def _sequence(
 ) -> tuple[Tensor, Tensor]:
     """Return y and the last state, c or h in the type of arithmetic; for RNNs y again."""
     assert x.dtype == W_hh.dtype
-    wide = _wide_type(x.dtype)
+    wide = _kernels(x).wide
     state, b_hn = (None if each is None else each.to(wide).contiguous() for each in (state, b_hn))
     inputs = (cell, x.contiguous(), _checked(ids, len(x)), W_hh.contiguous(), b_hn, h, state)
     if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
@@ -104,15 +104,18 @@ class _Sequence(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         ids, W_hh, y, states, gates = ctx.saved_tensors
         cell, (T, B, H) = ctx.cell, dy.shape
-        dy, wide = dy.contiguous(), _wide_type(y.dtype)
+        dy, found = dy.contiguous(), _kernels(y)
         dx = y.new_empty(T, B, len(W_hh))
         du = torch.empty_like(dx) if cell == _GRU else dx
-        dh = dy.new_zeros(B, H, dtype=wide)
+        dh = dy.new_zeros(B, H, dtype=found.wide)
         dstate = None if states is None else dlast.clone(memory_format=torch.contiguous_format)
         results = {"dx": dx, "du": du, "dh": dh, "dstate": dstate}
-        _kernels(y).sequence(True, cell, W_hh, T=T, B=B, y=y, state=states, gates=gates, dy=dy, **results)
-        db_hn = du[..., 2 * H :].sum((0, 1), dtype=wide) if cell == _GRU else None
-        return None, _gathered(dx, ids, ctx.rows), None, _over_steps(du, y[:-1]), db_hn, dh, dstate
+        found.sequence(True, cell, W_hh, T=T, B=B, y=y, state=states, gates=gates, dy=dy, **results)
+        db_hn = du[..., 2 * H :].sum((0, 1), dtype=found.wide) if cell == _GRU else None
+        dW_hh = product(du.flatten(0, 1).t(), y[:-1].flatten(0, 1).t())  # Σ_t du_tᵀ h_{t-1}
+        if ids is not None:  # the gradient of the table: the sum over the steps that used a row
+            dx = found.gather(dx.flatten(0, 1), ids, ctx.rows).to(dx.dtype)
+        return None, dx, None, dW_hh, db_hn, dh, dstate
 
 
 def _kernels(tensor: Tensor) -> Kernels:
@@ -122,11 +125,6 @@ def _kernels(tensor: Tensor) -> Kernels:
     return found
 
 
-def _wide_type(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of arithmetic and states: float32 for bfloat16."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
-
-
 def _checked(ids: Ids, rows: int) -> Ids:
     """Return ids as int64 in contiguous memory; the kernels do not check that they are rows of the table."""
     if ids is None:
@@ -134,20 +132,3 @@ def _checked(ids: Ids, rows: int) -> Ids:
     if ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
         raise IndexError(f"ids must be from 0 to {rows - 1}")
     return ids.long().contiguous()
-
-
-def _over_steps(da: Tensor, h: Tensor) -> Tensor:
-    """Return Σ_t da_tᵀ h_t, (N, H), for da (T, B, N) and h (T, B, H)."""
-    return da.flatten(0, 1).t() @ h.flatten(0, 1)
-
-
-def _gathered(da: Tensor, ids: Ids, rows: int) -> Tensor:
-    """Return the gradient of x: da, or for a table (V, N) the sum over the steps that used a row."""
-    if ids is None:
-        return da
-    if da.dtype == torch.bfloat16:  # sums in a half type would lose small parts; products sum in float32
-        if rows <= 256:
-            return F.one_hot(ids.flatten(), rows).to(da.dtype).t() @ da.flatten(0, 1)
-        da = da.float()
-    gathered: Tensor = torch.ops.aten.embedding_dense_backward(da, ids, rows, -1, False)
-    return gathered

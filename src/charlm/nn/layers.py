@@ -1,13 +1,10 @@
-"""A stack of recurrent layers, in each implementation, and its dropout.
+"""A stack of recurrent layers, in each implementation.
 
 Every stack maps ``(x, state) -> (y, state)``: x (B, T, E), y (B, T, H) the hidden states of the top layer,
 and a state the tuple (h,) for RNN and GRU or (h, c) for LSTM, each (L, B, H). All have torch's parameters:
 ``weight_ih_l{k}``, ``weight_hh_l{k}``, ``bias_ih_l{k}``, ``bias_hh_l{k}`` for layer k.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +14,7 @@ from torch.nn import functional as F
 from charlm.config import ModelConfig
 from charlm.errors import ConfigError
 from charlm.nn.cells import State, cell_of
+from charlm.nn.functional import dropped, linear, locked, once
 from charlm.nn.kernels.native import kernels, load
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # torch's names, without the layer
@@ -160,19 +158,27 @@ class Fused(Stack):
         bias = b_ih + b_hh
         ids = None
         if isinstance(x, Tensor):
-            part = F.linear(x, W_ih, bias)
+            part = linear(x, W_ih, bias)
         elif x.table is None:
             part, ids = W_ih.t() + bias, x.ids
         elif x.ids.numel() < len(x.table):  # fewer products than for all characters
-            part = F.linear(F.embedding(x.ids, x.table), W_ih, bias)
+            part = linear(F.embedding(x.ids, x.table), W_ih, bias)
         else:
-            part, ids = F.linear(x.table, W_ih, bias), x.ids
+            part, ids = linear(x.table, W_ih, bias), x.ids
         if torch.is_autocast_enabled(part.device.type):
             part = part.to(torch.get_autocast_dtype(part.device.type))
         W_hh = W_hh.to(part.dtype)
         assert self.cell.fused  # `choose_implementation` has checked it
         y, *last = self.cell.fused.sequence(part, ids, W_hh, *inner, *state)
         return y, tuple(last)
+
+
+class Linear(nn.Linear):
+    """torch's module with the product of `functional.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (…, K) to (…, N)."""
+        return linear(x, self.weight, self.bias)
 
 
 class BuiltinLayers(Stack):
@@ -185,65 +191,3 @@ class BuiltinLayers(Stack):
         options = (True, 1, 0.0, self.training, False, False)
         y, *last = self.cell.builtin.layer(x, (h, *c) if c else h, weights, *options)
         return y, tuple(tensor[0] for tensor in last)
-
-
-_drawn: ContextVar[dict[object, Tensor] | None] = ContextVar("_drawn", default=None)
-
-
-def dropped(y: Tensor, p: float) -> Tensor:
-    """Return y with dropout: each number is 0 with probability p, else y / (1 - p) (Srivastava et al. 2014).
-
-    On the CPU p is rounded to 1/65536.
-    """
-    if not p:
-        return y
-    return _scaled(y, _kept(y, p), p) if y.device.type == "cpu" else F.dropout(y, p)
-
-
-def _kept(y: Tensor, p: float) -> Tensor:
-    """Draw a mask of y's shape and type: 0 with probability p, else 1.
-
-    On the CPU four numbers share one draw of torch's generator, 16 bits each: one draw for each number takes
-    a tenth of a training step.
-    """
-    if y.device.type != "cpu":
-        return torch.empty_like(y).bernoulli_(1 - p)
-    bits = torch.empty(-(-y.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: y.numel()].view(y.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return kept.to(y.dtype)
-
-
-def _scaled(y: Tensor, kept: Tensor, p: float) -> Tensor:
-    """Return y ⊙ kept / (1 - p); the scale is not rounded to y's type, which would shrink it by 0.2%."""
-    return torch.addcmul(y.new_zeros(()), y, kept, value=1 / (1 - p))
-
-
-@contextmanager
-def one_sequence() -> Iterator[None]:
-    """All forward passes inside are of one sequence and share the masks that `once` draws."""
-    token = _drawn.set({})
-    try:
-        yield
-    finally:
-        _drawn.reset(token)
-
-
-def once(key: object, draw: Callable[[], Tensor]) -> Tensor:
-    """Return draw(); inside `one_sequence`, draw once for each `key`."""
-    drawn = _drawn.get()
-    if drawn is None:
-        return draw()
-    if key not in drawn:
-        drawn[key] = draw()
-    return drawn[key]
-
-
-def locked(y: Tensor, p: float, time: int, key: object) -> Tensor:
-    """Return y with variational dropout (Gal & Ghahramani 2016): one mask for all steps of a stream and unit.
-
-    y: (T, B, H) or (B, T, H); `time` is the axis T. Numbers that are not dropped are scaled by 1 / (1 - p).
-    """
-    if not p:
-        return y
-    shape = [1 if axis == time else size for axis, size in enumerate(y.shape)]
-    return _scaled(y, once(key, lambda: _kept(y.new_empty(shape), p)), p)

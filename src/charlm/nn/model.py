@@ -10,7 +10,8 @@ from torch.nn import init
 
 from charlm.config import ModelConfig
 from charlm.nn.cells import State, cell_of
-from charlm.nn.layers import Characters, Fused, choose_implementation, dropped, locked, make_recurrent, once
+from charlm.nn.functional import dropped, locked, once
+from charlm.nn.layers import Characters, Fused, Linear, choose_implementation, make_recurrent
 
 
 class CharLM(nn.Module):
@@ -36,7 +37,7 @@ class CharLM(nn.Module):
             self.embedding = nn.Embedding(vocab_size, config.embedding_size)
         self.input_size = config.embedding_size if config.input == "embedding" else vocab_size
         self.recurrent = make_recurrent(self.input_size, config)
-        self.head = nn.Linear(config.hidden_size, vocab_size)
+        self.head = Linear(config.hidden_size, vocab_size)
         if config.tie_weights:
             self.head.weight = self.embedding.weight
 
@@ -133,7 +134,7 @@ class FillLM(CharLM):
     def __init__(self, vocab_size: int, config: ModelConfig, device: torch.device | None = None):
         super().__init__(vocab_size, config, device)
         self.reverse = make_recurrent(self.input_size, self.config)
-        self.head = nn.Linear(2 * config.hidden_size, vocab_size)
+        self.head = Linear(2 * config.hidden_size, vocab_size)
 
     def initial_state(self, batch_size: int) -> State:
         """Return zeros for both stacks: a tuple of tensors of shape (L, B, H)."""

@@ -32,8 +32,9 @@ _GENERATED = 256  # characters of a text, including the preparation of the weigh
 _PARTS = {  # of a training step: regular expressions of the names that torch's profiler gives to operations
     "sequence forward": "_Sequence",
     "sequence backward": "_SequenceBackward",
-    "other products": "aten::(add)?mm",
-    "loss": "aten::(_log_softmax|nll_loss).*",
+    "other products": "aten::(add)?mm|mkldnn::_linear_pointwise",
+    "loss": "_CrossEntropy|aten::(_log_softmax|nll_loss).*",
+    "dropout": "_Dropped",
     "optimiser": "Optimizer.*|aten::(_fused_adam|_foreach_|linalg_vector_norm).*",
 }
 _PROFILED = 10  # steps; the profiler is slow to sort its records
@@ -116,9 +117,10 @@ def _check_seconds(seconds: float) -> None:
         raise ConfigError(f"--seconds is {seconds}; allowed: a finite number, for example 3")
 
 
-def make_learner(config: Config) -> Learner:
-    """Return a learner of `config` on a random text of `CHARACTERS`, long enough for one batch."""
-    length = (config.batches.batch_size + 1) * (max(config.batches.seq_len, config.batches.stride) + 1)
+def make_learner(config: Config, steps: int = 1) -> Learner:
+    """Return a learner of `config` on a random text of `CHARACTERS`, long enough for epochs of `steps`."""
+    batches = config.batches
+    length = (steps * batches.batch_size + 1) * (max(batches.seq_len, batches.stride) + 1)
     draws = torch.randint(len(CHARACTERS), (2 * length + 100,), generator=torch.Generator().manual_seed(0))
     text = CHARACTERS + "".join(CHARACTERS[i] for i in draws.tolist())
     return Learner(config, Corpus.from_text(text, (0.9, 0.1, 0.0)))
@@ -140,28 +142,27 @@ def writing_rate(learner: Learner, seconds: float) -> float:
 def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
     """Return the seconds of each part of a training step, and its share of the rate of matrix products.
 
-    The parts are measured by torch's profiler, which makes a step a little longer. ``rest`` is all the rest:
-    copies, dropout, Python.
+    The parts are measured by torch's profiler. ``rest`` is the rest of a step without it: copies, Python.
+    The share is the median of rounds in which steps and products alternate.
 
     Raises `ConfigError` for a device that is not the CPU and for `seconds` that are not finite.
     """
     _check_seconds(seconds)
-    learner = make_learner(config)
+    learner = make_learner(config, _PROFILED)
     if learner.device.type != "cpu":
         raise ConfigError(f"--profile measures the CPU, not {learner.device}; add --device cpu")
     training_rate(learner, 0.0)  # compiles
-    plain, batches = training_rate(learner, seconds), 0.0
-    with torch.profiler.profile(record_shapes=True) as recorded:
-        start = time.perf_counter()
-        for epoch in range(_PROFILED):
-            before = time.perf_counter()
-            x, y = next(iter(learner.batches.loader(seed=1, epoch=epoch)))
-            batches += time.perf_counter() - before
-            learner.step(x, y)
-        elapsed = time.perf_counter() - start
     parts = dict.fromkeys((*_PARTS, "head", "batches"), 0.0)
+    loader = iter(learner.batches.loader(seed=1, epoch=0))
+    with torch.profiler.profile(record_shapes=True) as recorded:
+        for _ in range(_PROFILED):
+            before = time.perf_counter()
+            x, y = next(loader)
+            parts["batches"] += (time.perf_counter() - before) / _PROFILED
+            learner.step(x, y)
     # The dimensions of the head's products: the characters of a batch and the vocabulary.
-    head = {config.batches.batch_size * config.batches.seq_len, len(learner.corpus.vocab)}
+    characters = config.batches.batch_size * config.batches.seq_len
+    head = {characters, len(learner.corpus.vocab)}
     for event in recorded.key_averages(group_by_input_shape=True):
         for part, names in _PARTS.items():
             if re.fullmatch(names, event.key):
@@ -170,10 +171,13 @@ def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
                 parts[part] += event.self_cpu_time_total / 1e6 / _PROFILED
                 break
     parts["head"] += parts.pop("loss")
-    parts["batches"] = batches / _PROFILED
-    parts["rest"] = elapsed / _PROFILED - sum(parts.values())
-    limit = matrix_rate(learner.device, learner.precision, seconds)
-    return parts, plain * operations(learner.model) / limit
+    trained, products = [], []
+    for _ in range(10 * ROUNDS):
+        products.append(matrix_rate(learner.device, learner.precision, seconds / 20 / ROUNDS))
+        trained.append(training_rate(learner, seconds / 20 / ROUNDS))
+    parts["rest"] = max(0.0, characters / statistics.median(trained) + parts["batches"] - sum(parts.values()))
+    shares = [a / b for a, b in zip(trained, products, strict=True)]
+    return parts, statistics.median(shares) * operations(learner.model)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from charlm.config import Config, CorpusConfig, ModelConfig, TrainConfig
 from charlm.errors import ConfigError, one_line
 from charlm.nn.cells import State
 from charlm.nn.device import autocast, choose_precision
-from charlm.nn.layers import one_sequence
+from charlm.nn.functional import cross_entropy, one_sequence
 from charlm.nn.model import CharLM, make_model
 from charlm.storage.model_file import load_weights
 from charlm.text.batches import make_batches, mix, rank_slice
@@ -130,7 +129,7 @@ class Learner:
             logits, y, state = self.prediction(x, y, state, true_probability)
         if train.loss_on == "last":
             logits, y = logits[:, -1:], y[:, -1:]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+        loss = cross_entropy(logits, y)
         self.optimizer.zero_grad()
         # The processes take the mean of the gradients.
         (loss * (weight * self.group.size)).backward()  # type: ignore[no-untyped-call]

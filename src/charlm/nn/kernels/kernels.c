@@ -1,5 +1,5 @@
 /* The arithmetic of the cells, products with packed matrices, and, in the files included at the end, the sequences of
- * training and scoring and the steps of writing text.
+ * training and scoring, the rest of a training step, and the steps of writing text.
  *
  * `native` compiles this file for the machine's instructions, once for each type of number:
  *   -DSTORE=f32   float32 throughout
@@ -59,7 +59,7 @@ INLINE store keep(real value) { return value; }
 #endif
 
 #if STORE == f64
-INLINE real sigmoid(real x) { return 1 / (1 + exp(-x)); }
+INLINE real exp_(real x) { return exp(x); }
 INLINE real tanh_(real x) { return tanh(x); }
 #else
 /* Returns e^r - 1 and sets scale = 2^n for x = n ln 2 + r, |r| <= ln 2 / 2, by the polynomial of Cephes' expf
@@ -83,15 +83,16 @@ INLINE real reduced(real x, real *scale) {
     memcpy(scale, &bits, 4);
     return p * r * r + r;
 }
-INLINE real sigmoid(real x) { /* 1 / (1 + e^-x) */
-    real scale, q = reduced(-x, &scale);
-    return 1 / (1 + (q + 1) * scale);
+INLINE real exp_(real x) {
+    real scale, q = reduced(x, &scale);
+    return (q + 1) * scale;
 }
 INLINE real tanh_(real x) { /* m / (m + 2) with m = e^2x - 1, which keeps the relative precision near 0 */
     real scale, q = reduced(2 * x, &scale), m = scale * q + (scale - 1);
     return m / (m + 2);
 }
 #endif
+INLINE real sigmoid(real x) { return 1 / (1 + exp_(-x)); }
 
 /* The cells, for n units of one row of the batch; x: the input's part of the step; u: the recurrent product, in rows
  * of `stride` numbers, one for each gate; gates (G, H), or NULL where no backward pass follows. */
@@ -319,6 +320,7 @@ static void product(int64_t rows, int64_t K, const store *a, int64_t lda, const 
 }
 
 #include "kernels_sequences.c"
+#include "kernels_training.c"
 #if STORE != bf16
 #include "kernels_writing.c"
 #endif

@@ -27,7 +27,7 @@ from charlm.errors import CharlmError
 from charlm.files import cache_folder, is_ours, write_atomically
 
 _SOURCE = Path(__file__).with_name("kernels.c")  # it includes the others
-_SOURCES = (_SOURCE, *(_SOURCE.with_stem(f"kernels_{part}") for part in ("sequences", "writing")))
+_SOURCES = (_SOURCE, *(_SOURCE.with_stem(f"kernels_{part}") for part in ("sequences", "training", "writing")))
 _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fvisibility=hidden"]
 _NATIVE = ["-march=native"]
 _STORE = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
@@ -36,6 +36,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # the types of the result and 
     "packed_size": (_COUNT, [_COUNT, _COUNT, _FLAG]),
     "sequence_forward": (None, [_POINTER]),
     "sequence_backward": (None, [_POINTER]),
+    "gather": (None, [_COUNT] * 4 + [_POINTER] * 3),
+    "drop": (None, [_COUNT] * 2 + [_REAL, ctypes.c_uint64] + [_POINTER] * 2),
+    "cross_entropy": (None, [_COUNT] * 3 + [_POINTER] * 4),
 }
 _WRITING: dict[str, tuple[Any, list[Any]]] = {  # not in bfloat16
     "laid_size": (_COUNT, [_COUNT] * 2),
@@ -89,11 +92,13 @@ class DrawOptions(ctypes.Structure):
 class Kernels:
     """The functions of `kernels.c` for one type of number, over contiguous CPU tensors.
 
+    wide: the type of arithmetic, sums and states: float32 for bfloat16.
     writes: whether they write text too, which they do not in bfloat16.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         self.dtype, self.library = dtype, library
+        self.wide = torch.float32 if dtype == torch.bfloat16 else dtype
         self.writes = dtype != torch.bfloat16
         for name, (result, arguments) in {**_FUNCTIONS, **(_WRITING if self.writes else {})}.items():
             function = getattr(library, name)
@@ -108,6 +113,26 @@ class Kernels:
         call = self.library.sequence_backward if backward else self.library.sequence_forward
         sequence = Sequence(cell=cell, H=H, threads=torch.get_num_threads(), **values)
         call(ctypes.addressof(sequence))
+
+    def gather(self, a: Tensor, ids: Tensor, rows: int) -> Tensor:
+        """Return the sums of the rows of a (M, N) with the same id, (rows, N), in the type of arithmetic."""
+        (M, N), table = a.shape, a.new_empty(rows, a.shape[1], dtype=self.wide)
+        pointers = (ids.data_ptr(), a.data_ptr(), table.data_ptr())
+        self.library.gather(torch.get_num_threads(), M, N, rows, *pointers)
+        return table
+
+    def drop(self, y: Tensor, p: float, seed: int) -> Tensor:
+        """Return y with each number 0 with probability p, else divided by 1 - p; `seed` chooses which."""
+        out = torch.empty_like(y)
+        self.library.drop(torch.get_num_threads(), y.numel(), p, seed, y.data_ptr(), out.data_ptr())
+        return out
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, d: Tensor | None) -> Tensor:
+        """Return the losses (M,) of logits (M, V), and write the gradient of their mean to `d`."""
+        (M, V), losses = logits.shape, logits.new_empty(len(logits), dtype=self.wide)
+        pointers = (each if each is None else each.data_ptr() for each in (logits, targets, losses, d))
+        self.library.cross_entropy(torch.get_num_threads(), M, V, *pointers)
+        return losses
 
     def draw(self, logits: Tensor, uniforms: Tensor, options: DrawOptions) -> Tensor | None:
         """Draw ids (B,) from logits (B, V), sorted in descending order where `options` has a filter.

@@ -1,0 +1,184 @@
+"""Products, dropout and the loss of a training step: by the kernels where they exist, else by torch."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from charlm.nn.kernels.native import Kernels, kernels
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Return x Wᵀ + b, (…, N), for x (…, K), W (N, K) and b (N,), by the processor's fastest product."""
+    if (
+        x.dtype == torch.float32
+        and not torch.is_autocast_enabled(x.device.type)
+        and _fast_onednn(x.device.type)
+    ):
+        return _in_memory_order(lambda y: _Linear.apply(y, W, b), x)  # type: ignore[no-untyped-call]
+    return _in_memory_order(lambda y: F.linear(y, W, b), x)
+
+
+def product(x: Tensor, W: Tensor) -> Tensor:
+    """Return x Wᵀ, (M, N), for x (M, K) and W (N, K), by the processor's fastest product."""
+    if x.dtype == torch.float32 and _fast_onednn(x.device.type):
+        return _onednn(x.contiguous(), W.contiguous(), None)
+    return x @ W.t()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return _onednn(x, W, b)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, W), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        rows = dy.flatten(0, -2)
+        return (
+            product(rows, W.t()).view(x.shape) if wanted[0] else None,
+            product(rows.t(), x.flatten(0, -2).t()) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
+
+
+def _onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _fast_onednn(device: str) -> bool:
+    """Whether oneDNN's float32 product is far faster than that of `torch.mm`.
+
+    `torch.mm` calls MKL, which uses AVX-512 on Intel's processors only: on two Zen 5 cores it reaches 100 to
+    215 GFLOP/s and oneDNN 480. With AVX2 the two are equal. The processor decides and no measurement, so
+    that a run gives the same numbers each time.
+    """
+    if device != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # it is not public
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean of -log p of the targets, ids of any shape, for logits of that shape and (…, V).
+
+    It is computed in float32, or for float64 in that.
+    """
+    logits, targets = logits.flatten(0, -2), targets.flatten()
+    if _kernels(logits):
+        return _CrossEntropy.apply(logits.contiguous(), targets.contiguous())  # type: ignore[no-any-return, no-untyped-call]
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradient, (softmax - one-hot) / M, is computed with the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        found = _kernels(logits)
+        assert found
+        d = torch.empty_like(logits)
+        ctx.save_for_backward(d)
+        return found.cross_entropy(logits, targets, d).mean()
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+        (d,) = ctx.saved_tensors
+        return d * dloss.to(d.dtype), None
+
+
+def dropped(y: Tensor, p: float) -> Tensor:
+    """Return y with dropout: each number is 0 with probability p, else y / (1 - p) (Srivastava et al. 2014).
+
+    On the CPU the kernels draw one number from torch's generator, from which the whole mask follows: one draw
+    for each number takes a tenth of a training step.
+    """
+    if not p:
+        return y
+    if _kernels(y):
+        seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
+        return _in_memory_order(lambda x: _Dropped.apply(x, p, seed), y)  # type: ignore[no-untyped-call]
+    return F.dropout(y, p) if y.device.type != "cpu" else _scaled(y, _kept(y, p), p)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, p: float, seed: int) -> Tensor:
+        found = _kernels(y)
+        assert found
+        ctx.options = p, seed
+        return found.drop(y, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _Dropped.apply(dy.contiguous(), *ctx.options), None, None  # type: ignore[no-untyped-call]
+
+
+def _kernels(tensor: Tensor) -> Kernels | None:
+    return kernels(tensor.dtype) if tensor.device.type == "cpu" else None
+
+
+def _in_memory_order(function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """Return function(y), computed on contiguous memory.
+
+    A stack's output (B, T, H) has the time first in memory; the axes are then swapped instead of copied.
+    """
+    if y.dim() == 3 and not y.is_contiguous() and y.transpose(0, 1).is_contiguous():
+        return function(y.transpose(0, 1)).transpose(0, 1)
+    return function(y.contiguous())
+
+
+def _kept(y: Tensor, p: float) -> Tensor:
+    """Draw a mask of y's shape and type: 0 with probability p, else 1."""
+    return torch.empty_like(y).bernoulli_(1 - p)
+
+
+def _scaled(y: Tensor, kept: Tensor, p: float) -> Tensor:
+    """Return y ⊙ kept / (1 - p); the scale is not rounded to y's type, which would shrink it by 0.2%."""
+    return torch.addcmul(y.new_zeros(()), y, kept, value=1 / (1 - p))
+
+
+_drawn: ContextVar[dict[object, Tensor] | None] = ContextVar("_drawn", default=None)
+
+
+@contextmanager
+def one_sequence() -> Iterator[None]:
+    """All forward passes inside are of one sequence and share the masks that `once` draws."""
+    token = _drawn.set({})
+    try:
+        yield
+    finally:
+        _drawn.reset(token)
+
+
+def once(key: object, draw: Callable[[], Tensor]) -> Tensor:
+    """Return draw(); inside `one_sequence`, draw once for each `key`."""
+    drawn = _drawn.get()
+    if drawn is None:
+        return draw()
+    if key not in drawn:
+        drawn[key] = draw()
+    return drawn[key]
+
+
+def locked(y: Tensor, p: float, time: int, key: object) -> Tensor:
+    """Return y with variational dropout (Gal & Ghahramani 2016): one mask for all steps of a stream and unit.
+
+    y: (T, B, H) or (B, T, H); `time` is the axis T. Numbers that are not dropped are scaled by 1 / (1 - p).
+    """
+    if not p:
+        return y
+    shape = [1 if axis == time else size for axis, size in enumerate(y.shape)]
+    return _scaled(y, once(key, lambda: _kept(y.new_empty(shape), p)), p)

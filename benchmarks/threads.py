@@ -10,6 +10,7 @@ import torch
 from common import heading
 
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
+from charlm.nn.kernels.native import keep_memory
 from charlm.study.bench import make_learner, training_rate, writing_rate
 from charlm.study.compare import markdown
 
@@ -22,6 +23,7 @@ def main():
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--seconds", type=float, default=0.5)
     options = arguments.parse_args()
+    keep_memory()
     processors = torch.get_num_threads()
     heading(f"One thread and {processors}, medians of {options.rounds} rounds")
     rows = []

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig
 from charlm.nn.cells import CELLS
 from charlm.nn.device import choose_precision
+from charlm.nn.kernels.native import keep_memory
 from charlm.study.bench import CHARACTERS, make_learner, matrix_rate, operations, rate, training_rate
 from charlm.study.compare import markdown
 
@@ -92,6 +93,7 @@ def work(contestant, cell, size):
     if kind == "plain nn":
         step = plain_step(cell, size, precision == "bfloat16")
         return lambda seconds: rate(step, seconds)
+    keep_memory()  # as `charlm train` does
     implementation = kind.removeprefix("charlm ") if kind != "charlm" else "auto"
     learner = charlm_learner(cell, size, implementation, precision or "auto")
     return lambda seconds: training_rate(learner, seconds)

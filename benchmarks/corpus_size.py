@@ -23,7 +23,7 @@ from charlm.text.read import find_files
 
 def make(path, megabytes):
     """Write a text of `megabytes`."""
-    paragraphs = find_files("sancho")[0].read_text(encoding="utf-8").split("\n\n")
+    paragraphs = find_files("sancho").files[0].read_text(encoding="utf-8").split("\n\n")
     draw, written = random.Random(0), 0
     with path.open("w", encoding="utf-8") as file:
         while written < megabytes * 10**6:

@@ -99,7 +99,7 @@ def main():
     heading("Reading, encoding, loading")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    content = (options.text or read.find_files("sancho")[0]).read_bytes()
+    content = (options.text or read.find_files("sancho").files[0]).read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
         path.write_bytes(content * -(-options.megabytes * 10**6 // len(content)))

@@ -80,7 +80,7 @@ def reader(charlm, folder, monkeypatch):
     """A folder with some texts and two runs, and a function that runs a command's words there."""
     passage = (ROOT / "data/sancho.txt").read_text(encoding="utf-8")[:1100]
     book = f"En un lugar de la Mancha. En la venta don Quijote y Sancho, de gran lujo. {passage}\n" * 3
-    for name in ("quijote.txt", "tinyshakespeare.txt", "book.txt", "letters/one.txt"):
+    for name in ("quijote.txt", "tinyshakespeare.txt", "book.txt", "sequel.txt", "letters/one.txt"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(book, encoding="utf-8")
     Path("more").mkdir()

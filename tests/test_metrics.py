@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from charlm.metrics import Score
+from charlm.metrics import Score, shown
 
 
 def test_scores_add_as_sums_and_are_divided_once():
@@ -21,3 +21,11 @@ def test_uniform_guess_has_the_number_of_choices_as_perplexity():
 def test_perplexity_overflows_to_infinity_and_an_empty_score_is_nan():
     assert Score(1e9, 1).perplexity == math.inf
     assert math.isnan(Score().loss)
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "text"),
+    [(4.5678, "4.57"), (9_999_999, "9999999.00"), (1.5e94, "1.50e+94"), (math.inf, "inf")],
+)
+def test_large_perplexities_are_shown_in_scientific_form(perplexity, text):
+    assert shown(perplexity) == text

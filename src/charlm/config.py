@@ -5,6 +5,7 @@ are reported at once. `charlm config`, the README, docs/reference.md and the she
 as `reference` gives it. Only this module reads and writes YAML.
 """
 
+import codecs
 import difflib
 import itertools
 import json
@@ -65,6 +66,19 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Forcing = Literal["linear", "exponential", "inverse_sigmoid"]
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        if name != "bytes":
+            "".encode(name)  # raises for the codecs that do not encode text
+            codecs.getincrementaldecoder(name)
+    except (LookupError, ValueError):
+        raise PydanticCustomError("encoding", "unknown encoding") from None
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+
+
 def _key(default: Any, description: str) -> Any:
     """A field; its type says what is allowed, `description` what it means, in one line."""
     return Field(default, description=description)
@@ -74,17 +88,25 @@ class CorpusConfig(Section):
     """The text: where it is, how it is cleaned and how it is split."""
 
     source: str | list[str] = _key("sancho", "bundled corpus, file, folder or glob, or a list of these")
+    encoding: Encoding = _key("utf-8", "text encoding, any of Python's; bytes: each byte is a character")
     start: str | None = _key(None, "skip the text before these words; null: skip nothing")
     normalize: Literal["NFC", "NFD", "NFKC", "NFKD", "none"] = _key("NFC", "Unicode normal form")
     lowercase: bool = _key(False, "convert the text to lower case")
     keep: str | None = _key(None, 'characters to keep, as "A-Za-zñ"; each run of others becomes one space')
     split: Split = _key((0.9, 0.05, 0.05), "fractions of the text for train, val and test; test may be 0")
-    max_chars: Positive | None = _key(None, "use only this many characters; null: all")
+    val: str | list[str] | None = _key(None, "another text for val, as source; null: the part in split")
+    test: str | list[str] | None = _key(None, "another text for test, as source; null: the part in split")
+    max_chars: Positive | None = _key(None, "use only this many characters of source; null: all")
 
     @model_validator(mode="after")
     def _consistent(self) -> "CorpusConfig":
         train, val, test = self.split
-        if not (train > 0 and val > 0 and test >= 0 and math.isclose(train + val + test, 1, abs_tol=1e-6)):
+        if not (
+            train > 0
+            and val >= 0 < val + bool(self.val)
+            and test >= 0
+            and math.isclose(train + val + test, 1, abs_tol=1e-6)
+        ):
             raise ValueError(
                 f"split is {list(self.split)}; allowed: fractions for train, val and test that add up to 1, "
                 "train and val above 0, for example [0.9, 0.05, 0.05]"
@@ -101,6 +123,8 @@ class CorpusConfig(Section):
                     f"keep is {self.keep!r}, which is not the inside of a character class ({error}); "
                     'write for example "A-Za-z"'
                 ) from None
+        if self.encoding == "bytes" and (self.lowercase or self.keep is not None):
+            raise ValueError("encoding: bytes needs lowercase: false and keep: null")
         if not self.source or (isinstance(self.source, list) and not all(self.source)):
             raise ValueError(
                 "source is empty; allowed: a bundled corpus, a file, a folder, a glob or a list of these"
@@ -109,8 +133,9 @@ class CorpusConfig(Section):
 
     @property
     def cleaning(self) -> dict[str, Any]:
-        """The arguments of `charlm.text.clean.clean`."""
-        return {"normalize": self.normalize, "lowercase": self.lowercase, "keep": self.keep}
+        """The arguments of `charlm.text.clean.clean`; bytes stay as they are."""
+        normalize = "none" if self.encoding == "bytes" else self.normalize
+        return {"normalize": normalize, "lowercase": self.lowercase, "keep": self.keep}
 
 
 class BatchesConfig(Section):
@@ -195,6 +220,8 @@ class TrainConfig(Section):
 
     epochs: Positive = _key(18, "passes over the train split")
     max_steps: Positive | None = _key(None, "optimiser steps in place of epochs; null: epochs counts")
+    time_limit: Time | None = _key(None, "end the training after this time, as 30min; null: never")
+    init_from: str | None = _key(None, "a model whose weights are the first ones; null: random weights")
     loss_on: Literal["all", "last"] = _key("all", "steps of a sequence that count in the loss")
     teacher_forcing: UpToOne = _key(1.0, "fraction of true characters as input at the end of training")
     teacher_forcing_schedule: Forcing = _key("linear", "decrease of teacher_forcing from 1")
@@ -239,10 +266,17 @@ class TrainConfig(Section):
     @property
     def checkpoint_seconds(self) -> float | None:
         """`checkpoint_every` in seconds if it is a time, else None."""
-        if not isinstance(self.checkpoint_every, str):
-            return None
-        number, unit = re.fullmatch(_TIME, self.checkpoint_every).groups()  # type: ignore[union-attr]
-        return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+        return _seconds(self.checkpoint_every) if isinstance(self.checkpoint_every, str) else None
+
+    @property
+    def time_limit_seconds(self) -> float:
+        """`time_limit` in seconds; infinity if there is none."""
+        return math.inf if self.time_limit is None else _seconds(self.time_limit)
+
+
+def _seconds(time: str) -> float:
+    number, unit = re.fullmatch(_TIME, time).groups()  # type: ignore[union-attr]
+    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
 class Config(Section):
@@ -321,9 +355,11 @@ def find_key(name: str) -> str:
 
 
 _FORMS = {  # of values that a type says less well
+    "corpus.encoding": "utf-8, another of Python's encodings, as windows-1252, or bytes",
     "corpus.split": "three numbers that add up to 1, as [0.9, 0.05, 0.05]",
     "train.betas": "two numbers >= 0 and < 1, as [0.9, 0.99]",
     "train.checkpoint_every": "integer >= 1, a time as 30s, 10min, 2h, or null",
+    "train.time_limit": "a time as 30s, 10min, 2h, or null",
 }
 _LARGE = {10**12: "10^12", 2**20: "2^20", 2**63: "2^63"}
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -442,13 +478,21 @@ def from_data(data: Any, where: str, overrides: Iterable[str] = ()) -> Config:
     raise ConfigError(f"{where}: ".removeprefix(": ") + "\n  ".join(problems))
 
 
-def load(recipe: str | None, overrides: Iterable[str] = ()) -> Config:
-    """Return the defaults, overlaid by the recipe named `recipe`, overlaid by ``key=value`` texts."""
-    if recipe is None:
-        return from_data({}, "", overrides)
-    path = find_recipe(recipe)
-    data = read_yaml(path)
-    return from_data({} if data is None else data, str(path), overrides)
+def load(
+    recipe: str | None, overrides: Iterable[str] = (), values: dict[str, dict[str, Any]] | None = None
+) -> Config:
+    """Return the defaults, overlaid by the recipe named `recipe`, by `values`, and by ``key=value`` texts.
+
+    values: by section and key.
+    """
+    path = None if recipe is None else find_recipe(recipe)
+    data = {} if path is None else read_yaml(path)
+    data = {} if data is None else data
+    if values and isinstance(data, dict):
+        for section, keys in values.items():
+            if isinstance(before := data.get(section) or {}, dict):
+                data = {**data, section: {**before, **keys}}
+    return from_data(data, str(path or ""), overrides)
 
 
 def override(config: Config, overrides: Iterable[str]) -> Config:

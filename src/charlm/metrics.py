@@ -44,3 +44,8 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def shown(perplexity: float) -> str:
+    """Return a perplexity as text, with two digits after the point, or in scientific form if it is large."""
+    return f"{perplexity:.2f}" if perplexity < 1e7 else f"{perplexity:.2e}"

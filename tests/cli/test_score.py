@@ -17,9 +17,9 @@ def decodings(monkeypatch):
     """The names of the files that are decoded, in order."""
     names, decode = [], read.decode_pieces
 
-    def noted(data, name):
+    def noted(data, name, encoding):
         names.append(name)
-        yield from decode(data, name)
+        yield from decode(data, name, encoding)
 
     monkeypatch.setattr(read, "decode_pieces", noted)
     return names

@@ -96,7 +96,7 @@ def test_a_damaged_entry_is_written_again(kept, built, words, damage):
 
 def test_an_entry_of_another_format_is_written_again(kept, built, monkeypatch):
     Corpus.load(CONFIG)
-    monkeypatch.setattr(cache, "FORMAT", 2)
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     Corpus.load(CONFIG)
     assert len(built) == 2
 

@@ -128,3 +128,41 @@ def test_a_long_text_is_split_and_encoded_in_little_memory(words):
     tracemalloc.stop()
     assert peak < 2 * len(content), "the splits' text, and no other copy"
     assert corpus.fingerprint == hashlib.sha256(content.encode()).hexdigest()
+
+
+def test_repeated_files_and_val_inside_train_are_noted(folder, words):
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(words)
+    corpus = Corpus.load(CorpusConfig(source=["a.txt", "b.txt"]))
+    assert any("b.txt has the same content as a.txt" in note for note in corpus.notes)
+    corpus = Corpus.load(CorpusConfig(source=["a.txt", "b.txt"], split=(0.5, 0.5, 0.0)))
+    assert any("val stands in train" in note for note in corpus.notes)
+    assert Corpus.load(CorpusConfig(source="a.txt", split=(0.4, 0.6, 0.0))).notes == ()
+
+
+def test_a_vocabulary_can_begin_with_known_characters(folder):
+    (folder / "a.txt").write_text("cab" * 60 + "d")
+    corpus = Corpus.load(CorpusConfig(source="a.txt", split=(0.5, 0.5, 0.0)), known="zdb")
+    assert corpus.vocab.characters == "zdbca"
+    assert corpus.unseen == 1 and corpus.vocab.decode(corpus.val).endswith("d"), "only the line end is unseen"
+
+
+@pytest.mark.parametrize(
+    ("own", "sizes"), [({"val"}, (950, 5, 50)), ({"test"}, (950, 50, 7)), ({"val", "test"}, (1000, 5, 7))]
+)
+def test_val_and_test_can_be_texts_of_their_own(folder, own, sizes):
+    text = "abcdefghij" * 100
+    for name, content in (("a", text), ("val", "jjbb\n"), ("test", "ccddZd\n")):
+        (folder / f"{name}.txt").write_text(content)
+    given = {name: f"{name}.txt" for name in own}
+    corpus = Corpus.load(CorpusConfig(source="a.txt", max_chars=1000, **given))
+    splits = {"train": corpus.train, "val": corpus.val, "test": corpus.test}
+    decoded = {name: corpus.vocab.decode(ids) for name, ids in splits.items()}
+    unseen = {"val": 1, "test": 2}  # the line end, and Z
+    assert tuple(map(len, decoded.values())) == tuple(
+        size - unseen[name] * (name in own) if name in unseen else size
+        for name, size in zip(decoded, sizes, strict=True)
+    )
+    assert decoded["train"] == text[: sizes[0]]
+    assert "val" not in own or decoded["val"] == "jjbb"
+    assert "test" not in own or decoded["test"] == "ccddd"

@@ -139,7 +139,7 @@ def test_sources_are_files_folders_globs_and_lists(folder):
         (folder / name).write_bytes(b"x")
 
     def found(source):
-        return [path.as_posix() for path in read.find_files(source)]
+        return [path.as_posix() for path in read.find_files(source).files]
 
     assert found("books") == ["books/b.txt", "books/deep/a.txt.gz"]
     assert found("books/*") == ["books/b.txt", "books/notes.md"]
@@ -153,6 +153,24 @@ def test_sources_are_files_folders_globs_and_lists(folder):
     assert found("sancho")[0].endswith("data/sancho.txt")
     (folder / "sancho").write_text("a file goes before the bundled name")
     assert found("sancho") == ["sancho"]
+
+
+def test_hidden_files_of_a_folder_are_not_read(folder):
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "b.md"):
+        path = folder / "books" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    found = read.find_files("books")
+    assert [path.as_posix() for path in found.files] == ["books/a.txt"] and found.left == 3
+
+
+def test_a_folder_of_other_files_names_the_glob_that_reads_them(folder):
+    for name in ("a.py", "b.py", "c.md", ".d.rst"):
+        (folder / "src").mkdir(exist_ok=True)
+        (folder / "src" / name).write_bytes(b"x")
+    with pytest.raises(CharlmError, match=r"2 \.py files, give 'src/\*\*/\*\.py'"):
+        read.find_files("src")
+    assert len(read.find_files("src/**/*.py").files) == 2
 
 
 @pytest.mark.parametrize("source", ["no.txt", "no/*.txt", "empty"])
@@ -209,3 +227,36 @@ def test_stdin_is_read_without_waiting_for_more(line):
     for piece in read.read_clean_stdin(Typed(line.encode() * 3), {"lowercase": True}):
         given.append(piece)
     assert shown == [line.lower() * count for count in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("gb18030", "天地玄黄，宇宙洪荒。"),
+        ("big5", "天地玄黃宇宙洪荒"),
+        ("shift_jis", "いろはにほへと ちりぬるを"),
+        ("euc_kr", "나랏말싸미 듕귁에 달아"),
+        ("koi8-r", "мама мыла раму"),
+        ("windows-1251", "Мама мыла раму"),
+        ("windows-1252", "“año” señor"),
+    ],
+)
+def test_the_advice_names_the_encoding_of_the_text(encoding, text):
+    data = (text + "\n").encode(encoding) * 20
+    with pytest.raises(CharlmError, match=f"perhaps .*{encoding}.* set corpus.encoding="):
+        read.decode(data, "a.txt")
+    assert read.decode(data, "a.txt", encoding) == (text + "\n") * 20
+
+
+def test_a_file_that_ends_inside_a_character_is_said_to_be_cut():
+    with pytest.raises(CharlmError, match="offset 4; the file ends inside a character"):
+        read.decode("año".encode() + b"\xc3", "a.txt")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_pieces_in_any_encoding_give_the_text(size):
+    text = "\ufeffaño €\r\n\r𝄞"
+    for encoding in ("utf-8", "utf-16", "utf-16-le", "utf-32-be", "gb18030"):
+        pieces = read.decode_pieces(cut(text.encode(encoding), size), "a.txt", encoding)
+        assert "".join(pieces) == "año €\n\n𝄞"
+    assert "".join(read.decode_pieces(cut(b"\xff\0\r\n", size), "a", "bytes")) == "\xff\0\r\n"

@@ -7,6 +7,7 @@ to stdout, all other output to stderr.
 import contextlib
 import io
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def main(args: list[str] | None = None) -> int:
     except click.ClickException as error:
         # All processes of torchrun have the same arguments: only the first prints the error.
         first = os.environ.get("RANK", "0") == "0"
-        return _fail(" ".join(error.format_message().split()) if first else "", error.exit_code)
+        return _fail(
+            " ".join(error.format_message().split()) + _hint(error) if first else "", error.exit_code
+        )
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except (BrokenPipeError, SystemExit):
@@ -46,6 +49,35 @@ def main(args: list[str] | None = None) -> int:
         return _fail(
             "out of memory; use a smaller model.hidden_size, batches.batch_size or batches.seq_len", 1
         )
+
+
+_WORDS = {  # of other programs, and the commands that do it here
+    **dict.fromkeys(("sample", "write", "predict"), "generate"),
+    **dict.fromkeys(("evaluate", "test"), "eval"),
+    **dict.fromkeys(("finetune", "fit", "resume"), "train"),
+}
+_TEXT_OPTIONS = ("--corpus", "--data", "--dataset", "--file", "--input", "--text")
+
+
+def _hint(error: click.ClickException) -> str:
+    """What the user of an unknown option, command or argument has probably meant."""
+    context = getattr(error, "ctx", None)
+    command = context.info_name if context else None
+    if isinstance(error, click.NoSuchOption) and command in ("train", "compare"):
+        from charlm.config import KEYS
+
+        key = error.option_name.lstrip("-").replace("-", "_")
+        if command == "train" and error.option_name in _TEXT_OPTIONS:
+            return " The text is an argument: charlm train book.txt"
+        if any(key in (each, each.partition(".")[2]) for each in KEYS):
+            return f" It is a setting: --set {key}=VALUE"
+    if match := re.match("No such command '(.*?)'.*", error.format_message(), re.S):
+        if meant := _WORDS.get(match[1]):
+            return f" Did you mean {meant!r}?"
+        return "" if "Did you mean" in match[0] else f" The commands are {', '.join(cli.commands)}"
+    if command == "generate" and "unexpected extra argument" in error.format_message():
+        return " The beginning of the text is given with --prefix"
+    return ""
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -6,6 +6,7 @@ a new field is a new option and a new setting.
 
 import contextlib
 import itertools
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -31,6 +32,17 @@ SETTINGS = ("length", *(field.name for field in fields(Sampling)), "seed", "unkn
 _BATCH = 64  # texts written side by side
 
 
+class Escaped(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    r"""A text in which ``\n``, ``\t`` and ``\\`` mean a line end, a tab and a backslash."""
+
+    name = "text"
+
+    def convert(self, value: str, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        """Return the text that `value` means."""
+        meant = {"n": "\n", "t": "\t", "\\": "\\"}
+        return re.sub(r"\\([nt\\])", lambda escape: meant[escape[1]], value)
+
+
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for each field of `Sampling`; the command receives them as keyword arguments."""
     for field in reversed(fields(Sampling)):
@@ -38,7 +50,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         command = click.option(
             f"--{field.name.replace('_', '-')}",
             *(["-t"] if field.name == "temperature" else []),
-            type=value_type(field.type),
+            type=Escaped() if field.type is str else value_type(field.type),
             default=field.default,
             show_default=bool(field.default),
             help=field.metadata["help"] + allowed,
@@ -128,7 +140,8 @@ def generate(
     known = writer.vocab.characters
     trained_on = training_text(find_model(model), writer.config, known, corpus) if novelty else None
     if num_samples == 1:
-        written = [print_parts(writer.stream(prefix, length, seed=seed, **options))]
+        raw = writer.config.corpus.encoding == "bytes"
+        written = [print_parts(writer.stream(prefix, length, seed=seed, **options), raw)]
     else:
         written = _print_batches(writer, num_samples, seed, prefix=prefix, length=length, **options)
     if trained_on:
@@ -137,13 +150,16 @@ def generate(
         _print_novelty([text[without_prefix] for text in written], trained_on)
 
 
-def print_parts(parts: Iterable[str]) -> str:
-    """Print a text as its parts come, and a line end if it lacks one; return the text."""
+def print_parts(parts: Iterable[str], raw: bool = False) -> str:
+    """Print a text as its parts come, and a line end if it lacks one; return the text.
+
+    raw: the characters are bytes; they are written as they are, and nothing else.
+    """
     text = ""
     for part in parts:
-        click.echo(part, nl=False)  # flushes
+        click.echo(part.encode("latin-1") if raw else part, nl=False)  # flushes
         text += part
-    if not text.endswith("\n"):
+    if not raw and not text.endswith("\n"):
         click.echo()
     return text
 
@@ -273,7 +289,7 @@ def _change_setting(
     changed = {**settings, name: new}
     Sampling(**{field.name: changed[field.name] for field in fields(Sampling)})  # refuses wrong values
     settings[name] = new
-    return _setting_line(name, new)
+    return _setting_line(name, value if name == "stop" else new)
 
 
 def _setting_line(name: str, value: Any = None) -> str:
@@ -305,12 +321,13 @@ def fill(
     from charlm.inference.fill import fill as fill_in
     from charlm.inference.fill import joined
     from charlm.text.clean import clean
+    from charlm.text.read import with_lf
 
     if len(blank) != 1:
         raise ConfigError(f"--blank {blank!r} is not allowed; it must be one character")
     loaded = load(model, implementation, device, threads, 1)
     text_with_blanks = stdin_for_dash(text_with_blanks)
-    parts = [clean(part, **loaded.config.corpus.cleaning) for part in text_with_blanks.split(blank)]
+    parts = [clean(with_lf(part), **loaded.config.corpus.cleaning) for part in text_with_blanks.split(blank)]
     rows = [
         {"text": joined(parts, characters), "characters": characters, "probability": probability}
         for characters, probability in fill_in(loaded.model, loaded.vocab, parts, best, unknown=unknown)

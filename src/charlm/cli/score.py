@@ -112,7 +112,7 @@ class _Text(NamedTuple):
     """A text to score, which has been read once.
 
     ids: (N,), or blocks of ids that are read again while they are scored.
-    num_bytes: the size of the scored characters in UTF-8.
+    num_bytes: the size of the scored characters in UTF-8, or for a model of bytes their number.
     """
 
     path: str
@@ -126,14 +126,15 @@ def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterat
     """Yield the texts of `files`; raises for unknown characters before a text is yielded."""
     from charlm.text import read
 
+    encoding = loaded.config.corpus.encoding
     for name in files:
-        paths, found = [Path("-")] if name == "-" else read.find_files(name), False
+        paths, found = [Path("-")] if name == "-" else read.find_files(name).files, False
         for path in paths:
             pieces: Callable[[], Iterator[str]]
             if name == "-":
-                pieces = functools.partial(iter, [read.decode(sys.stdin.buffer.read(), "stdin")])
+                pieces = functools.partial(iter, [read.decode(sys.stdin.buffer.read(), "stdin", encoding)])
             else:
-                pieces = read.TextFile(path).pieces
+                pieces = read.TextFile(path, encoding=encoding).pieces
             text = _read(path, pieces, loaded, unknown)
             if text.characters >= 2:
                 found = True
@@ -156,6 +157,7 @@ def _read(path: Path, pieces: Callable[[], Iterator[str]], loaded: "Loaded", unk
     from charlm.text import read
 
     vocab, cleaning = loaded.vocab, loaded.config.corpus.cleaning
+    size: Callable[[Tensor], int] = len if loaded.config.corpus.encoding == "bytes" else vocab.num_bytes
     forward, taken_back = loaded.config.model.direction == "forward", -1
     for piece in itertools.chain([None], read.clean_pieces(pieces, cleaning)):
         if piece is None:  # the text begins, or all pieces before are taken back
@@ -168,7 +170,7 @@ def _read(path: Path, pieces: Callable[[], Iterator[str]], loaded: "Loaded", unk
             except UnknownCharactersError as caught:  # raised at the end: the piece can still be taken back
                 error = caught
                 continue
-            num_bytes += vocab.num_bytes(ids[1:] if forward and not characters else ids)
+            num_bytes += size(ids[1:] if forward and not characters else ids)
             num_unknown += 0 if unknown == "error" else vocab.count_unknown(piece)
             begin, characters = begin + len(piece), characters + len(ids)
             held.append(ids)
@@ -182,7 +184,7 @@ def _read(path: Path, pieces: Callable[[], Iterator[str]], loaded: "Loaded", unk
         return _Text(str(path), blocks, characters, num_bytes, num_unknown)
     whole = torch.cat(held)
     if loaded.config.model.direction == "backward":
-        num_bytes -= vocab.num_bytes(whole[-1:])
+        num_bytes -= size(whole[-1:])
     return _Text(str(path), whole, characters, num_bytes, num_unknown)
 
 
@@ -281,6 +283,7 @@ def _units(
     from charlm.text import read
 
     vocab, cleaning, unknown_counts = loaded.vocab, loaded.config.corpus.cleaning, list[int]()
+    encoding = loaded.config.corpus.encoding
 
     def watched(pieces: Iterator[str]) -> Iterator[str]:
         for piece in pieces:
@@ -289,9 +292,11 @@ def _units(
             _print(lines)
 
     for name in files:
-        for path in [Path("-")] if name == "-" else read.find_files(name):
-            stdin = read.read_clean_stdin(sys.stdin.buffer, cleaning) if name == "-" else None
-            pieces = watched(stdin or read.read_clean(read.TextFile(path).pieces, cleaning))
+        for path in [Path("-")] if name == "-" else read.find_files(name).files:
+            stdin = read.read_clean_stdin(sys.stdin.buffer, cleaning, encoding) if name == "-" else None
+            pieces = watched(
+                stdin or read.read_clean(read.TextFile(path, encoding=encoding).pieces, cleaning)
+            )
             for each in score(loaded.model, vocab, pieces, kind, unknown, str(path)):
                 yield str(path), each
     if num_unknown := sum(unknown_counts):

@@ -2,8 +2,11 @@
 
 import contextlib
 import math
+import re
 import shlex
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +14,34 @@ import click
 
 from charlm.cli.options import complete_runs, config_option, set_option, threads_option
 from charlm.errors import CharlmError, ConfigError
-from charlm.metrics import Score, perplexity
+from charlm.metrics import perplexity, shown
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from charlm.config import Config
     from charlm.storage.run import Run
+    from charlm.training.trainer import Result
+
+_LR_FROM = 2e-3  # of a training that goes on from a model: a quarter of the default
 
 
 @click.command()
+@click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @config_option("recipe")
 @set_option()
-@click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: RECIPE-DATE-TIME]")
+@click.option("--from", "initial", metavar="MODEL", help="Begin with the weights of a run or a model file.")
+@click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: TEXT-DATE-TIME]")
 @click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Continue a run that stopped.")
 @click.option("--at", type=click.IntRange(min=0), metavar="STEP", help="Resume from an earlier save.")
 @click.option("--allow-changes", is_flag=True, help="Resume with changed settings, as far as possible.")
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Show what would be trained and written, and exit.")
 def train(
+    texts: tuple[str, ...],
     recipe: str | None,
     overrides: tuple[str, ...],
+    initial: str | None,
     name: str | None,
     resume: str | None,
     at: int | None,
@@ -41,16 +51,22 @@ def train(
 ) -> None:
     """Train a model on a text.
 
-    Without --config, trains an LSTM on the bundled Spanish corpus. The models, the log and the state to
-    resume from are written to runs/RUN. Ctrl-C finishes the step, saves and shows how to resume; a second
-    Ctrl-C stops at once.
+    TEXT is a file, a folder, a glob, or - for stdin; several are read one after the other. Without TEXT, the
+    recipe's text is used, by default the bundled Spanish corpus. The models, the log and the state to resume
+    from are written to runs/RUN. Ctrl-C finishes the step, saves and shows how to resume; a second Ctrl-C
+    stops at once.
+
+    --from goes on from another model, on another text: its sizes and its characters are kept, and characters
+    that it does not know are added.
 
     torchrun --nproc-per-node 2 -m charlm train ... trains with two processes, each on its slice of the data.
     """
     if not resume and (at is not None or allow_changes):
         raise ConfigError("--at and --allow-changes need --resume RUN")
-    if resume and (recipe or name):
-        raise ConfigError("--resume uses the run's configuration and name; leave out --config and --name")
+    if resume and (texts or recipe or initial or name):
+        raise ConfigError(
+            "--resume uses the run's text, configuration and name: leave out TEXT, --config, --from, --name"
+        )
 
     import torch
 
@@ -58,6 +74,7 @@ def train(
     from charlm.nn.device import choose_threads
     from charlm.nn.kernels.native import keep_memory
     from charlm.storage import run as runs
+    from charlm.storage.model_file import load_model
     from charlm.text.corpus import Corpus
     from charlm.training.distributed import joined
     from charlm.training.trainer import Trainer
@@ -71,16 +88,23 @@ def train(
                 held.enter_context(runs.lock(run))
             config, state = _load_run(run, overrides, at, allow_changes, group.size)
         elif group.first:
-            config = configuration.load(recipe, overrides)
-            run = runs.new_run(name, Path(recipe).stem if recipe else config.model.cell)
+            config = _new_config(texts, recipe, initial, overrides)
+            run = runs.new_run(name, _default_name(texts, recipe, config))
+            if "-" in texts:
+                config, run = _with_stdin(config, run, name is None, dry_run, held)
         data, folder = group.from_first(lambda: (config.model_dump(mode="json"), str(run.folder)))
         config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
         display = TrainingDisplay(silent=not group.first)
-        corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading))
+        first = None
+        if config.train.init_from:  # a saved run's own model has the characters that were added
+            first = load_model(run.last if run.last.is_file() else runs.find_model(config.train.init_from))
+        known = first.vocab.characters if first else ""
+        corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading, known))
         group.check_same("text", corpus.fingerprint)
         count, reason = choose_threads(threads, config.model, config.batches.batch_size)
         torch.set_num_threads(count)
-        trainer = Trainer(config, corpus, group)
+        trainer = Trainer(config, corpus, group, first.model if first else None)
+        display.guessing = trainer.guessing
         learner, lines = trainer.learner, [*trainer.describe(), f"threads  {count} ({reason})"]
         if dry_run:
             if group.first:
@@ -94,7 +118,10 @@ def train(
         for line in lines:
             display.say(line)
         if not resume:
-            folder = group.from_first(lambda: str(runs.create(run, config, rename=name is None).folder))
+            made = "-" in texts  # the folder, for the text on stdin
+            folder = group.from_first(
+                lambda: str((run if made else runs.create(run, config, name is None)).folder)
+            )
             run = runs.Run(Path(folder))
             if group.first:
                 held.enter_context(runs.lock(run))
@@ -110,7 +137,69 @@ def train(
             display.say(f"resumed  {run.folder} at step {learner.progress.step} of {learner.total_steps}")
         result = trainer.train(run, display)
         if group.first:
-            display.finished(result.best, result.test, run.folder, trainer.suggested_prefix)
+            display.finished(result, run.folder, trainer.suggested_prefix)
+
+
+def _new_config(
+    texts: tuple[str, ...], recipe: str | None, initial: str | None, overrides: tuple[str, ...]
+) -> "Config":
+    """Return the configuration of a new run."""
+    from charlm import config as configuration
+    from charlm.storage.header import read_header
+    from charlm.storage.run import find_model
+
+    values: dict[str, dict[str, Any]] = {"corpus": {}, "model": {}, "train": {}}
+    if initial is not None:
+        path = find_model(initial)
+        before = read_header(path).config
+        values["corpus"] = before.corpus.cleaning
+        if before.corpus.encoding == "bytes":
+            values["corpus"] = {"encoding": "bytes"}
+        values["model"] = {**before.model.model_dump(mode="json"), "implementation": "auto"}
+        values["train"] = {"init_from": str(path), **({} if recipe else {"lr": _LR_FROM})}
+    if texts:
+        if any(text.partition("=")[0].strip() in ("source", "corpus.source") for text in overrides):
+            raise ConfigError("the text is given twice, as TEXT and with --set corpus.source")
+        values["corpus"]["source"] = texts[0] if len(texts) == 1 else [*texts]
+    return configuration.load(recipe, overrides, values)
+
+
+def _default_name(texts: tuple[str, ...], recipe: str | None, config: "Config") -> str:
+    """The beginning of the name of a run without --name: of the text, the recipe or the cell."""
+    stem = re.sub(r"[^\w.+=-]+|^[^\w]+", "-", Path(texts[0]).stem).strip("-")[:60] if texts else ""
+    return stem or (Path(recipe).stem if recipe else config.model.cell)
+
+
+def _with_stdin(
+    config: "Config", run: "Run", rename: bool, dry_run: bool, held: contextlib.ExitStack
+) -> tuple["Config", "Run"]:
+    """Write the text on stdin into the folder of `run`, from which the run can be resumed.
+
+    The folder is removed at the end if the training has not begun.
+    """
+    from charlm.files import write_atomically
+    from charlm.storage import run as runs
+
+    if dry_run:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+    else:
+        run = runs.create(run, config, rename)
+        held.callback(runs.discard, run)
+        folder = run.folder
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+
+    write_atomically(folder / "text.txt", write)
+    source = config.corpus.source
+    names = [source] if isinstance(source, str) else source
+    names = [str(folder / "text.txt") if name == "-" else name for name in names]
+    corpus = config.corpus.model_copy(update={"source": names if len(names) > 1 else names[0]})
+    config = config.model_copy(update={"corpus": corpus})
+    if not dry_run:
+        runs.save_config(run, config)
+    return config, run
 
 
 def _load_run(
@@ -152,10 +241,11 @@ class TrainingDisplay:
     """A `Reporter` that prints on stderr, with a bar if stderr is a terminal.
 
     silent: print nothing, as the processes after the first do.
+    guessing: the loss of a model that takes all characters for equally probable; a larger one is called so.
     """
 
     def __init__(self, silent: bool = False) -> None:
-        self.silent = silent
+        self.silent, self.guessing = silent, math.inf
         self.bar: tqdm[Any] | None = None
         self.steps_per_epoch = self.epochs = 1
         self.chars_per_second = 0.0
@@ -203,28 +293,36 @@ class TrainingDisplay:
     def evaluated(self, row: dict[str, Any], best: bool) -> None:
         """Print the metrics of the row; a star marks the best val loss so far."""
         val = row["val_loss"]
+        useless = val > self.guessing
         # Absent if all steps since the last evaluation were skipped.
         train = f"{row['train_loss']:.3f}" if "train_loss" in row else "-"
         grad = f"{row['grad_norm']:.2f}" if "grad_norm" in row else "-"
         self.say(
             f"epoch {row['epoch']:<4g} train {train}  val {val:.3f}  "
-            f"{_kind(row)}ppl {perplexity(val):.2f}  {_kind(row)}bpc {val / math.log(2):.3f}  "
-            f"lr {row['lr']:.1e}  grad {grad}  {row['seconds']:.0f} s{' *' if best else ''}"
+            f"{_kind(row)}ppl {shown(perplexity(val))}  {_kind(row)}bpc {val / math.log(2):.3f}  "
+            f"lr {row['lr']:.1e}  grad {grad}  {row['seconds']:.0f} s{' *' if best and not useless else ''}"
         )
+        if useless:
+            self.say(f"worse than guessing, {self.guessing:.3f}; if it stays so, use a smaller train.lr")
 
     def sample(self, text: str) -> None:
         """Print a text of the model, indented."""
         self.say("\n".join(f"    | {line}" for line in text.strip("\n").split("\n")))
 
-    def finished(self, best: dict[str, Any], test: Score | None, folder: Path, prefix: str) -> None:
+    def finished(self, result: "Result", folder: Path, prefix: str) -> None:
         """Print the metrics of the best model, its file, and a command that generates with it."""
+        best, kind = result.best, _kind(result.best)
+        useless = best["val_loss"] > self.guessing
         self.say()
-        self.say(f"best     val {_metrics(best['val_loss'], _kind(best))}, at epoch {best['epoch']:g}")
-        if test:
-            self.say(f"test     {_metrics(test.loss, _kind(best))}")
+        title = "result" if useless else "best"
+        self.say(f"{title:<9}val {_metrics(best['val_loss'], kind)}, at epoch {best['epoch']:g}")
+        if result.test:
+            self.say(f"test     {_metrics(result.test.loss, kind)}")
+        if useless:
+            self.say(f"         worse than guessing, {self.guessing:.3f}: train longer, or with a smaller lr")
         self.say(f"model    {folder / 'model.safetensors'}")
         model = shlex.quote(str(folder))
-        if _kind(best):
+        if kind:
             self.say(f"fill in  charlm fill --model {model} {shlex.quote(prefix.strip() + '_')}")
         else:
             self.say(f"write    charlm generate --model {model} --prefix {shlex.quote(prefix)}")
@@ -243,6 +341,6 @@ def _kind(row: dict[str, Any]) -> str:
 
 def _metrics(loss: float, kind: str) -> str:
     return (
-        f"{kind}perplexity {perplexity(loss):.2f}, {loss / math.log(2):.3f} {kind}bits per character, "
+        f"{kind}perplexity {shown(perplexity(loss))}, {loss / math.log(2):.3f} {kind}bits per character, "
         f"{loss:.4f} nats"
     )

@@ -54,7 +54,11 @@ class Sampling:
         _SHARE,
         "Draw among the characters at least this many times as probable as the most probable one.",
     )
-    stop: str = _option("", ("a text", lambda stop: True), "End the text once it ends with this text.")
+    stop: str = _option(
+        "",
+        ("a text", lambda stop: True),
+        "End the text once it ends with this text; on the command line \\n is a line end.",
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -162,6 +162,30 @@ def make_model(vocab_size: int, config: ModelConfig, device: torch.device | None
     return (FillLM if config.direction == "both" else CharLM)(vocab_size, config, device)
 
 
+@torch.no_grad()
+def copy_weights(source: CharLM, target: CharLM) -> None:
+    """Copy all weights of `source` into `target`, whose first characters are those of `source`.
+
+    Each new character gets the weights of the one with the lowest bias in the head: it is as improbable, and
+    the predictions of the others change as little.
+
+    Raises `ValueError` for models whose sizes differ in more than the number of characters.
+    """
+    old, rarest = dict(source.named_parameters()), source.head.bias.argmin()
+    for name, parameter in target.named_parameters():
+        values = old.get(name, parameter.new_empty(0))
+        for axis in range(min(values.dim(), parameter.dim())):
+            if (values.shape[axis], parameter.shape[axis]) == (source.vocab_size, target.vocab_size):
+                row = values.index_select(axis, rarest[None])
+                new = target.vocab_size - source.vocab_size
+                values = torch.cat([values, *[row] * new], axis)
+                break
+        if values.shape != parameter.shape:
+            shapes = f"{tuple(values.shape)}, not {tuple(parameter.shape)}"
+            raise ValueError(f"{name} has the shape {shapes}")
+        parameter.copy_(values)
+
+
 def num_parameters(model: nn.Module) -> int:
     """Return the number of trainable numbers."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -179,6 +179,12 @@ def create(run: Run, config: Config, rename: bool = False) -> Run:
     return run
 
 
+def discard(run: Run) -> None:
+    """Remove the folder of a run that was never saved."""
+    if not run.was_saved:
+        shutil.rmtree(run.folder, ignore_errors=True)
+
+
 def _moved(source: Path, target: Path) -> bool:
     """Rename the folder `source` to `target`; return whether that name was free."""
     if target.exists():

@@ -10,7 +10,7 @@ from typing import Literal
 from charlm.config import Config, CorpusConfig
 from charlm.errors import ConfigError
 from charlm.files import json_text
-from charlm.metrics import Score, perplexity
+from charlm.metrics import Score, perplexity, shown
 from charlm.storage import run as run_folders
 from charlm.storage.header import read_header
 from charlm.storage.log import read, write
@@ -91,8 +91,8 @@ def table(rows: list[Comparison], format: Format = "markdown") -> str:  # noqa: 
         [
             [
                 row.name,
-                "-" if row.train_perplexity is None else f"{row.train_perplexity:.2f}",
-                f"{row.val_perplexity:.2f}",
+                "-" if row.train_perplexity is None else shown(row.train_perplexity),
+                shown(row.val_perplexity),
                 f"{row.bits_per_character:.3f}",
                 f"{row.parameters:,}",
                 f"{row.seconds:,.1f}",

@@ -32,7 +32,7 @@ from charlm.text.encode import Encoded, memory
 from charlm.text.read import TextFile
 from charlm.text.vocab import Vocab
 
-FORMAT = 1  # increase it when the file's layout changes, or the result of reading and cleaning a text
+FORMAT = 2  # increase it when the file's layout changes, or the result of reading and cleaning a text
 
 _PAGE = 2**16  # the ids begin at a multiple of it, which is one of every system's page size
 _MAX_HEADER = 2**26  # bytes
@@ -43,7 +43,7 @@ class Mapped:
     """The splits of a text, in a file that is mapped into memory.
 
     encoded: the text without its ids.
-    ids: train, val and test, one after the other, (N,): a view of the file.
+    ids: the splits, one after the other, (N,): a view of the file.
     files: the SHA-256 and the `identity` of each file that the text was read from.
     Raises `OSError`, `ValueError`, `KeyError` or `TypeError` for a damaged file.
     """
@@ -117,6 +117,7 @@ def write(encoded: Encoded, files: list[TextFile], used: int, settings: dict[str
         "files": [(sha256, file.identity) for sha256, file in zip(hashes, files, strict=False)],
         "characters": encoded.vocab.characters,
         "sizes": encoded.sizes,
+        "order": encoded.order,
         "unseen": encoded.unseen,
         "fingerprint": encoded.fingerprint,
     }

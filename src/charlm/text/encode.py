@@ -144,18 +144,29 @@ class Encoder:
         """Whether the text is empty or only white space."""
         return all(chr(point).isspace() for point in self._points[self._counts > 0].tolist())
 
-    def finish(self, split: Split) -> "Encoded":
+    def finish(self, split: Split, known: str = "", own: tuple[int, int] = (0, 0)) -> "Encoded":
         """Return the text, split by the fractions of train, val and test, encoded by train's vocabulary.
 
+        known: characters with which the vocabulary begins.
+        own: the lengths of a val and a test text that were added before the text that is split.
         Raises `CharlmError` if the train split is empty.
         """
-        ends = 0, round(self.length * split[0]), round(self.length * (split[0] + split[1])), self.length
-        held_out = [self._count(ends[k], ends[k + 1]) for k in (1, 2)]
+        begin = sum(own)
+        ends = [begin + round((self.length - begin) * part) for part in (split[0], split[0] + split[1])]
+        places = [
+            (begin, ends[0]),
+            (0, own[0]) if own[0] else (ends[0], ends[1]),
+            (own[0], begin) if own[1] else (ends[1], self.length),
+        ]
+        held_out = [self._count(*place) for place in places[1:]]
         counts = self._counts - held_out[0] - held_out[1]
-        vocab = Vocab.from_counts(self._points, counts)
-        missing = [int(count[counts == 0].sum()) for count in held_out]
-        sizes = ends[1], ends[2] - ends[1] - missing[0], ends[3] - ends[2] - missing[1]
-        return Encoded(vocab, sizes, sum(missing), self._digest.hexdigest(), self._final(vocab))
+        vocab = Vocab.from_counts(self._points, counts, known)
+        unseen = vocab.look_up(self._points.clone()) < 0
+        missing = [0, *(int(count[unseen].sum()) for count in held_out)]
+        train, val, test = (end - first - lost for (first, end), lost in zip(places, missing, strict=True))
+        order = sorted(range(3), key=lambda k: places[k])
+        digest = self._digest.hexdigest()
+        return Encoded(vocab, (train, val, test), order, sum(missing), digest, self._final(vocab))
 
     def _count(self, begin: int, end: int) -> Tensor:
         counts = torch.zeros(len(self._points), dtype=torch.int64)
@@ -211,13 +222,15 @@ class Encoded:
     """The encoded splits of a text.
 
     sizes: the numbers of characters of train, val and test.
+    order: their order in `ids`, by their indices in `sizes`.
     unseen: the number of characters in val and test that are not in train; they are left out.
     fingerprint: SHA-256 of the text in UTF-8.
-    ids: train, val and test, one after the other, in pieces.
+    ids: the splits, one after the other, in pieces.
     """
 
     vocab: Vocab
     sizes: tuple[int, int, int]
+    order: list[int]
     unseen: int
     fingerprint: str
     ids: Iterable[Tensor]

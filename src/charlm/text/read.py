@@ -1,6 +1,6 @@
 """Reading of texts: finding files, decompressing and decoding them, removing Project Gutenberg's licence.
 
-A source is the name of a bundled corpus, a file, a folder, a glob or a list of these; a file is UTF-8, plain
+A source is the name of a bundled corpus, a file, a folder, a glob or a list of these; a file is plain
 or compressed (.gz, .bz2, .xz). Files are read piece by piece, so that a file can be larger than the memory;
 the result does not depend on where the pieces end. `read_clean` and `read_clean_stdin` also clean it.
 """
@@ -14,13 +14,15 @@ import hashlib
 import itertools
 import lzma
 import re
+import shlex
 import stat
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from charlm.config import shipped
 from charlm.errors import CharlmError
@@ -50,51 +52,78 @@ _GUTENBERG_START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG E
 _GUTENBERG_END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK", re.M | re.I)
 
 
-def find_files(source: str | list[str]) -> list[Path]:
+class Found(NamedTuple):
+    """The files of a source, in order, and how many files of its folders are not read."""
+
+    files: tuple[Path, ...]
+    left: int
+
+
+def find_files(source: str | list[str]) -> Found:
     """Return the files that `source` names, in order, each once, those of folders and globs sorted.
+
+    Of a folder these are the text files, without those whose name or folder begins with a dot.
 
     Raises `CharlmError` for a name without a file.
     """
-    names = [source] if isinstance(source, str) else source
-    return list(dict.fromkeys(path for name in names for path in _find(name)))
+    found = [_find(name) for name in ([source] if isinstance(source, str) else source)]
+    files = dict.fromkeys(path for each in found for path in each.files)
+    return Found(tuple(files), sum(each.left for each in found))
 
 
-def _find(name: str) -> list[Path]:
+def _find(name: str) -> Found:
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:  # ~nobody
         raise CharlmError(f"cannot find {name}: {error}") from None
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.name.endswith(_IN_FOLDERS) and file.is_file())
-        if not found:
-            raise CharlmError(f"the folder {name} has no file that ends in {', '.join(_IN_FOLDERS)}")
-        return found
+        return _in_folder(name, path)
     if path.exists():
-        return [path]
+        return Found((path,), 0)
     if name in BUNDLED:
-        return [shipped("data") / f"{name}.txt"]
+        return Found((shipped("data") / f"{name}.txt",), 0)
     if glob.has_magic(name):
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
         if found:
-            return found
+            return Found(tuple(found), 0)
         raise CharlmError(f"no file matches {name}")
     raise CharlmError(
         f"no such file or folder: {name}; give a path, a glob, or the bundled corpus {', '.join(BUNDLED)}"
     )
 
 
+def _in_folder(name: str, folder: Path) -> Found:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    shown = [
+        file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    texts = [file for file in shown if file.name.endswith(_IN_FOLDERS)]
+    if not texts:
+        endings = Counter(file.suffix for file in shown if file.suffix)
+        hint = ""
+        if endings:
+            ((ending, count),) = endings.most_common(1)
+            pattern = shlex.quote(f"{folder}/**/*{ending}")
+            hint = f"; to read its {count} {ending} {'file' if count == 1 else 'files'}, give {pattern}"
+        raise CharlmError(f"the folder {name} has no file that ends in {', '.join(_IN_FOLDERS)}{hint}")
+    return Found(tuple(texts), len(files) - len(texts))
+
+
 class TextFile:
     """A text file, plain or compressed.
 
     on_read: called with the number of bytes just read, of the file as it is on the disk.
+    encoding: as in `decode_pieces`.
     stat: the file's stat when this object was made.
     identity: device, inode, size and times of last change, if any later change will show in them, else None.
     sha256: the SHA-256 of the bytes that `pieces` has read.
     Raises `CharlmError` if the file cannot be read.
     """
 
-    def __init__(self, path: Path, on_read: Callable[[int], object] = lambda count: None):
-        self.path, self.on_read, self.sha256 = path, on_read, hashlib.sha256()
+    def __init__(
+        self, path: Path, on_read: Callable[[int], object] = lambda count: None, encoding: str = "utf-8"
+    ):
+        self.path, self.on_read, self.sha256, self.encoding = path, on_read, hashlib.sha256(), encoding
         with _reading(path):
             now, self.stat = time.time_ns(), path.stat()
             self.regular = stat.S_ISREG(self.stat.st_mode)
@@ -139,8 +168,8 @@ class TextFile:
         return self.sha256.hexdigest()
 
     def pieces(self) -> Iterator[str]:
-        """Yield the decoded text with LF line ends; raises `CharlmError` if it is not UTF-8."""
-        return decode_pieces(self.chunks(), str(self.path))
+        """Yield the decoded text with LF line ends; raises `CharlmError` if it is not in the encoding."""
+        return decode_pieces(self.chunks(), str(self.path), self.encoding)
 
 
 @contextlib.contextmanager
@@ -151,40 +180,103 @@ def _reading(path: Path) -> Iterator[None]:
         raise CharlmError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def decode(data: bytes, name: str) -> str:
-    """Return `data` as text with LF line ends; raises `CharlmError` with `name` if it is not UTF-8."""
-    return "".join(decode_pieces([data], name))
+def decode(data: bytes, name: str, encoding: str = "utf-8") -> str:
+    """Return `data` as text with LF line ends; raises `CharlmError` with `name` as `decode_pieces` does."""
+    return "".join(decode_pieces([data], name, encoding))
 
 
-def decode_pieces(data: Iterable[bytes], name: str) -> Iterator[str]:
-    """Yield `decode`'s result for data in pieces, in pieces."""
-    decoder, before, end = codecs.getincrementaldecoder("utf-8")(), 0, ""
+def decode_pieces(data: Iterable[bytes], name: str, encoding: str = "utf-8") -> Iterator[str]:
+    """Yield `decode`'s result for data in pieces, in pieces.
+
+    encoding: one of Python's; with ``bytes`` each byte is the character of its number, and nothing else is
+    changed. Raises `CharlmError` for data that is not in it.
+    """
+    if encoding == "bytes":
+        yield from (piece.decode("latin-1") for piece in data)
+        return
+    is_utf8 = codecs.lookup(encoding).name == "utf-8"
+    decoder, before, end = codecs.getincrementaldecoder(encoding)(), 0, ""
     pieces = ((piece, False) for piece in _with_whole_beginning(data))
+    first = True
     for piece, last in itertools.chain(pieces, [(b"", True)]):
-        if before == 0:
-            for mark, encoding in _OTHER_BOMS.items():
-                if piece.startswith(mark):
-                    raise CharlmError(
-                        f"{name} is {encoding}, not UTF-8; convert it with: iconv -f {encoding} -t UTF-8"
-                    )
-        if (nul := piece.find(b"\0")) >= 0:
-            raise CharlmError(f"{name} is not a text file: it has a NUL byte at offset {before + nul}")
-        begin = len(_BOM) if before == 0 and piece.startswith(_BOM) else 0
+        if is_utf8:
+            _refuse_other_text(piece, before, name)
         waiting = len(decoder.getstate()[0])
         try:
-            text = end + decoder.decode(piece[begin:] if begin else piece, last)
+            text = end + decoder.decode(piece, last)
         except UnicodeDecodeError as error:
+            place = before - waiting + error.start
             raise CharlmError(
-                f"{name} is not valid UTF-8: byte 0x{error.object[error.start]:02x} "
-                f"at offset {before + begin - waiting + error.start}; "
-                "if it is text in another encoding, convert it, for example with: "
-                "iconv -f ISO-8859-1 -t UTF-8"
+                f"{name} is not valid {encoding.upper()}: byte 0x{error.object[error.start]:02x} "
+                f"at offset {place}; {_advice(error, last, is_utf8)}"
             ) from None
         before += len(piece)
+        if first and text:
+            text, first = text.removeprefix("\ufeff"), False
         end = "\r" if text.endswith("\r") and not last else ""  # the next piece may begin with its LF
-        if end:
-            text = text[:-1]
-        yield text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+        yield with_lf(text[:-1] if end else text)
+
+
+def _refuse_other_text(piece: bytes, before: int, name: str) -> None:
+    """Raise `CharlmError` if `piece`, at the offset `before`, is UTF-16 or UTF-32, or no text."""
+    for mark, encoding in _OTHER_BOMS.items() if before == 0 else ():
+        if piece.startswith(mark):
+            raise CharlmError(
+                f"{name} is {encoding}, not UTF-8; convert it with: iconv -f {encoding} -t UTF-8, "
+                f"or train with --set corpus.encoding={encoding}"
+            )
+    if (nul := piece.find(b"\0")) >= 0:
+        raise CharlmError(
+            f"{name} is not a text file: it has a NUL byte at offset {before + nul}; "
+            "a model of bytes reads any file: --set corpus.encoding=bytes"
+        )
+
+
+def _advice(error: UnicodeDecodeError, last: bool, is_utf8: bool) -> str:
+    """What to do about a file that could not be decoded."""
+    if last or error.reason == "unexpected end of data":
+        return "the file ends inside a character: it was cut"
+    if not is_utf8:
+        return "set corpus.encoding to the text's encoding, or to bytes"
+    named = [name for name in _CANDIDATES if _plausible(error.object, name)] or ["windows-1252"]
+    return (
+        f"if it is text in another encoding, perhaps {' or '.join(named)}, set corpus.encoding={named[0]}, "
+        f"or convert it with: iconv -f {named[0].upper()} -t UTF-8"
+    )
+
+
+# Encodings of which texts consist of certain letters, the strictest first.
+_CANDIDATES = {
+    "shift_jis": "[\u3000-\u30ff\u4e00-\u9fff\uff00-\uff5e]",
+    "euc_kr": "[\uac00-\ud7a3]",
+    "gb18030": "[\u3000-\u3011\u4e00-\u9fff\uff00-\uff5e]",
+    "big5": "[\u3000-\u3011\u4e00-\u9fff\uff00-\uff5e]",
+    "koi8-r": "[а-яё]",
+    "windows-1251": "[а-яё]",
+    "windows-1252": "[\u00c0-\u00ff\u2010-\u2026]",
+}
+
+
+def _plausible(data: bytes, encoding: str) -> bool:
+    """Whether most characters of `data` beyond ASCII are those that texts in `encoding` consist of.
+
+    In Western texts they are the smaller part of all letters, in others the larger one.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)()  # the data may be cut at its end
+    try:
+        text = decoder.decode(data)
+    except UnicodeDecodeError:
+        return False
+    others = [char for char in text if char > "\x7f"]
+    western = 2 * len(others) < sum(map(str.isalpha, text))
+    if western != (encoding == "windows-1252"):
+        return False
+    return len(re.findall(_CANDIDATES[encoding], "".join(others))) > 0.8 * len(others)
+
+
+def with_lf(text: str) -> str:
+    """Return `text` with LF line ends."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _with_whole_beginning(data: Iterable[bytes]) -> Iterator[bytes]:
@@ -297,10 +389,10 @@ def read_clean(
     return _cleaned((piece or "" for piece in body), cleaning)
 
 
-def read_clean_stdin(file: IO[bytes], cleaning: dict[str, Any]) -> Iterator[str]:
+def read_clean_stdin(file: IO[bytes], cleaning: dict[str, Any], encoding: str = "utf-8") -> Iterator[str]:
     """Yield the clean text of stdin as it comes; a licence of Gutenberg's is taken for text."""
     read = getattr(file, "read1", file.read)  # what is there, without waiting for more
-    return _cleaned(decode_pieces(iter(lambda: read(_PIECE), b""), "stdin"), cleaning)
+    return _cleaned(decode_pieces(iter(lambda: read(_PIECE), b""), "stdin", encoding), cleaning)
 
 
 def _cleaned(pieces: Iterable[str], cleaning: dict[str, Any]) -> Iterator[str]:

@@ -42,10 +42,11 @@ class Vocab:
         self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32, device="cpu")
 
     @classmethod
-    def from_counts(cls, points: Tensor, counts: Tensor) -> "Vocab":
+    def from_counts(cls, points: Tensor, counts: Tensor, known: str = "") -> "Vocab":
         """Return the vocabulary of distinct code points (N,) that occur `counts` (N,) times.
 
-        The most frequent character is the first; ties are in the order of code points.
+        First come the characters of `known`, then the others; the most frequent one is the first of them, and
+        ties are in the order of code points.
         Raises `CharlmError` if none occurs.
         """
         present = counts > 0
@@ -53,7 +54,7 @@ class Vocab:
             raise CharlmError("the corpus is empty: it has no characters")
         points, by_point = points[present].sort()
         order = torch.argsort(counts[present][by_point], descending=True, stable=True)
-        return cls("".join(map(chr, points[order].tolist())))
+        return cls("".join(dict.fromkeys([*known, *map(chr, points[order].tolist())])))
 
     def __len__(self) -> int:
         return len(self.characters)

@@ -20,7 +20,7 @@ from charlm.errors import ConfigError, one_line
 from charlm.nn.cells import State
 from charlm.nn.device import autocast, choose_precision
 from charlm.nn.functional import cross_entropy, one_sequence
-from charlm.nn.model import CharLM, make_model
+from charlm.nn.model import CharLM, copy_weights, make_model
 from charlm.storage.model_file import load_weights
 from charlm.text.batches import make_batches, mix, rank_slice
 from charlm.text.corpus import Corpus
@@ -43,6 +43,7 @@ class Learner:
     model: the model that is trained.
     scored: the model that is evaluated, sampled from and saved: `model`, or with ``train.ema`` its average.
     carried: the state (L, B, H) that the next batch starts from; None for zeros.
+    initial: a model whose weights are the first ones, of the first characters of the corpus's vocabulary.
     skip_reason: why the last step was skipped, or None if it was taken.
 
     Each process of a `group` makes a learner and calls the same methods.
@@ -53,7 +54,7 @@ class Learner:
     Raises `CharlmError` for a device that is not available and for a corpus too short for the batches.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, group: Group = ALONE):
+    def __init__(self, config: Config, corpus: Corpus, group: Group = ALONE, initial: CharLM | None = None):
         self.config, self.corpus, self.group = config, corpus, group
         self.device = group.device(config.train.device)
         self.precision, self.precision_reason = choose_precision(config.train.precision, self.device)
@@ -65,7 +66,15 @@ class Learner:
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         torch.manual_seed(group.seed(config.train.seed))  # dropout draws from torch's global generators
         model = make_model(len(corpus.vocab), config.model, self.device)
-        self.model = model.initialise(config.train.seed).to(self.device)
+        model.initialise(config.train.seed)
+        if initial:
+            try:
+                copy_weights(initial, model)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{config.train.init_from} does not fit the settings of model: its {error}"
+                ) from None
+        self.model = model.to(self.device)
         self.prediction = group.parallel(Prediction(self.model))
         self.scored = copy.deepcopy(self.model).to(self.device) if config.train.ema else self.model
         self.optimizer = make_optimizer(self.model, config.train)
@@ -81,6 +90,8 @@ class Learner:
         train, progress = self.config.train, self.progress
         if train.early_stopping and progress.evaluations_since_best >= train.early_stopping:
             return f"train.early_stopping={train.early_stopping}"
+        if progress.elapsed >= train.time_limit_seconds:
+            return f"train.time_limit={train.time_limit}"
         if progress.step < self.total_steps:
             return None
         return f"train.max_steps={train.max_steps}" if train.max_steps else f"train.epochs={train.epochs}"
@@ -305,8 +316,15 @@ def scheduled_forward(
 # The settings that a resumed run can change without --allow-changes: its budget, its device, its reports and
 # the place of its text.
 FREE = (
-    *("train.epochs", "train.max_steps", "train.early_stopping", "train.device", "train.tensorboard"),
-    *("train.log_every", "corpus.source"),
+    *(
+        "train.epochs",
+        "train.max_steps",
+        "train.time_limit",
+        "train.early_stopping",
+        "train.device",
+        "train.tensorboard",
+    ),
+    *("train.log_every", "corpus.source", "corpus.val", "corpus.test"),
 )
 
 # After a change of these, a step reads other characters: the epoch is restarted.
@@ -322,7 +340,9 @@ _MODEL_KEYS = ModelConfig.model_fields.keys() - {
 }
 _IMPOSSIBLE = {
     **{f"model.{key}": "the weights would not fit the model" for key in _MODEL_KEYS},
-    **{f"model.{key}": "it affects the initial weights only" for key in ("init", "forget_bias")},
+    **dict.fromkeys(
+        ("model.init", "model.forget_bias", "train.init_from"), "it affects the initial weights only"
+    ),
     **{f"corpus.{key}": "the text and its vocabulary would change" for key in CorpusConfig.model_fields},
     "train.optimizer": "the state of one optimiser does not fit another",
 }

@@ -25,6 +25,7 @@ class Progress:
 
     since_evaluation, since_row: sums since the last evaluation, and since the last row with a train loss.
     seconds: the seconds of all steps, without evaluations and saves.
+    elapsed: the seconds since the start, with them; counted for ``train.time_limit`` only.
     lr: the learning rate of the last step.
     grad_norm: the gradient norm of the last step that was taken.
     bad_steps, bad_steps_in_a_row: the number of skipped steps, in all and up to now without a break.
@@ -40,6 +41,7 @@ class Progress:
     since_evaluation: Sums = field(default_factory=Sums)
     since_row: Sums = field(default_factory=Sums)
     seconds: float = 0.0
+    elapsed: float = 0.0
     log_size: int = 0
     lr: float = 0.0
     grad_norm: float = 0.0

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import time
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from charlm.inference.evaluate import evaluate
 from charlm.inference.sample import Sampling, generate
 from charlm.metrics import Score, perplexity
 from charlm.nn.layers import choose_implementation
-from charlm.nn.model import num_parameters
+from charlm.nn.model import CharLM, num_parameters
 from charlm.storage import log
 from charlm.storage.log import Row
 from charlm.storage.model_file import load_model
@@ -49,7 +50,7 @@ class Trainer:
     Raises `CharlmError` as `Learner` does, and for a val split that is too short to score.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, group: Group = ALONE):
+    def __init__(self, config: Config, corpus: Corpus, group: Group = ALONE, initial: CharLM | None = None):
         if config.train.tensorboard:
             check_tensorboard()
         self.config, self.corpus, self.group = config, corpus, group
@@ -59,7 +60,7 @@ class Trainer:
                 f"the val split has {len(self.val)} characters, and 2 are needed; "
                 "use a longer text or a larger val part in corpus.split"
             )
-        self.learner = Learner(config, corpus, group)
+        self.learner, self.initial = Learner(config, corpus, group, initial), initial
         # A model that fills in characters has a pseudo-likelihood. Its metrics have their own names, so that
         # they are not compared with a perplexity.
         self.kind = "pseudo_" if config.model.direction == "both" else ""
@@ -87,8 +88,15 @@ class Trainer:
             f"state {state}; {learner.steps_per_epoch:,} steps per epoch, {learner.total_steps:,} in total",
             f"device   {learner.device}, {precision} ({learner.precision_reason})",
         ]
+        if self.initial:
+            new = len(corpus.vocab) - self.initial.vocab_size
+            before = self._scored(self.val).loss
+            start = f"from {self.config.train.init_from}, with {new} new character{'s' * (new != 1)}"
+            lines.insert(2, f"         {start}; val {before:.3f} before the first step")
+        notes = list(corpus.notes)
         if corpus.unseen:
-            lines.insert(1, f"         not in train, removed from val and test: {corpus.unseen} characters")
+            notes.append(f"not in train, removed from val and test: {corpus.unseen} characters")
+        lines[1:1] = [f"         {note}" for note in notes]
         return lines
 
     @property
@@ -123,20 +131,26 @@ class Trainer:
         try:
             with caught_signals() as caught:
                 self._begin(run)
+                limit, started = self.config.train.time_limit_seconds, time.perf_counter()
+                started -= learner.progress.elapsed
                 for x, y in learner.remaining_batches():
                     reporter.step(*learner.step(x, y))
+                    if limit < math.inf:
+                        learner.progress.elapsed = self.group.from_first(
+                            lambda: time.perf_counter() - started
+                        )
                     # Read once: a later signal belongs to the next step. If one process stops, all do.
                     stop = self.group.largest(caught[0] if caught else 0)
                     step = learner.progress.step
                     if learner.skip_reason and self._log_skipped(run, reporter):
                         pass  # rolled back
-                    elif step % eval_every == 0 or step == learner.total_steps:
+                    elif step % eval_every == 0 or learner.finished:
                         self._evaluate(run, reporter)
                     else:
                         if step % self.config.train.log_every == 0:
                             self._log_step(run, reporter)
                         self._save_if_due(bool(stop))
-                    if learner.finished:
+                    if learner.finished and learner.progress.step == step:  # not rolled back
                         break
                     if stop:
                         raise Interrupted(
@@ -279,7 +293,12 @@ class Trainer:
 
     def _is_sound(self, val: Score) -> bool:
         """Return whether the run can roll back to a model with this score, not far worse than guessing."""
-        return val.loss < 2 * math.log(len(self.corpus.vocab)) + 1
+        return val.loss < 2 * self.guessing + 1
+
+    @property
+    def guessing(self) -> float:
+        """The loss of a model that takes all characters for equally probable, in nats."""
+        return math.log(len(self.corpus.vocab))
 
     def _save(self, sound: bool = False, keep: bool = True) -> None:
         """Write the state and the models; `sound` and `keep` as in `Saves.write`."""

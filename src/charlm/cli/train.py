@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from charlm.storage.run import Run
     from charlm.training.trainer import Result
 
-_LR_FROM = 2e-3  # of a training that goes on from a model: a quarter of the default
+# Of a training that goes on from a model: half the default. From a model of Don Quijote, the val loss of the
+# bundled corpus is 1.481, 1.464, 1.456 and 1.455 with 1e-3, 2e-3, 4e-3 and 5e-3.
+_LR_FROM = 4e-3
 
 
 @click.command()

@@ -125,19 +125,15 @@ def test_training_goes_on_from_a_model_on_another_text(charlm, trained, words):
 
 def test_interrupted_training_from_a_model_ends_as_an_undisturbed_one(charlm, trained, words):
     Path("new.txt").write_text(words.replace("a", "ß"))
-    more = [part for text in ("stride=16", "max_steps=4") for part in ("--set", text)]
-    assert charlm("train", "new.txt", "--from", "tiny", "--name", "whole", *more).code == 0
-    assert charlm("train", "new.txt", "--from", "tiny", "--name", "n", *more, "--set", "schedule=constant",
-                  "--set", "max_steps=2").code == 0  # fmt: skip
-    assert (
-        charlm(
-            "train", "new.txt", "--from", "tiny", "--name", "once", *more, "--set", "schedule=constant"
-        ).code
-        == 0
+    more = [part for text in ("stride=16", "schedule=constant") for part in ("--set", text)]
+    for name, steps in (("whole", 4), ("stopped", 2)):
+        start = ("train", "new.txt", "--from", "tiny", "--name", name, *more)
+        assert charlm(*start, "--set", f"max_steps={steps}").code == 0
+    assert charlm("train", "--resume", "stopped", "--set", "max_steps=4").code == 0
+    whole, stopped = (
+        load_model(Path(f"runs/{name}/last.safetensors")).model for name in ("whole", "stopped")
     )
-    assert charlm("train", "--resume", "n", "--set", "max_steps=4").code == 0
-    n, once = (load_model(Path(f"runs/{name}/last.safetensors")).model for name in ("n", "once"))
-    assert all(torch.equal(a, b) for a, b in zip(n.parameters(), once.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from charlm.study.bench import rate
 from charlm.study.compare import markdown
 from charlm.text import read
 from charlm.text.corpus import Corpus
+from charlm.text.decode import decode
 from charlm.text.encode import Encoder, smallest_dtype
 from charlm.training.learner import Learner
 
@@ -30,7 +31,7 @@ def stages(path, rounds):
     """Return the MB/s of each stage by name, medians of `rounds`."""
     megabytes = path.stat().st_size / 1e6
     data = path.read_bytes()
-    content = read.decode(data, "")
+    content = decode(data, "")
     vocab = Corpus.from_text(content, (1.0, 0.0, 0.0)).vocab
     dtype = smallest_dtype(len(vocab))
 
@@ -46,7 +47,7 @@ def stages(path, rounds):
 
     work = {
         "read": path.read_bytes,
-        "decode, line ends": lambda: read.decode(data, ""),
+        "decode, line ends": lambda: decode(data, ""),
         "look for Gutenberg's licence": lambda: list(read.strip_pieces(lambda: iter([content]))),
         "check for NFC": lambda: unicodedata.is_normalized("NFC", content),
         "look up ids": lambda: vocab.encode(content, dtype=dtype),

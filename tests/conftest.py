@@ -98,6 +98,14 @@ def _as_on_another_machine():
         yield
 
 
+@pytest.fixture
+def threads():
+    """Set the number of threads, and restore it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def words():
     """Return 2,000 characters of invented words, with accents and line ends."""

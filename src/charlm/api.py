@@ -21,8 +21,7 @@ from charlm.nn.cells import State
 from charlm.nn.model import CharLM, FillLM, evaluating, num_parameters
 from charlm.nn.stepper import Quantize
 from charlm.storage.model_file import Loaded
-from charlm.text.clean import clean
-from charlm.text.read import with_lf
+from charlm.text.clean import clean_input
 from charlm.text.vocab import Unknown, Vocab
 
 DEFAULTS = Sampling()
@@ -165,9 +164,7 @@ class LanguageModel:
                 "a text; use charlm fill (in Python: fill), or a model of another direction"
             )
         ids = self._encode(prefix, unknown, "the prefix")
-        stop = sampling.stop
-        if self.config.corpus.encoding != "bytes":
-            stop = clean(with_lf(stop), **{**self.config.corpus.cleaning, "keep": None})
+        stop = clean_input(sampling.stop, self.config.corpus.model_copy(update={"keep": None}))
         if never := sorted(set(stop) - set(self.vocab.characters)):
             raise ConfigError(f"stop {stop!r} can never be written: the model does not know {never}")
         known_prefix = self.vocab.decode(ids)
@@ -254,9 +251,7 @@ class LanguageModel:
 
     def _clean(self, text: str, unknown: Unknown) -> str:
         _require(unknown in get_args(Unknown), f"unknown {unknown!r}", "error, skip or replace")
-        if self.config.corpus.encoding == "bytes":
-            return text.encode("utf-8", "surrogateescape").decode("latin-1")
-        return clean(with_lf(text).removeprefix("\ufeff"), **self.config.corpus.cleaning)
+        return clean_input(text, self.config.corpus)
 
     def _encode(self, text: str, unknown: Unknown, name: str = "the text") -> Tensor:
         return self.vocab.encode(self._clean(text, unknown), unknown, name)

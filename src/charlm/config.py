@@ -101,15 +101,11 @@ class CorpusConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "CorpusConfig":
         train, val, test = self.split
-        if not (
-            train > 0
-            and val >= 0 < val + bool(self.val)
-            and test >= 0
-            and math.isclose(train + val + test, 1, abs_tol=1e-6)
-        ):
+        whole = math.isclose(train + val + test, 1, abs_tol=1e-6)
+        if not (train > 0 and test >= 0 and whole and (val > 0 or (val == 0 and self.val))):
             raise ValueError(
                 f"split is {list(self.split)}; allowed: fractions for train, val and test that add up to 1, "
-                "train and val above 0, for example [0.9, 0.05, 0.05]"
+                "train and, without corpus.val, val above 0, for example [0.9, 0.05, 0.05]"
             )
         if self.keep is not None:
             try:
@@ -270,7 +266,7 @@ class TrainConfig(Section):
 
     @property
     def time_limit_seconds(self) -> float:
-        """`time_limit` in seconds; infinity if there is none."""
+        """`time_limit` in seconds; without one, infinity."""
         return math.inf if self.time_limit is None else _seconds(self.time_limit)
 
 

@@ -21,14 +21,6 @@ def compiled(request, monkeypatch):
         pytest.skip("no C compiler here")
 
 
-@pytest.fixture
-def threads():
-    """Set the number of threads, and restore it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @both
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.004)]
@@ -58,6 +50,13 @@ def test_cross_entropy_of_logits_that_are_not_finite_is_not_finite(compiled, wro
         assert not cross_entropy(logits, torch.tensor([0, 1])).isfinite()
 
 
+@both
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_targets_out_of_range_raise_an_error(compiled, wrong):
+    with pytest.raises(IndexError):
+        cross_entropy(torch.zeros(2, 3), torch.tensor([0, wrong]))
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_the_number_of_threads(threads, dtype):
@@ -72,12 +71,12 @@ def test_results_do_not_depend_on_the_number_of_threads(threads, dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-def test_rows_with_the_same_id_are_summed_in_float32(dtype, wide):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_the_same_id_are_summed_in_float32(dtype):
     a = torch.full((4096, 3), 0.01, dtype=dtype)
     ids = torch.tensor([0, 2]).repeat(2048)
     found = kernels(dtype).gather(a, ids, 5)
-    assert found.shape == (5, 3) and found.dtype == wide and not found[[1, 3, 4]].any()
+    assert found.shape == (5, 3) and found.dtype == torch.float32 and not found[[1, 3, 4]].any()
     torch.testing.assert_close(found[[0, 2]].double(), 2048 * a[:2].double(), rtol=1e-4, atol=0)
 
 
@@ -106,12 +105,12 @@ def test_dropout_has_the_probability_p_and_keeps_the_mean(compiled, p):
     y = torch.ones(301, 333).requires_grad_()
     found = dropped(y, p)
     assert found.unique().tolist() == pytest.approx([1] if p == 0 else [0, 1 / (1 - p)])
-    assert (found == 0).float().mean().item() == pytest.approx(p, abs=0.005)
-    assert found.mean().item() == pytest.approx(1, abs=0.01)
+    assert (found == 0).float().mean().item() == pytest.approx(p, abs=0.01)
+    assert found.mean().item() == pytest.approx(1, abs=0.03)
     again = dropped(y, p)
     for a, b in ((found[:, 1:], found[:, :-1]), (found[1:], found[:-1]), (found, again)):
-        both = ((a == 0) & (b == 0)).float().mean().item()
-        assert both == pytest.approx(p * p, abs=0.01), "neighbours and masks are independent of each other"
+        together = ((a == 0) & (b == 0)).float().mean().item()
+        assert together == pytest.approx(p * p, abs=0.01), "neighbours and masks are independent"
     found.sum().backward()
     assert torch.equal(y.grad, found), "the gradient passes through the same mask"
 

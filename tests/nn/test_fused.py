@@ -155,14 +155,6 @@ def test_gradients_flow_from_the_last_state_alone():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.fixture
-def threads():
-    """Set the number of threads, and restore it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("cell", "nonlinearity"), CASES)
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 50, 101])
 @pytest.mark.parametrize("steps", [1, 4])

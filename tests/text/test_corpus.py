@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from charlm.config import CorpusConfig
 from charlm.errors import CharlmError
-from charlm.text import read
 from charlm.text.clean import clean
 from charlm.text.corpus import Corpus
+from charlm.text.decode import decode
 from conftest import PIECES, strip_gutenberg
 
 
@@ -93,7 +93,7 @@ def test_reading_in_pieces_equals_reading_at_once(
                 f"*** START OF THE PROJECT GUTENBERG EBOOK\n{content}\n*** END OF THE PROJECT GUTENBERG EBOOK"
             )
             Path(name, f"{number}.txt").write_bytes((frame if framed else content).encode())
-            content = read.decode((content if not framed else frame).encode(), "")
+            content = decode((content if not framed else frame).encode(), "")
             content = strip_gutenberg(content)
             whole += content + "\n" * (content != "" and content[-1] != "\n")
         begin = whole.find(start or "")  # in the text before cleaning

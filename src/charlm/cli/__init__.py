@@ -51,7 +51,7 @@ def main(args: list[str] | None = None) -> int:
         )
 
 
-_WORDS = {  # of other programs, and the commands that do it here
+_WORDS = {  # names that other programs have for a command, and ours
     **dict.fromkeys(("sample", "write", "predict"), "generate"),
     **dict.fromkeys(("evaluate", "test"), "eval"),
     **dict.fromkeys(("finetune", "fit", "resume"), "train"),
@@ -60,7 +60,7 @@ _TEXT_OPTIONS = ("--corpus", "--data", "--dataset", "--file", "--input", "--text
 
 
 def _hint(error: click.ClickException) -> str:
-    """What the user of an unknown option, command or argument has probably meant."""
+    """Return a suggestion for an unknown option, command or argument, or an empty text."""
     context = getattr(error, "ctx", None)
     command = context.info_name if context else None
     if isinstance(error, click.NoSuchOption) and command in ("train", "compare"):
@@ -69,7 +69,7 @@ def _hint(error: click.ClickException) -> str:
         key = error.option_name.lstrip("-").replace("-", "_")
         if command == "train" and error.option_name in _TEXT_OPTIONS:
             return " The text is an argument: charlm train book.txt"
-        if any(key in (each, each.partition(".")[2]) for each in KEYS):
+        if key in {each.partition(".")[2] for each in KEYS}:
             return f" It is a setting: --set {key}=VALUE"
     if match := re.match("No such command '(.*?)'.*", error.format_message(), re.S):
         if meant := _WORDS.get(match[1]):

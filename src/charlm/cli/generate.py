@@ -140,8 +140,7 @@ def generate(
     known = writer.vocab.characters
     trained_on = training_text(find_model(model), writer.config, known, corpus) if novelty else None
     if num_samples == 1:
-        raw = writer.config.corpus.encoding == "bytes"
-        written = [print_parts(writer.stream(prefix, length, seed=seed, **options), raw)]
+        written = [print_parts(writer.stream(prefix, length, seed=seed, **options), _of_bytes(writer))]
     else:
         written = _print_batches(writer, num_samples, seed, prefix=prefix, length=length, **options)
     if trained_on:
@@ -150,10 +149,14 @@ def generate(
         _print_novelty([text[without_prefix] for text in written], trained_on)
 
 
+def _of_bytes(model: "LanguageModel") -> bool:
+    return model.config.corpus.encoding == "bytes"
+
+
 def print_parts(parts: Iterable[str], raw: bool = False) -> str:
     """Print a text as its parts come, and a line end if it lacks one; return the text.
 
-    raw: the characters are bytes; they are written as they are, and nothing else.
+    raw: the characters are bytes, which are written as they are, without a line end.
     """
     text = ""
     for part in parts:
@@ -172,7 +175,7 @@ def _print_batches(writer: "LanguageModel", count: int, seed: int | None, **opti
         for text in writer.generate_batch(min(_BATCH, count - first), seed=batch_seed, **options):
             if written:
                 click.echo("-" * 20)
-            written.append(print_parts([text]))
+            written.append(print_parts([text], _of_bytes(writer)))
     return written
 
 
@@ -231,11 +234,11 @@ def converse(model: "LanguageModel", context: click.Context) -> None:
 
 def _next_line(at_terminal: bool) -> str | None:
     """Return the line that the user types, or the next of a pipe or a file; None at the end."""
-    from charlm.text import read
+    from charlm.text.decode import decode
 
     if not at_terminal:
         line = sys.stdin.buffer.readline()
-        return read.decode(line, "stdin").removesuffix("\n") if line else None
+        return decode(line, "stdin").removesuffix("\n") if line else None
     try:
         if sys.stdout.isatty():
             return input(PROMPT)
@@ -252,7 +255,7 @@ def _write(model: "LanguageModel", prefix: str, settings: dict[str, Any]) -> Non
 
     parts = model.stream(prefix, **settings)
     with caught_signals() as caught:  # an exception raised in the middle of a step could be lost
-        print_parts(itertools.takewhile(lambda _: not caught, parts))
+        print_parts(itertools.takewhile(lambda _: not caught, parts), _of_bytes(model))
     if caught:
         signal.raise_signal(caught[0])
 
@@ -320,14 +323,13 @@ def fill(
     """
     from charlm.inference.fill import fill as fill_in
     from charlm.inference.fill import joined
-    from charlm.text.clean import clean
-    from charlm.text.read import with_lf
+    from charlm.text.clean import clean_input
 
     if len(blank) != 1:
         raise ConfigError(f"--blank {blank!r} is not allowed; it must be one character")
     loaded = load(model, implementation, device, threads, 1)
     text_with_blanks = stdin_for_dash(text_with_blanks)
-    parts = [clean(with_lf(part), **loaded.config.corpus.cleaning) for part in text_with_blanks.split(blank)]
+    parts = [clean_input(part, loaded.config.corpus) for part in text_with_blanks.split(blank)]
     rows = [
         {"text": joined(parts, characters), "characters": characters, "probability": probability}
         for characters, probability in fill_in(loaded.model, loaded.vocab, parts, best, unknown=unknown)

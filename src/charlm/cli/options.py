@@ -132,9 +132,9 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def stdin_for_dash(argument: str) -> str:
     """Return `argument`, or for ``-`` the text on stdin, without the line end that echo adds."""
-    from charlm.text import read
+    from charlm.text.decode import decode
 
-    return read.decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n") if argument == "-" else argument
+    return decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n") if argument == "-" else argument
 
 
 def load(

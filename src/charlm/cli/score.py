@@ -125,6 +125,7 @@ class _Text(NamedTuple):
 def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterator[_Text]:
     """Yield the texts of `files`; raises for unknown characters before a text is yielded."""
     from charlm.text import read
+    from charlm.text.decode import decode
 
     encoding = loaded.config.corpus.encoding
     for name in files:
@@ -132,7 +133,7 @@ def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterat
         for path in paths:
             pieces: Callable[[], Iterator[str]]
             if name == "-":
-                pieces = functools.partial(iter, [read.decode(sys.stdin.buffer.read(), "stdin", encoding)])
+                pieces = functools.partial(iter, [decode(sys.stdin.buffer.read(), "stdin", encoding)])
             else:
                 pieces = read.TextFile(path, encoding=encoding).pieces
             text = _read(path, pieces, loaded, unknown)

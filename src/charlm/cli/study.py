@@ -3,6 +3,7 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from charlm.cli.options import (
 )
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import json_text
+
+if TYPE_CHECKING:
+    from charlm.config import BatchesConfig, ModelConfig
 
 SIX = ["rnn.yaml", "rnn-scratch.yaml", "lstm.yaml", "lstm-scratch.yaml", "gru.yaml", "gru-scratch.yaml"]
 
@@ -166,7 +170,7 @@ def bench(
 
     import torch
 
-    from charlm.config import CELL_NAMES, BatchesConfig, Config, ModelConfig, TrainConfig
+    from charlm.config import CELL_NAMES, BatchesConfig, ModelConfig
     from charlm.nn.device import choose_threads
     from charlm.nn.kernels.native import keep_memory
     from charlm.study import bench as benchmark
@@ -176,21 +180,9 @@ def bench(
     model = ModelConfig(hidden_size=hidden_size, num_layers=num_layers)
     torch.set_num_threads(choose_threads(threads, model, batch_size)[0])
     batches = BatchesConfig(batch_size=batch_size, seq_len=seq_len, stride=seq_len)
+    title = f"{num_layers} × {hidden_size}, batch {batch_size} × {seq_len}"
     if profile:
-        found = {}
-        for cell in cells or CELL_NAMES:
-            train = TrainConfig(device=device, lr=1e-4, schedule="constant")
-            config = Config(model=model.model_copy(update={"cell": cell}), batches=batches, train=train)
-            found[cell] = benchmark.profile(config, seconds)
-        if as_json:
-            click.echo(json_text({c: {"seconds": p, "share": s} for c, (p, s) in found.items()}, indent=2))
-            return
-        click.echo(f"{benchmark.machine()}\n{num_layers} × {hidden_size}, batch {batch_size} × {seq_len}\n")
-        for cell, (parts, share) in found.items():
-            total = sum(parts.values())
-            rows = [[name, f"{1e3 * part:.2f}", f"{part / total:.1%}"] for name, part in parts.items()]
-            click.echo(markdown([cell, "ms", "share"], rows))
-            click.echo(f"\n{share:.1%} of the machine's rate of matrix products\n")
+        _print_profiles(cells or tuple(CELL_NAMES), model, batches, device, seconds, title, as_json)
         return
     report = benchmark.bench(cells or CELL_NAMES, model, batches, device, seconds)
     if as_json:
@@ -198,8 +190,7 @@ def bench(
         return
     rates = ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in report.products.items())
     click.echo(
-        f"{report.machine}\n{num_layers} × {hidden_size}, batch {batch_size} × {seq_len}, {report.device}, "
-        f"{report.precision}\nmatrix products, GFLOP/s: {rates}\n"
+        f"{report.machine}\n{title}, {report.device}, {report.precision}\nmatrix products, GFLOP/s: {rates}\n"
     )
     columns = {
         "cell": "{.cell}",
@@ -211,3 +202,32 @@ def bench(
     }
     rows = [[column.format(row) for column in columns.values()] for row in report.rows]
     click.echo(markdown([*columns], rows))
+
+
+def _print_profiles(
+    cells: tuple[str, ...],
+    model: "ModelConfig",
+    batches: "BatchesConfig",
+    device: str,
+    seconds: float,
+    title: str,
+    as_json: bool,
+) -> None:
+    """Print the parts of a training step of each cell."""
+    from charlm.config import Config, TrainConfig
+    from charlm.study import bench as benchmark
+    from charlm.study.compare import markdown
+
+    train, found = TrainConfig(device=device, lr=1e-4, schedule="constant"), {}
+    for cell in cells:
+        config = Config(model=model.model_copy(update={"cell": cell}), batches=batches, train=train)
+        found[cell] = benchmark.profile(config, seconds)
+    if as_json:
+        click.echo(json_text({c: {"seconds": p, "share": s} for c, (p, s) in found.items()}, indent=2))
+        return
+    click.echo(f"{benchmark.machine()}\n{title}\n")
+    for cell, (parts, share) in found.items():
+        total = sum(parts.values())
+        rows = [[name, f"{1e3 * part:.2f}", f"{part / total:.1%}"] for name, part in parts.items()]
+        click.echo(markdown([cell, "ms", "share"], rows))
+        click.echo(f"\n{share:.1%} of the machine's rate of matrix products\n")

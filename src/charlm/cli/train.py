@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     from charlm.config import Config
     from charlm.storage.run import Run
-    from charlm.training.trainer import Result
+    from charlm.training.distributed import Group
+    from charlm.training.trainer import Result, Trainer
 
-# Of a training that goes on from a model: half the default. From a model of Don Quijote, the val loss of the
-# bundled corpus is 1.481, 1.464, 1.456 and 1.455 with 1e-3, 2e-3, 4e-3 and 5e-3.
+# The learning rate with --from: half the default. From a model of Don Quijote, the val loss of the bundled
+# corpus is 1.481, 1.464, 1.456 and 1.455 with 1e-3, 2e-3, 4e-3 and 5e-3.
 _LR_FROM = 4e-3
 
 
@@ -32,7 +33,7 @@ _LR_FROM = 4e-3
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @config_option("recipe")
 @set_option()
-@click.option("--from", "initial", metavar="MODEL", help="Begin with the weights of a run or a model file.")
+@click.option("--from", "initial", metavar="MODEL", help="Start from the weights of a run or a model file.")
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: TEXT-DATE-TIME]")
 @click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Continue a run that stopped.")
 @click.option("--at", type=click.IntRange(min=0), metavar="STEP", help="Resume from an earlier save.")
@@ -58,28 +59,15 @@ def train(
     from are written to runs/RUN. Ctrl-C finishes the step, saves and shows how to resume; a second Ctrl-C
     stops at once.
 
-    --from goes on from another model, on another text: its sizes and its characters are kept, and characters
-    that it does not know are added.
+    --from continues from another model: its sizes and characters are kept, and new characters are added.
 
     torchrun --nproc-per-node 2 -m charlm train ... trains with two processes, each on its slice of the data.
     """
-    if not resume and (at is not None or allow_changes):
-        raise ConfigError("--at and --allow-changes need --resume RUN")
-    if resume and (texts or recipe or initial or name):
-        raise ConfigError(
-            "--resume uses the run's text, configuration and name: leave out TEXT, --config, --from, --name"
-        )
-
-    import torch
-
+    _check_resume(resume, at is not None or allow_changes, bool(texts or recipe or initial or name))
     from charlm import config as configuration
-    from charlm.nn.device import choose_threads
     from charlm.nn.kernels.native import keep_memory
     from charlm.storage import run as runs
-    from charlm.storage.model_file import load_model
-    from charlm.text.corpus import Corpus
     from charlm.training.distributed import joined
-    from charlm.training.trainer import Trainer
 
     keep_memory()
     with joined() as group, contextlib.ExitStack() as held:
@@ -91,55 +79,104 @@ def train(
             config, state = _load_run(run, overrides, at, allow_changes, group.size)
         elif group.first:
             config = _new_config(texts, recipe, initial, overrides)
-            run = runs.new_run(name, _default_name(texts, recipe, config))
-            if "-" in texts:
-                config, run = _with_stdin(config, run, name is None, dry_run, held)
+            config, run = _new_run(config, texts, recipe, name, dry_run, held)
         data, folder = group.from_first(lambda: (config.model_dump(mode="json"), str(run.folder)))
         config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
         display = TrainingDisplay(silent=not group.first)
-        first = None
-        if config.train.init_from:  # a saved run's own model has the characters that were added
-            first = load_model(run.last if run.last.is_file() else runs.find_model(config.train.init_from))
-        known = first.vocab.characters if first else ""
-        corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading, known))
-        group.check_same("text", corpus.fingerprint)
-        count, reason = choose_threads(threads, config.model, config.batches.batch_size)
-        torch.set_num_threads(count)
-        trainer = Trainer(config, corpus, group, first.model if first else None)
-        display.guessing = trainer.guessing
-        learner, lines = trainer.learner, [*trainer.describe(), f"threads  {count} ({reason})"]
+        trainer, lines = _make_trainer(config, run, group, threads, display)
         if dry_run:
             if group.first:
-                click.echo(configuration.to_yaml(config))
-                click.echo("\n".join(lines))
-                click.echo(
-                    f"would write {run.folder}/ with config.yaml, model.safetensors, last.safetensors, "
-                    "state.safetensors, metrics.jsonl"
-                )
+                _print_plan(config, run, lines)
             return
-        for line in lines:
-            display.say(line)
-        if not resume:
-            made = "-" in texts  # the folder, for the text on stdin
-            folder = group.from_first(
-                lambda: str((run if made else runs.create(run, config, name is None)).folder)
-            )
-            run = runs.Run(Path(folder))
+        display.say("\n".join(lines))
+        if resume:
+            _restore(trainer, run, config, at, state, display)
+            del state  # the training does not need the memory twice
+        else:
+            if "-" not in texts:  # for a text on stdin, the folder exists already
+                run = _created(run, config, name is None, group)
             if group.first:
                 held.enter_context(runs.lock(run))
-        else:
-            trainer.restore(run, at, state)
-            del state  # the training does not need the memory twice
-            if learner.progress.concluded and learner.finished:
-                raise ConfigError(
-                    f"the run {run.folder} is finished, at step {learner.progress.step}, "
-                    f"by {learner.finished}; to train longer, raise it with --set"
-                )
-            group.from_first(lambda: runs.save_config(run, config))
-            display.say(f"resumed  {run.folder} at step {learner.progress.step} of {learner.total_steps}")
         result = trainer.train(run, display)
         if group.first:
             display.finished(result, run.folder, trainer.suggested_prefix)
+
+
+def _check_resume(resume: str | None, only_resuming: bool, only_new: bool) -> None:
+    """Raise `ConfigError` for options that are for resumed runs only, or for new ones only."""
+    if not resume and only_resuming:
+        raise ConfigError("--at and --allow-changes need --resume RUN")
+    if resume and only_new:
+        raise ConfigError(
+            "--resume uses the run's text, configuration and name: leave out TEXT, --config, --from, --name"
+        )
+
+
+def _created(run: "Run", config: "Config", rename: bool, group: "Group") -> "Run":
+    """Make the folder of a new run in the first process, and return the run in all of them."""
+    from charlm.storage import run as runs
+
+    return runs.Run(Path(group.from_first(lambda: str(runs.create(run, config, rename).folder))))
+
+
+def _make_trainer(
+    config: "Config", run: "Run", group: "Group", threads: int | None, display: "TrainingDisplay"
+) -> tuple["Trainer", list[str]]:
+    """Read the text, set the number of threads, and return the trainer and the lines of the header."""
+    import torch
+
+    from charlm.nn.device import choose_threads
+    from charlm.storage.model_file import load_model
+    from charlm.storage.run import find_model
+    from charlm.text.corpus import Corpus
+    from charlm.training.trainer import Trainer
+
+    initial, known = None, ""
+    if config.train.init_from:
+        saved = run.last.is_file()  # it has the characters that were added, and its weights are restored
+        loaded = load_model(run.last if saved else find_model(config.train.init_from))
+        initial, known = None if saved else loaded.model, loaded.vocab.characters
+    corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading, known))
+    group.check_same("text", corpus.fingerprint)
+    count, reason = choose_threads(threads, config.model, config.batches.batch_size)
+    torch.set_num_threads(count)
+    trainer = Trainer(config, corpus, group, initial)
+    display.guessing = trainer.guessing
+    return trainer, [*trainer.describe(), f"threads  {count} ({reason})"]
+
+
+def _print_plan(config: "Config", run: "Run", lines: list[str]) -> None:
+    """Print what --dry-run shows: the configuration, the header, and the files of the run."""
+    from charlm import config as configuration
+
+    click.echo(configuration.to_yaml(config))
+    click.echo("\n".join(lines))
+    click.echo(
+        f"would write {run.folder}/ with config.yaml, model.safetensors, last.safetensors, "
+        "state.safetensors, metrics.jsonl"
+    )
+
+
+def _restore(
+    trainer: "Trainer",
+    run: "Run",
+    config: "Config",
+    at: int | None,
+    state: dict[str, Any] | None,
+    display: "TrainingDisplay",
+) -> None:
+    """Restore the state of `run`; raises `ConfigError` for a run that is finished."""
+    from charlm.storage import run as runs
+
+    trainer.restore(run, at, state)
+    learner = trainer.learner
+    if learner.progress.concluded and learner.finished:
+        raise ConfigError(
+            f"the run {run.folder} is finished, at step {learner.progress.step}, "
+            f"by {learner.finished}; to train longer, raise it with --set"
+        )
+    trainer.group.from_first(lambda: runs.save_config(run, config))
+    display.say(f"resumed  {run.folder} at step {learner.progress.step} of {learner.total_steps}")
 
 
 def _new_config(
@@ -166,10 +203,20 @@ def _new_config(
     return configuration.load(recipe, overrides, values)
 
 
-def _default_name(texts: tuple[str, ...], recipe: str | None, config: "Config") -> str:
-    """The beginning of the name of a run without --name: of the text, the recipe or the cell."""
+def _new_run(
+    config: "Config",
+    texts: tuple[str, ...],
+    recipe: str | None,
+    name: str | None,
+    dry_run: bool,
+    held: contextlib.ExitStack,
+) -> tuple["Config", "Run"]:
+    """Return a new run, named after the text, the recipe or the cell, and its configuration."""
+    from charlm.storage import run as runs
+
     stem = re.sub(r"[^\w.+=-]+|^[^\w]+", "-", Path(texts[0]).stem).strip("-")[:60] if texts else ""
-    return stem or (Path(recipe).stem if recipe else config.model.cell)
+    run = runs.new_run(name, stem or (Path(recipe).stem if recipe else config.model.cell))
+    return _with_stdin(config, run, name is None, dry_run, held) if "-" in texts else (config, run)
 
 
 def _with_stdin(
@@ -305,7 +352,7 @@ class TrainingDisplay:
             f"lr {row['lr']:.1e}  grad {grad}  {row['seconds']:.0f} s{' *' if best and not useless else ''}"
         )
         if useless:
-            self.say(f"worse than guessing, {self.guessing:.3f}; if it stays so, use a smaller train.lr")
+            self.say(f"worse than guessing, {self.guessing:.3f}; if this continues, use a smaller train.lr")
 
     def sample(self, text: str) -> None:
         """Print a text of the model, indented."""

@@ -55,11 +55,11 @@ def _onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 @functools.cache
 def _fast_onednn(device: str) -> bool:
-    """Whether oneDNN's float32 product is far faster than that of `torch.mm`.
+    """Return whether to multiply in float32 with oneDNN instead of `torch.mm`.
 
     `torch.mm` calls MKL, which uses AVX-512 on Intel's processors only: on two Zen 5 cores it reaches 100 to
-    215 GFLOP/s and oneDNN 480. With AVX2 the two are equal. The processor decides and no measurement, so
-    that a run gives the same numbers each time.
+    215 GFLOP/s and oneDNN 480. With AVX2 the two are equal. The choice depends on the processor and not on a
+    measurement, so that a run gives the same numbers each time.
     """
     if device != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
@@ -72,14 +72,22 @@ def _fast_onednn(device: str) -> bool:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of -log p of the targets, ids of any shape, for logits of that shape and (…, V).
+    """Return the mean of -log p of the targets (…), ids as int64, for logits (…, V); a tensor of shape ().
 
-    It is computed in float32, or for float64 in that.
+    It is computed in float32, for float64 logits in float64. Raises `IndexError` for ids that are not below
+    V.
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()
     if _kernels(logits):
+        check_ids(targets, logits.shape[1])
         return _CrossEntropy.apply(logits.contiguous(), targets.contiguous())  # type: ignore[no-any-return, no-untyped-call]
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+def check_ids(ids: Tensor, rows: int) -> None:
+    """Raise `IndexError` unless all ids are from 0 to rows - 1, which the kernels do not check."""
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
+        raise IndexError(f"ids must be from 0 to {rows - 1}")
 
 
 class _CrossEntropy(torch.autograd.Function):

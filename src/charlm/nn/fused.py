@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from charlm.nn.functional import product
+from charlm.nn.functional import check_ids, product
 from charlm.nn.kernels.native import Kernels, kernels
 
 Ids = Tensor | None
@@ -60,7 +60,10 @@ def _sequence(
     assert x.dtype == W_hh.dtype
     wide = _kernels(x).wide
     state, b_hn = (None if each is None else each.to(wide).contiguous() for each in (state, b_hn))
-    inputs = (cell, x.contiguous(), _checked(ids, len(x)), W_hh.contiguous(), b_hn, h, state)
+    if ids is not None:
+        check_ids(ids, len(x))
+        ids = ids.long().contiguous()
+    inputs = (cell, x.contiguous(), ids, W_hh.contiguous(), b_hn, h, state)
     if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
         return _Sequence.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
     y, states, _ = _forward(*inputs, keep=False)
@@ -123,12 +126,3 @@ def _kernels(tensor: Tensor) -> Kernels:
     if found is None:
         raise RuntimeError(f"there are no kernels for {tensor.dtype} on {tensor.device.type}")
     return found
-
-
-def _checked(ids: Ids, rows: int) -> Ids:
-    """Return ids as int64 in contiguous memory; the kernels do not check that they are rows of the table."""
-    if ids is None:
-        return None
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
-        raise IndexError(f"ids must be from 0 to {rows - 1}")
-    return ids.long().contiguous()

@@ -9,6 +9,9 @@ import re
 import unicodedata
 from typing import Literal, cast
 
+from charlm.config import CorpusConfig
+from charlm.text.decode import with_lf
+
 NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 
 _SIGMA = "Σ"  # the only character whose lower case depends on its neighbours: ς at the end of a word
@@ -23,6 +26,16 @@ def clean(text: str, normalize: str = "NFC", lowercase: bool = False, keep: str 
     """
     cleaner = Cleaner(normalize, lowercase, keep)
     return cleaner.feed(text) + cleaner.finish()
+
+
+def clean_input(text: str, corpus: CorpusConfig) -> str:
+    """Return `text`, which a user typed, as the training text of `corpus` is: with LF line ends, and clean.
+
+    For a model of bytes these are its bytes in UTF-8, one character each.
+    """
+    if corpus.encoding == "bytes":
+        return text.encode("utf-8", "surrogateescape").decode("latin-1")
+    return clean(with_lf(text).removeprefix("\ufeff"), **corpus.cleaning)
 
 
 class Cleaner:

@@ -130,7 +130,10 @@ def _repeated(paths: Sequence[Path], digests: list[str]) -> tuple[str, ...]:
 
 
 def _copied(val: Tensor, train: Tensor) -> bool:
-    """Whether half of 16 passages of `val` occur in `train`; only a `train` of a few million is searched."""
+    """Return whether at least half of 16 passages of `val` occur in `train`.
+
+    If `train` has more than 16 million characters, it is not searched, and the result is False.
+    """
     if len(val) < 16 * _PASSAGE or len(train) > 16 * _SEARCHED:
         return False
     starts = range(0, len(val) - _PASSAGE, len(val) // 16)

@@ -316,15 +316,8 @@ def scheduled_forward(
 # The settings that a resumed run can change without --allow-changes: its budget, its device, its reports and
 # the place of its text.
 FREE = (
-    *(
-        "train.epochs",
-        "train.max_steps",
-        "train.time_limit",
-        "train.early_stopping",
-        "train.device",
-        "train.tensorboard",
-    ),
-    *("train.log_every", "corpus.source", "corpus.val", "corpus.test"),
+    *("train.epochs", "train.max_steps", "train.time_limit", "train.early_stopping", "train.device"),
+    *("train.tensorboard", "train.log_every", "corpus.source", "corpus.val", "corpus.test"),
 )
 
 # After a change of these, a step reads other characters: the epoch is restarted.

@@ -30,6 +30,8 @@ from charlm.training.progress import Progress, Sums
 from charlm.training.reporting import Reporter, TensorBoard, caught_signals, check_tensorboard
 from charlm.training.saves import Saves
 
+_FIRST_SCORED = 100_000  # characters of val scored before the first step of a training from a model
+
 
 @dataclass(frozen=True)
 class Result:
@@ -90,7 +92,7 @@ class Trainer:
         ]
         if self.initial:
             new = len(corpus.vocab) - self.initial.vocab_size
-            before = self._scored(self.val).loss
+            before = self._scored(self.val[:_FIRST_SCORED]).loss
             start = f"from {self.config.train.init_from}, with {new} new character{'s' * (new != 1)}"
             lines.insert(2, f"         {start}; val {before:.3f} before the first step")
         notes = list(corpus.notes)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from charlm.nn import functional
-from charlm.nn.functional import cross_entropy, dropped, linear, locked, once, one_sequence, product
+from charlm.nn.functional import cross_entropy, dropped, linear, locked, once, one_sequence
 from charlm.nn.kernels.native import kernels
 
 both = pytest.mark.parametrize("compiled", [True, False], indirect=True)
@@ -17,6 +17,7 @@ def compiled(request, monkeypatch):
     """Use the kernels, or torch's functions."""
     if not request.param:
         monkeypatch.setattr(functional, "kernels", lambda dtype: None)
+        monkeypatch.setattr(functional, "_multiplies", lambda dtype: None)
     elif kernels(torch.float32) is None:
         pytest.skip("no C compiler here")
 
@@ -80,22 +81,47 @@ def test_rows_with_the_same_id_are_summed_in_float32(dtype):
     torch.testing.assert_close(found[[0, 2]].double(), 2048 * a[:2].double(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 7), (13, 512, 32), (50, 1037, 33), (7, 1, 100)])
+def test_products_of_matrices_in_any_order_of_memory(threads, dtype, wide, size):
+    M, K, N = size
+    generator = torch.Generator().manual_seed(0)
+    a, b, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((M, K), (K, N), (N,)))
+    found, bias = kernels(dtype), bias if N < 100 else None
+    rounded = dtype == torch.bfloat16 and not wide
+    tolerance = {"rtol": 0.005 if rounded else 1e-5, "atol": 0.005 if rounded else 1e-4}
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        for x in (a, a.t().contiguous().t(), torch.cat([a, a], 1)[:, :K]):
+            for y in (b, b.t().contiguous().t(), torch.cat([b, b], 1)[:, ::2]):
+                product = found.multiply(x, y, bias, wide)
+                assert product.dtype == (found.wide if wide else dtype)
+                expected = x.double() @ y.double() + (0 if bias is None else bias.double())
+                torch.testing.assert_close(product.double(), expected, **tolerance)
+                results.append(product)
+    assert all(torch.equal(results[i], results[i % 9]) for i in range(27)), "with any number of threads"
+
+
+@both
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("time_first", [False, True])
-def test_products_of_onednn_are_those_of_torch(monkeypatch, time_first):
+def test_linear_layer_and_its_gradients(compiled, autocast, time_first):
     generator = torch.Generator().manual_seed(0)
     x, W, b = (torch.randn(*shape, generator=generator) for shape in ((5, 4, 7), (3, 7), (3,)))
-    x = x.transpose(0, 1) if time_first else x
+    x = (x.transpose(0, 1) if time_first else x).requires_grad_()
+    W.requires_grad_(), b.requires_grad_()
     weight = torch.randn(*x.shape[:2], 3, generator=generator)
-    results, calls, onednn = [], [], functional._onednn
-    monkeypatch.setattr(functional, "_onednn", lambda *args: calls.append(args) or onednn(*args))
-    for fast in (True, False):
-        monkeypatch.setattr(functional, "_fast_onednn", lambda device, fast=fast: fast)
-        inputs = [each.clone().requires_grad_() for each in (x, W, b)]
-        y = linear(*inputs)
-        results.append((y, product(W, b[None] @ W), *torch.autograd.grad((y * weight).sum(), inputs)))
-    assert len(calls) == 4, "two products forward and two backward"
-    torch.testing.assert_close(*results)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = linear(x, W, b)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    expected = F.linear(x, W, b)
+    found = torch.autograd.grad((y * weight).sum(), (x, W, b))
+    wanted = torch.autograd.grad((expected * weight).sum(), (x, W, b))
+    tolerance = {"rtol": 0.02, "atol": 0.1} if autocast else {}
+    torch.testing.assert_close((y.float(), *found), (expected, *wanted), **tolerance)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.75])

@@ -46,7 +46,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        native = _cpu("_is_avx512_bf16_supported") or _cpu("_is_amx_tile_supported")
+        native = _cpu("_is_avx512_bf16_supported") or multiplies_tiles()
     else:
         return torch.float32, f"the safe choice on {device.type}"
     reason = f"the {device.type} device has {'' if native else 'no '}bfloat16 instructions"
@@ -85,6 +85,11 @@ class Uninitialised(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+def multiplies_tiles() -> bool:
+    """Return whether the CPU has AMX, instructions for products of bfloat16 matrices."""
+    return _cpu("_is_amx_tile_supported")
 
 
 def _cpu(question: str) -> bool:

@@ -1,74 +1,80 @@
 """Products, dropout and the loss of a training step: by the kernels where they exist, else by torch."""
 
 import functools
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from charlm.nn.device import multiplies_tiles
 from charlm.nn.kernels.native import Kernels, kernels
+
+_LONG = 1024
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """Return x Wᵀ + b, (…, N), for x (…, K), W (N, K) and b (N,), by the processor's fastest product."""
-    if (
-        x.dtype == torch.float32
-        and not torch.is_autocast_enabled(x.device.type)
-        and _fast_onednn(x.device.type)
-    ):
-        return _in_memory_order(lambda y: _Linear.apply(y, W, b), x)  # type: ignore[no-untyped-call]
+    """Return x Wᵀ + b, (…, N), for x (…, K), W (N, K) and b (N,), by the processor's fastest product.
+
+    Under autocast the operands and the result are in its type; the gradients are not rounded to it.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if x.device.type == "cpu" and _multiplies(dtype):
+        return _in_memory_order(lambda y: _Linear.apply(y, W, b, dtype), x)  # type: ignore[no-untyped-call]
     return _in_memory_order(lambda y: F.linear(y, W, b), x)
 
 
-def product(x: Tensor, W: Tensor) -> Tensor:
-    """Return x Wᵀ, (M, N), for x (M, K) and W (N, K), by the processor's fastest product."""
-    if x.dtype == torch.float32 and _fast_onednn(x.device.type):
-        return _onednn(x.contiguous(), W.contiguous(), None)
-    return x @ W.t()
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a b, (M, N), in `dtype` for a (M, K) and b (K, N), by the processor's fastest product."""
+    found = _multiplies(a.dtype) if a.device.type == "cpu" else None
+    # torch is faster at long sums that are rounded: of the kernels, each is one piece.
+    if found and (dtype == found.wide or a.shape[1] <= _LONG):
+        return found.multiply(a, b, wide=dtype == found.wide).to(dtype)
+    return (a @ b).to(dtype)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        found = _multiplies(dtype)
+        assert found
+        ctx.types = x.dtype, W.dtype, b.dtype
+        x, W = x.to(dtype), W.to(dtype)
         ctx.save_for_backward(x, W)
-        return _onednn(x, W, b)
+        return found.multiply(x.flatten(0, -2), W.t(), b).view(*x.shape[:-1], len(W))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, W), wanted = ctx.saved_tensors, ctx.needs_input_grad
-        rows = dy.flatten(0, -2)
+        (x, W), wanted, rows = ctx.saved_tensors, ctx.needs_input_grad, dy.flatten(0, -2)
+        x_type, W_type, b_type = ctx.types
         return (
-            product(rows, W.t()).view(x.shape) if wanted[0] else None,
-            product(rows.t(), x.flatten(0, -2).t()) if wanted[1] else None,
-            rows.sum(0) if wanted[2] else None,
+            product(rows, W, x_type).view(x.shape) if wanted[0] else None,
+            product(rows.t(), x.flatten(0, -2), W_type) if wanted[1] else None,
+            product(rows.new_ones(1, len(rows)), rows, b_type)[0] if wanted[2] else None,  # `sum` is slow
+            None,
         )
 
 
-def _onednn(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")  # type: ignore[no-any-return]
-
-
 @functools.cache
-def _fast_onednn(device: str) -> bool:
-    """Return whether to multiply in float32 with oneDNN instead of `torch.mm`.
+def _multiplies(dtype: torch.dtype) -> Kernels | None:
+    """Return the kernels if their product of matrices is at least as fast as torch's, else None.
 
-    `torch.mm` calls MKL, which uses AVX-512 on Intel's processors only: on two Zen 5 cores it reaches 100 to
-    215 GFLOP/s and oneDNN 480. With AVX2 the two are equal. The choice depends on the processor and not on a
+    `torch.mm` calls MKL in float32, which uses AVX-512 on Intel's processors only, and oneDNN in bfloat16,
+    whose small products take up to five times as long. The choice depends on the processor and not on a
     measurement, so that a run gives the same numbers each time.
     """
-    if device != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # it is not public
-        return False
-    try:
-        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
+    if dtype not in (torch.float32, torch.bfloat16) or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None  # NEON is one unit among others for products
+    if dtype == torch.bfloat16 and multiplies_tiles():
+        return None
+    return kernels(dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -77,6 +83,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     It is computed in float32, for float64 logits in float64. Raises `IndexError` for ids that are not below
     V.
     """
+    if logits.dim() == 3 and logits.transpose(0, 1).is_contiguous():  # as `_in_memory_order`
+        logits, targets = logits.transpose(0, 1), targets.transpose(0, 1)
     logits, targets = logits.flatten(0, -2), targets.flatten()
     if _kernels(logits):
         check_ids(targets, logits.shape[1])
@@ -86,7 +94,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def check_ids(ids: Tensor, rows: int) -> None:
     """Raise `IndexError` unless all ids are from 0 to rows - 1, which the kernels do not check."""
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < rows:
+    if ids.numel() and not 0 <= (found := torch.aminmax(ids)).min <= found.max < rows:
         raise IndexError(f"ids must be from 0 to {rows - 1}")
 
 

@@ -26,7 +26,7 @@ def rnn(x: Tensor, ids: Ids, W_hh: Tensor, h: Tensor, relu: bool = False) -> tup
     """The simple recurrent network, h_t = tanh(x_t + W_hh h_{t-1}) or max(0, ·), over all steps.
 
     x: the input's part of each step with both biases, (T, B, H); or, with ids (T, B), a table (V, H) of it.
-    W_hh: (H, H), in x's type. h: the state before, (B, H).
+    W_hh: (H, H); it is rounded to x's type, its gradient is not. h: the state before, (B, H).
 
     Returns y (T, B, H), all h_t, and the last h_t.
     """
@@ -57,13 +57,12 @@ def _sequence(
     cell: int, x: Tensor, ids: Ids, W_hh: Tensor, b_hn: Tensor | None, h: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return y and the last state, c or h in the type of arithmetic; for RNNs y again."""
-    assert x.dtype == W_hh.dtype
     wide = _kernels(x).wide
     state, b_hn = (None if each is None else each.to(wide).contiguous() for each in (state, b_hn))
     if ids is not None:
         check_ids(ids, len(x))
         ids = ids.long().contiguous()
-    inputs = (cell, x.contiguous(), ids, W_hh.contiguous(), b_hn, h, state)
+    inputs = (cell, x.contiguous(), ids, W_hh, b_hn, h, state)
     if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
         return _Sequence.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
     y, states, _ = _forward(*inputs, keep=False)
@@ -115,7 +114,7 @@ class _Sequence(torch.autograd.Function):
         results = {"dx": dx, "du": du, "dh": dh, "dstate": dstate}
         found.sequence(True, cell, W_hh, T=T, B=B, y=y, state=states, gates=gates, dy=dy, **results)
         db_hn = du[..., 2 * H :].sum((0, 1), dtype=found.wide) if cell == _GRU else None
-        dW_hh = product(du.flatten(0, 1).t(), y[:-1].flatten(0, 1).t())  # Σ_t du_tᵀ h_{t-1}
+        dW_hh = product(du.flatten(0, 1).t(), y[:-1].flatten(0, 1), W_hh.dtype)  # Σ_t du_tᵀ h_{t-1}
         if ids is not None:  # the gradient of the table: the sum over the steps that used a row
             dx = found.gather(dx.flatten(0, 1), ids, ctx.rows).to(dx.dtype)
         return None, dx, None, dW_hh, db_hn, dh, dstate

@@ -167,7 +167,6 @@ class Fused(Stack):
             part, ids = linear(x.table, W_ih, bias), x.ids
         if torch.is_autocast_enabled(part.device.type):
             part = part.to(torch.get_autocast_dtype(part.device.type))
-        W_hh = W_hh.to(part.dtype)
         assert self.cell.fused  # `choose_implementation` has checked it
         y, *last = self.cell.fused.sequence(part, ids, W_hh, *inner, *state)
         return y, tuple(last)

@@ -10,17 +10,21 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig, override
 from charlm.errors import ConfigError
 from charlm.inference.sample import Sampling, generate
 from charlm.nn.cells import CELLS
 from charlm.nn.device import choose_device, choose_precision
+from charlm.nn.kernels.native import Kernels
 from charlm.nn.layers import choose_implementation
 from charlm.nn.model import CharLM
 from charlm.text.corpus import Corpus
@@ -32,7 +36,7 @@ _GENERATED = 256  # characters of a text, including the preparation of the weigh
 _PARTS = {  # of a training step: regular expressions of the names that torch's profiler gives to operations
     "sequence forward": "_Sequence",
     "sequence backward": "_SequenceBackward",
-    "other products": "aten::(add)?mm|mkldnn::_linear_pointwise",
+    "other products": "multiply|aten::(add)?mm",
     "loss": "_CrossEntropy|aten::(_log_softmax|nll_loss).*",
     "dropout": "_Dropped",
     "optimiser": "Optimizer.*|aten::(_fused_adam|_foreach_|linalg_vector_norm).*",
@@ -154,7 +158,7 @@ def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
     training_rate(learner, 0.0)  # compiles
     parts = dict.fromkeys((*_PARTS, "head", "batches"), 0.0)
     loader = iter(learner.batches.loader(seed=1, epoch=0))
-    with torch.profiler.profile(record_shapes=True) as recorded:
+    with _named_products(), torch.profiler.profile(record_shapes=True) as recorded:
         for _ in range(_PROFILED):
             before = time.perf_counter()
             x, y = next(loader)
@@ -164,9 +168,11 @@ def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
     characters = config.batches.batch_size * config.batches.seq_len
     head = {characters, len(learner.corpus.vocab)}
     for event in recorded.key_averages(group_by_input_shape=True):
+        name, *sizes = event.key.split()
         for part, names in _PARTS.items():
-            if re.fullmatch(names, event.key):
-                if part == "other products" and head <= {n for shape in event.input_shapes for n in shape}:
+            if re.fullmatch(names, name):
+                dimensions = {*map(int, sizes), *(n for shape in event.input_shapes for n in shape)}
+                if part == "other products" and head <= dimensions:
                     part = "head"
                 parts[part] += event.self_cpu_time_total / 1e6 / _PROFILED
                 break
@@ -180,8 +186,24 @@ def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
     return parts, statistics.median(shares) * operations(learner.model)
 
 
+@contextmanager
+def _named_products() -> Iterator[None]:
+    """Show torch's profiler each product of the kernels, as "multiply M K N"."""
+    multiply = Kernels.multiply
+
+    def named(self: Kernels, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.profiler.record_function(f"multiply {a.shape[0]} {a.shape[1]} {b.shape[1]}"):
+            return multiply(self, a, b, *args, **kwargs)
+
+    Kernels.multiply = named  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Kernels.multiply = multiply  # type: ignore[method-assign]
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Return the floating-point operations per second of the fastest product of square matrices at hand.
+    """Return the floating-point operations per second of torch's fastest product of square matrices.
 
     On the CPU they fit the cache; for a type without instructions they are small.
     """

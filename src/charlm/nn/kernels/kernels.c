@@ -233,13 +233,28 @@ typedef uint32_t loaded __attribute__((vector_size(LANES * 4), aligned(4), may_a
 INLINE int64_t panels_of(int64_t N) { return (N + NR - 1) / NR; }
 INLINE int64_t panel_size(int64_t K) { return (K + PAIR - 1) / PAIR * PAIR * NR; }
 
-/* One panel: the columns from `first` on of W (K, N), where W[k, n] is w[k * row + n * column]. */
-static void pack(int64_t K, int64_t N, const store *w, int64_t row, int64_t column, int64_t first, store *panel) {
-    int64_t n = N - first < NR ? N - first : NR;
-    if (n < NR || K % PAIR) memset(panel, 0, (size_t)panel_size(K) * sizeof(store));
-    w += first * column;
-    for (int64_t k = 0; k < K; k++)
-        for (int64_t j = 0; j < n; j++) panel[(k / PAIR * NR + j) * PAIR + k % PAIR] = w[k * row + j * column];
+/* Numbers of `width` columns, the last ones 0, from W (K, n), where W[k, j] is w[k * row + j * column]. */
+INLINE void pack_strided(int64_t K, int64_t width, int64_t n, const store *w, int64_t row, int64_t column, store *packed) {
+    if (n < width || K % PAIR) memset(packed, 0, (size_t)((K + PAIR - 1) / PAIR * PAIR * width) * sizeof(store));
+    int64_t k = 0;
+    for (; k + PAIR <= K; k += PAIR)
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t i = 0; i < PAIR; i++) packed[k * width + j * PAIR + i] = w[(k + i) * row + j * column];
+    for (int64_t j = 0; k < K && j < n; j++) packed[k * width + j * PAIR] = w[k * row + j * column];
+}
+static void pack(int64_t K, int64_t width, int64_t n, const store *w, int64_t row, int64_t column, store *packed) {
+    if (column == 1)
+        pack_strided(K, width, n, w, row, 1, packed);
+    else if (row == 1)
+        pack_strided(K, width, n, w, 1, column, packed);
+    else
+        pack_strided(K, width, n, w, row, column, packed);
+}
+
+/* One panel: the columns from `first` on of W (K, N). */
+INLINE void pack_panel(int64_t K, int64_t N, const store *w, int64_t row, int64_t column, int64_t first, store *panel) {
+    pack(K, NR, N - first < NR ? N - first : NR, w + first * column, row, column, panel);
 }
 
 #if STORE == bf16
@@ -269,22 +284,23 @@ INLINE void add_pairs(const int rows, const int bytes, const store *a, int64_t l
 }
 #endif
 
-/* c (rows, width) = a (rows, K) times a panel; lda and ldc are the distances of rows. */
-INLINE void block(const int rows, int64_t K, const store *a, int64_t lda, const store *panel, real *c, int64_t ldc,
-                  int64_t width) {
+/* c (rows, width) = a (rows, K) times a panel; lda and ldc are the distances of rows, and `next` that of the numbers
+ * (in bfloat16: of half a pair) of a row of a. */
+INLINE void block(const int rows, int64_t K, const store *a, int64_t lda, int64_t next, const store *panel, real *c,
+                  int64_t ldc, int64_t width) {
     vector sum[MR][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vector){0};
 #if STORE == bf16
-    for (int64_t k = 0; k + 1 < K; k += 2, panel += 2 * NR) add_pairs(rows, 4, a + k, lda, panel, sum);
-    if (K % 2) add_pairs(rows, 2, a + K - 1, lda, panel, sum);
+    for (int64_t k = 0; k + 1 < K; k += 2, panel += 2 * NR) add_pairs(rows, 4, a + k * next, lda, panel, sum);
+    if (K % 2) add_pairs(rows, 2, a + (K - 1) * next, lda, panel, sum);
 #else
     for (int64_t k = 0; k < K; k++, panel += NR) {
         vector left = *(const vector *)panel, right = *(const vector *)(panel + LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
-            sum[i][0] += a[i * lda + k] * left;
-            sum[i][1] += a[i * lda + k] * right;
+            sum[i][0] += a[i * lda + k * next] * left;
+            sum[i][1] += a[i * lda + k * next] * right;
         }
     }
 #endif
@@ -310,7 +326,7 @@ static void product(int64_t rows, int64_t K, const store *a, int64_t lda, const 
         int64_t first = rows * i / blocks, height = rows * (i + 1) / blocks - first;
         switch (height) {
 #define HEIGHT(rows) \
-    case rows: block(rows, K, a + first * lda, lda, panel, c + first * ldc, ldc, width); break;
+    case rows: block(rows, K, a + first * lda, lda, 1, panel, c + first * ldc, ldc, width); break;
             HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
 #if MR > 6
             HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)

@@ -149,11 +149,11 @@ INLINE void run(const int cell, const int backwards, const sequence *s) {
         if (backwards) {
 #pragma omp for
             for (int64_t p = 0; p < panels; p++)
-                pack(G * H, H, s->W_hh, H, 1, p * NR, s->packed + p * panel_size(G * H));
+                pack_panel(G * H, H, s->W_hh, H, 1, p * NR, s->packed + p * panel_size(G * H));
         } else {
 #pragma omp for
             for (int64_t q = 0; q < G * panels; q++)
-                pack(H, H, s->W_hh + q / panels * H * H, 1, H, q % panels * NR, s->packed + q * panel_size(H));
+                pack_panel(H, H, s->W_hh + q / panels * H * H, 1, H, q % panels * NR, s->packed + q * panel_size(H));
         }
         share own = {0, s->B, 0, panels, 1, &meeting};
         if (s->B < threads) {

@@ -1,4 +1,82 @@
-/* The parts of a training step that are neither products nor sequences. Included by kernels.c. */
+/* The parts of a training step beside the sequences. Included by kernels.c. */
+
+/* Numbers of a row of a that are multiplied before the next ones, and rows of a that a thread multiplies at once, so that
+ * these stay in cache. */
+#define DEPTH 512
+#define ROWS (4 * MR)
+
+typedef struct {
+    int64_t threads, M, N, K;
+    int64_t a_row, a_column, b_row, b_column; /* distances in memory; those of a's columns are 1 where `out` is given */
+    const store *a, *b;                       /* (M, K), (K, N) */
+    const real *bias;                         /* (N,), or NULL */
+    store *packed;                            /* room for `panels_size(K, N)` numbers */
+    real *sums;                               /* (M, N), or NULL */
+    store *out;                               /* the same rounded, or NULL */
+} multiplication;
+
+EXPORT int64_t panels_size(int64_t K, int64_t N) { return panels_of(N) * panel_size(K); }
+
+/* Write n numbers of `tile`, with those of `before` and `bias` added, to `sums` or `out`. */
+INLINE void add_up(int64_t n, const real *tile, const real *before, const real *bias, real *sums, store *out) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        const real sum = tile[j] + (before ? before[j] : 0) + (bias ? bias[j] : 0);
+        if (out)
+            out[j] = keep(sum);
+        else
+            sums[j] = sum;
+    }
+}
+
+/* `rows` rows from `first` on of a b + bias, for K from `k` on. */
+static void multiply_rows(const multiplication *p, int64_t first, int64_t rows, int64_t k, int64_t depth) {
+    store packed[ROWS * DEPTH] __attribute__((aligned(64)));
+    real tile[ROWS * NR] __attribute__((aligned(64)));
+    const store *a = p->a + first * p->a_row + k * p->a_column;
+    const real *bias = k + depth == p->K ? p->bias : NULL;
+    /* Rows whose distance is a power of two would share a few lines of the cache. */
+    const int packs = p->a_column != 1 || (!p->out && p->a_row % 512 == 0);
+    for (int64_t i = 0; packs && i < rows; i += MR)
+        pack(depth, MR, rows - i < MR ? rows - i : MR, a + i * p->a_row, p->a_column, p->a_row, packed + i * DEPTH);
+    for (int64_t q = 0; q < panels_of(p->N); q++) {
+        const store *panel = p->packed + q * panel_size(p->K) + k * NR;
+        if (!packs) product(rows, depth, a, p->a_row, panel, tile, NR, NR);
+        for (int64_t i = 0; packs && i < rows; i += MR)
+            block(MR, depth, packed + i * DEPTH, PAIR, MR, panel, tile + i * NR, NR, NR);
+        const int64_t n = q * NR, width = p->N - n < NR ? p->N - n : NR;
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t at = (first + i) * p->N + n;
+            real *sums = p->out ? NULL : p->sums + at;
+            store *out = p->out ? p->out + at : NULL;
+            if (width == NR)
+                add_up(NR, tile + i * NR, k ? sums : NULL, bias ? bias + n : NULL, sums, out);
+            else
+                add_up(width, tile + i * NR, k ? sums : NULL, bias ? bias + n : NULL, sums, out);
+        }
+    }
+}
+
+/* a b + bias. The order of a sum does not depend on the number of threads. */
+EXPORT void multiply(const multiplication *p) {
+    const int64_t blocks = (p->M + MR - 1) / MR, turn = p->threads * ROWS / MR;
+    const int64_t groups = (blocks + turn - 1) / turn * p->threads; /* the same number for each thread */
+    const int64_t step = p->out ? p->K : DEPTH;
+#pragma omp parallel num_threads((int)p->threads) if (p->M * p->N * p->K > 64 * ENOUGH)
+    {
+#pragma omp for
+        for (int64_t q = 0; q < panels_of(p->N); q++)
+            pack_panel(p->K, p->N, p->b, p->b_row, p->b_column, q * NR, p->packed + q * panel_size(p->K));
+        for (int64_t k = 0; k < p->K; k += step) {
+            const int64_t depth = p->K - k < step ? p->K - k : step;
+#pragma omp for nowait schedule(static) /* so that a thread adds to its own sums */
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t first = blocks * g / groups * MR, end = blocks * (g + 1) / groups * MR;
+                multiply_rows(p, first, (end < p->M ? end : p->M) - first, k, depth);
+            }
+        }
+    }
+}
 
 /* table (V, N) = the sums of the rows of `a` (M, N) with the same id; the threads share the columns. */
 EXPORT void gather(int64_t threads, int64_t M, int64_t N, int64_t V, const int64_t *ids, const store *a, real *table) {

@@ -132,7 +132,7 @@ INLINE void strips(const int kind, const matrix *w, int64_t M, const real *a, in
 }
 
 /* c (M, N) = a (M, K) W, scaled, and the bias. */
-static void multiply(const matrix *w, int64_t M, const real *a, real *c) {
+static void times(const matrix *w, int64_t M, const real *a, real *c) {
 #pragma omp parallel for schedule(static) if (M * w->K * w->N > 16 * ENOUGH)
     for (int64_t first = 0; first < (w->N + NR - 1) / NR; first += STRIP) {
         if (w->kind == PLAIN) strips(PLAIN, w, M, a, first, c);
@@ -152,8 +152,8 @@ EXPORT int step(const model *m, int64_t B, const int64_t *ids, const real *h, co
     for (int64_t k = 0; k < m->layers; k++, h += BH, c += BH, h_after += BH, c_after += BH) {
         const real *x = k ? share : m->table;
         const int64_t *rows = k ? NULL : ids;
-        if (k) multiply(&m->layer[k].input, B, h_after - BH, share);
-        multiply(&m->layer[k].recurrent, B, h, gates);
+        if (k) times(&m->layer[k].input, B, h_after - BH, share);
+        times(&m->layer[k].recurrent, B, h, gates);
         for (int64_t b = 0; b < B; b++) {
             const real *xb = x + (rows ? rows[b] : b) * G * H, *u = gates + b * G * H;
             real *y = h_after + b * H;
@@ -165,7 +165,7 @@ EXPORT int step(const model *m, int64_t B, const int64_t *ids, const real *h, co
                 rnn_forward(m->cell == RELU, H, xb, u, y);
         }
     }
-    multiply(&m->head, B, h_after - BH, logits);
+    times(&m->head, B, h_after - BH, logits);
     return 0;
 }
 

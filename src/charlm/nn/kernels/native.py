@@ -36,6 +36,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # the types of the result and 
     "packed_size": (_COUNT, [_COUNT, _COUNT, _FLAG]),
     "sequence_forward": (None, [_POINTER]),
     "sequence_backward": (None, [_POINTER]),
+    "panels_size": (_COUNT, [_COUNT, _COUNT]),
+    "multiply": (None, [_POINTER]),
     "gather": (None, [_COUNT] * 4 + [_POINTER] * 3),
     "drop": (None, [_COUNT] * 2 + [_REAL, ctypes.c_uint64] + [_POINTER] * 2),
     "cross_entropy": (None, [_COUNT] * 3 + [_POINTER] * 4),
@@ -59,6 +61,15 @@ class Sequence(ctypes.Structure):
         *_fields(_COUNT, "cell", "T", "B", "H", "threads", "state_step"),
         *_fields(_POINTER, "x", "ids", "W_hh", "packed", "b_hn", "y", "state", "gates", "dy", "dx", "du"),
         *_fields(_POINTER, "dh", "dstate"),
+    )
+
+
+class Multiplication(ctypes.Structure):
+    """The operands of a product and room for its result; kernels_training.c says what the fields are."""
+
+    _fields_ = (
+        *_fields(_COUNT, "threads", "M", "N", "K", "a_row", "a_column", "b_row", "b_column"),
+        *_fields(_POINTER, "a", "b", "bias", "packed", "sums", "out"),
     )
 
 
@@ -106,13 +117,31 @@ class Kernels:
 
     def sequence(self, backward: bool, cell: int, W_hh: Tensor, **fields: Any) -> None:
         """Compute a layer over all steps, forward or backward; a field is a number, a tensor or None."""
-        H = W_hh.shape[1]
+        H, W_hh = W_hh.shape[1], W_hh.to(self.dtype).contiguous()
         packed = W_hh.new_empty(self.library.packed_size(cell, H, backward))
         fields = {**fields, "W_hh": W_hh, "packed": packed}
         values = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
         call = self.library.sequence_backward if backward else self.library.sequence_forward
         sequence = Sequence(cell=cell, H=H, threads=torch.get_num_threads(), **values)
         call(ctypes.addressof(sequence))
+
+    def multiply(self, a: Tensor, b: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
+        """Return a b + bias, (M, N), for a (M, K), b (K, N), both with any strides, and bias (N,).
+
+        The result is in self.dtype or, with `wide`, in the type of arithmetic, in which the sums are.
+        """
+        (M, K), N = a.shape, b.shape[1]
+        wide = wide or self.dtype == self.wide
+        if a.stride(1) != 1 and not (wide and a.stride(0) == 1):
+            a = a.contiguous()
+        out = a.new_empty(M, N, dtype=self.wide if wide else self.dtype)
+        packed = b.new_empty(self.library.panels_size(K, N))
+        bias = None if bias is None else bias.to(self.wide).contiguous()
+        sums, rounded = (out, None) if wide else (None, out)
+        pointers = (t if t is None else t.data_ptr() for t in (a, b, bias, packed, sums, rounded))
+        call = Multiplication(torch.get_num_threads(), M, N, K, *a.stride(), *b.stride(), *pointers)
+        self.library.multiply(ctypes.addressof(call))
+        return out
 
     def gather(self, a: Tensor, ids: Tensor, rows: int) -> Tensor:
         """Return the sums of the rows of a (M, N) with the same id, (rows, N), in the type of arithmetic."""

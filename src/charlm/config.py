@@ -93,7 +93,9 @@ class CorpusConfig(Section):
     normalize: Literal["NFC", "NFD", "NFKC", "NFKD", "none"] = _key("NFC", "Unicode normal form")
     lowercase: bool = _key(False, "convert the text to lower case")
     keep: str | None = _key(None, 'characters to keep, as "A-Za-zñ"; each run of others becomes one space')
-    split: Split = _key((0.9, 0.05, 0.05), "fractions of the text for train, val and test; test may be 0")
+    split: Split = _key(
+        (0.9, 0.05, 0.05), "fractions of the text for train, val and test; val and test may be 0"
+    )
     val: str | list[str] | None = _key(None, "another text for val, as source; null: the part in split")
     test: str | list[str] | None = _key(None, "another text for test, as source; null: the part in split")
     max_chars: Positive | None = _key(None, "use only this many characters of source; null: all")
@@ -102,10 +104,10 @@ class CorpusConfig(Section):
     def _consistent(self) -> "CorpusConfig":
         train, val, test = self.split
         whole = math.isclose(train + val + test, 1, abs_tol=1e-6)
-        if not (train > 0 and test >= 0 and whole and (val > 0 or (val == 0 and self.val))):
+        if not (train > 0 and val >= 0 and test >= 0 and whole):
             raise ValueError(
                 f"split is {list(self.split)}; allowed: fractions for train, val and test that add up to 1, "
-                "train and, without corpus.val, val above 0, for example [0.9, 0.05, 0.05]"
+                "train above 0, for example [0.9, 0.05, 0.05]"
             )
         if self.keep is not None:
             try:
@@ -126,6 +128,11 @@ class CorpusConfig(Section):
                 "source is empty; allowed: a bundled corpus, a file, a folder, a glob or a list of these"
             )
         return self
+
+    @property
+    def has_val(self) -> bool:
+        """Whether there is a val split; without one, the last model is the best."""
+        return self.split[1] > 0 or bool(self.val)
 
     @property
     def cleaning(self) -> dict[str, Any]:
@@ -294,6 +301,14 @@ class Config(Section):
             wrong = [f"{key}: {want}" for key, (want, have) in needed.items() if want != have]
             if wrong:
                 raise ValueError(f"model.direction: both needs {', '.join(wrong)}")
+        using = {
+            "train.early_stopping": self.train.early_stopping,
+            "train.schedule: plateau": self.train.schedule == "plateau",
+        }
+        if not self.corpus.has_val and (found := [name for name, used in using.items() if used]):
+            raise ValueError(
+                f"{' and '.join(found)} needs a val split: a val part in corpus.split, or corpus.val"
+            )
         return self
 
 

@@ -108,6 +108,29 @@ def test_time_limit_ends_a_training_with_an_evaluation(charlm):
     assert charlm("train", "--resume", "n", *more).code == 0
 
 
+def test_without_a_val_split_the_last_model_is_the_best(charlm, words):
+    whole = "corpus.split=[1, 0, 0]"
+    done = charlm(
+        "train", "corpus.txt", "--name", "n", *settings(whole, "train.max_steps=5", "train.eval_every=2")
+    )
+    assert done.code == 0 and "no val split" in done.err
+    best, last = (load_model(Path("runs/n") / f"{name}.safetensors") for name in ("model", "last"))
+    assert best.figures["step"] == 5
+    for a, b in zip(best.model.parameters(), last.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    resumed = charlm("train", "--resume", "n", "--set", "train.max_steps=6")
+    assert resumed.code == 0 and load_model(Path("runs/n/model.safetensors")).figures["step"] == 6
+    written = charlm("generate", "--model", "runs/n", "--length", "20", "--novelty")
+    assert written.code == 0 and "held-out" not in written.err
+    assert charlm("report", "n").code == 0
+    for arguments in (["plot", "n"], ["compare", "--config", "rnn", "--set", whole]):
+        refused = charlm(*arguments)
+        assert refused.code and "val" in refused.err and not refused.out
+    for needs in ("early_stopping=2", "schedule=plateau"):
+        refused = charlm("train", "corpus.txt", "--set", whole, "--set", needs)
+        assert refused.code == 2 and needs.partition("=")[0] in refused.err
+
+
 def test_training_goes_on_from_a_model_on_another_text(charlm, trained, words):
     Path("new.txt").write_text(words.replace("a", "ß").replace("b", "X"))
     dry = charlm("train", "new.txt", "--from", "tiny", "--dry-run")

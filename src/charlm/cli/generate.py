@@ -185,7 +185,8 @@ def _print_novelty(texts: list[str], corpus: "Corpus") -> None:
 
     names = [f"text {k}" for k in range(1, len(texts) + 1)] if len(texts) > 1 else ["the text"]
     encoded = dict(zip(names, map(corpus.vocab.encode, texts), strict=True))
-    encoded["held-out text"] = corpus.val[: max(map(len, texts))]
+    if len(corpus.val):
+        encoded["held-out text"] = corpus.val[: max(map(len, texts))]
     click.echo("in the training text  longest" + "".join(f"{size:>7} chars" for size in SIZES), err=True)
     for name, ids in encoded.items():
         found = novelty(ids, corpus.train)

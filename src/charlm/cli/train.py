@@ -341,15 +341,19 @@ class TrainingDisplay:
 
     def evaluated(self, row: dict[str, Any], best: bool) -> None:
         """Print the metrics of the row; a star marks the best val loss so far."""
-        val = row["val_loss"]
-        useless = val > self.guessing
+        val = row.get("val_loss")  # absent without a val split
+        useless = val is not None and val > self.guessing
         # Absent if all steps since the last evaluation were skipped.
         train = f"{row['train_loss']:.3f}" if "train_loss" in row else "-"
         grad = f"{row['grad_norm']:.2f}" if "grad_norm" in row else "-"
+        scores = ""
+        if val is not None:
+            kind, bits = _kind(row), val / math.log(2)
+            scores = f"val {val:.3f}  {kind}ppl {shown(perplexity(val))}  {kind}bpc {bits:.3f}  "
+        star = " *" if best and scores and not useless else ""
         self.say(
-            f"epoch {row['epoch']:<4g} train {train}  val {val:.3f}  "
-            f"{_kind(row)}ppl {shown(perplexity(val))}  {_kind(row)}bpc {val / math.log(2):.3f}  "
-            f"lr {row['lr']:.1e}  grad {grad}  {row['seconds']:.0f} s{' *' if best and not useless else ''}"
+            f"epoch {row['epoch']:<4g} train {train}  {scores}lr {row['lr']:.1e}  grad {grad}  "
+            f"{row['seconds']:.0f} s{star}"
         )
         if useless:
             self.say(f"worse than guessing, {self.guessing:.3f}; if this continues, use a smaller train.lr")
@@ -361,10 +365,14 @@ class TrainingDisplay:
     def finished(self, result: "Result", folder: Path, prefix: str) -> None:
         """Print the metrics of the best model, its file, and a command that generates with it."""
         best, kind = result.best, _kind(result.best)
-        useless = best["val_loss"] > self.guessing
+        val = best.get("val_loss")
+        useless = val is not None and val > self.guessing
         self.say()
-        title = "result" if useless else "best"
-        self.say(f"{title:<9}val {_metrics(best['val_loss'], kind)}, at epoch {best['epoch']:g}")
+        if val is None:
+            self.say(f"result   the last model, at epoch {best['epoch']:g}; there is no val split")
+        else:
+            title = "result" if useless else "best"
+            self.say(f"{title:<9}val {_metrics(val, kind)}, at epoch {best['epoch']:g}")
         if result.test:
             self.say(f"test     {_metrics(result.test.loss, kind)}")
         if useless:

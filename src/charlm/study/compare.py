@@ -126,6 +126,8 @@ def _refuse_differences(configs: dict[str, Config]) -> None:
             f"{', '.join(filling)} has model.direction: both; a pseudo-perplexity is not comparable with a "
             "perplexity; leave it out"
         )
+    if without := [name for name, config in configs.items() if not config.corpus.has_val]:
+        raise ConfigError(f"{', '.join(without)} has no val split to compare; set corpus.split or corpus.val")
     differences = []
     for section, key in _COMMON:
         values = {name: getattr(getattr(config, section), key) for name, config in configs.items()}

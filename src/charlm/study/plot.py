@@ -30,7 +30,8 @@ def curves(runs: dict[str, Run]) -> Curves:
     for name, rows in found.items():
         if not any("val_loss" in row for row in rows):
             raise CharlmError(
-                f"the run {name} has no evaluation to draw yet; they are logged every train.eval_every steps"
+                f"the run {name} has no val loss to draw; it is logged every train.eval_every steps, "
+                "with a val split"
             )
     filling = [name for name, rows in found.items() if kind(rows)]
     if 0 < len(filling) < len(found):

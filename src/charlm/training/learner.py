@@ -20,11 +20,13 @@ from charlm.errors import ConfigError, one_line
 from charlm.nn.cells import State
 from charlm.nn.device import autocast, choose_precision
 from charlm.nn.functional import cross_entropy, one_sequence
+from charlm.nn.layers import choose_implementation
 from charlm.nn.model import CharLM, copy_weights, make_model
 from charlm.storage.model_file import load_weights
 from charlm.text.batches import make_batches, mix, rank_slice
 from charlm.text.corpus import Corpus
 from charlm.training.distributed import ALONE, Group
+from charlm.training.memory import check_memory
 from charlm.training.optim import (
     clip_gradients,
     load_optimizer,
@@ -45,13 +47,15 @@ class Learner:
     carried: the state (L, B, H) that the next batch starts from; None for zeros.
     initial: a model whose weights are the first ones, of the first characters of the corpus's vocabulary.
     skip_reason: why the last step was skipped, or None if it was taken.
+    memory: a line about the memory that a step needs; empty on other devices than the CPU.
 
     Each process of a `group` makes a learner and calls the same methods.
 
     A learner leaves the process's allocator alone. A program that trains on Linux calls `native.keep_memory`
     once before: without it, a step takes up to a third longer, because its memory is mapped anew each time.
 
-    Raises `CharlmError` for a device that is not available and for a corpus too short for the batches.
+    Raises `CharlmError` for a device that is not available, for a corpus too short for the batches and for
+    batches that need more memory than is free.
     """
 
     def __init__(self, config: Config, corpus: Corpus, group: Group = ALONE, initial: CharLM | None = None):
@@ -64,6 +68,10 @@ class Learner:
         )
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        self.memory = ""
+        if self.device.type == "cpu":
+            implementation, _ = choose_implementation(config.model, self.device)
+            self.memory = check_memory(config, len(corpus.vocab), implementation, self.precision)
         torch.manual_seed(group.seed(config.train.seed))  # dropout draws from torch's global generators
         model = make_model(len(corpus.vocab), config.model, self.device)
         model.initialise(config.train.seed)

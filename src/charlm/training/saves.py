@@ -78,7 +78,7 @@ class Saves:
 
     def _write_models(self, progress: Progress, figures: dict[str, Any]) -> None:
         """Write the last model, and the best if this is the best and is not there yet."""
-        best = figures.get("val_loss") == progress.best_loss and not _is_best(self.run.best, progress)
+        best = _of_best(figures, progress) and progress.best_step and not _is_best(self.run.best, progress)
         for path in [self.run.best, self.run.last] if best else [self.run.last]:
             save_model(path, self.scored, self.corpus.vocab, self.config, figures, self.corpus.fingerprint)
 
@@ -98,4 +98,10 @@ def _is_best(model: Path, progress: Progress) -> bool:
         figures = read_header(model).figures
     except CharlmError:  # missing or damaged
         return False
-    return (figures.get("step"), figures.get("val_loss")) == (progress.best_step, progress.best_loss)
+    return _of_best(figures, progress)
+
+
+def _of_best(figures: dict[str, Any], progress: Progress) -> bool:
+    """Return whether `figures` are of the best step; without a val split there is no loss."""
+    loss = figures.get("val_loss", math.inf)
+    return bool((figures.get("step"), loss) == (progress.best_step, progress.best_loss))

@@ -57,7 +57,7 @@ class Trainer:
             check_tensorboard()
         self.config, self.corpus, self.group = config, corpus, group
         self.val = corpus.val[: val_characters(config.batches)]
-        if len(self.val) < 2:
+        if len(self.val) < 2 and config.corpus.has_val:
             raise CharlmError(
                 f"the val split has {len(self.val)} characters, and 2 are needed; "
                 "use a longer text or a larger val part in corpus.split"
@@ -89,12 +89,14 @@ class Trainer:
             f"batches  {batches.sampling}, {processes}{batches.batch_size} × {batches.seq_len}, "
             f"state {state}; {learner.steps_per_epoch:,} steps per epoch, {learner.total_steps:,} in total",
             f"device   {learner.device}, {precision} ({learner.precision_reason})",
+            *([f"memory   {learner.memory}"] if learner.memory else []),
         ]
         if self.initial:
             new = len(corpus.vocab) - self.initial.vocab_size
-            before = self._scored(self.val[:_FIRST_SCORED]).loss
             start = f"from {self.config.train.init_from}, with {new} new character{'s' * (new != 1)}"
-            lines.insert(2, f"         {start}; val {before:.3f} before the first step")
+            if before := self._scored(self.val[:_FIRST_SCORED]):
+                start += f"; val {before.loss:.3f} before the first step"
+            lines.insert(2, f"         {start}")
         notes = list(corpus.notes)
         if corpus.unseen:
             notes.append(f"not in train, removed from val and test: {corpus.unseen} characters")
@@ -104,7 +106,8 @@ class Trainer:
     @property
     def suggested_prefix(self) -> str:
         """A prefix to show how to generate: the first words of a line of the val split, and a space."""
-        lines = self.corpus.vocab.decode(self.val[:2000]).split("\n")
+        ids = self.val if len(self.val) else self.corpus.train
+        lines = self.corpus.vocab.decode(ids[:2000]).split("\n")
         # The split may start in the middle of a line.
         words = next((found for line in lines[1:] if len(found := line.split()) > 1), lines[0].split()[1:])
         prefix = "".join(char for char in " ".join(words[:3])[:40] if char.isprintable())
@@ -195,15 +198,19 @@ class Trainer:
             reporter.logged(row)
 
     def _evaluate(self, run: Run, reporter: Reporter) -> None:
-        """Score the val split, log a row, keep the model if it is the best, save."""
+        """Score the val split, log a row, keep the model if it is the best, save.
+
+        Without a val split, each model is the best.
+        """
         learner, train = self.learner, self.config.train
         progress = learner.progress
         val = self._scored(self.val)
-        if not math.isfinite(val.loss):
-            self._roll_back(run, reporter, f"the val loss is {val.loss}")
+        loss = val.loss if val else math.inf
+        if val and not math.isfinite(loss):
+            self._roll_back(run, reporter, f"the val loss is {loss}")
             return
         if learner.plateau:
-            learner.plateau.step(val.loss)
+            learner.plateau.step(loss)
         row = self._row(progress.since_evaluation, val)
         row |= {key: count for key in ("bad_steps", "rollbacks") if (count := getattr(progress, key))}
         if train.sample_chars and not self.kind and self.group.first:
@@ -213,9 +220,9 @@ class Trainer:
             start = vocab.encode("", "skip")
             text = generate(learner.scored, vocab, start, train.sample_chars, Sampling(), generator)
             row["sample"] = "".join(text)
-        best = val.loss < progress.best_loss
+        best = not val or loss < progress.best_loss
         if best:
-            progress.best_loss, progress.best_step = val.loss, progress.step
+            progress.best_loss, progress.best_step = loss, progress.step
         progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
         progress.since_evaluation, progress.since_row = Sums(), Sums()
         self._log(run, row)
@@ -293,9 +300,9 @@ class Trainer:
         elif stop or (self.config.train.checkpoint_seconds and self.group.from_first(self.saves.due)):
             self._save(keep=not stop)
 
-    def _is_sound(self, val: Score) -> bool:
+    def _is_sound(self, val: Score | None) -> bool:
         """Return whether the run can roll back to a model with this score, not far worse than guessing."""
-        return val.loss < 2 * self.guessing + 1
+        return val is None or val.loss < 2 * self.guessing + 1
 
     @property
     def guessing(self) -> float:
@@ -323,8 +330,13 @@ class Trainer:
         if self.group.first:
             self.learner.progress.log_size = log.append(run, row, sync)
 
-    def _scored(self, ids: Tensor) -> Score:
-        """Return the score of `ids` (N,), which the first process computes: in slices it would differ."""
+    def _scored(self, ids: Tensor) -> Score | None:
+        """Return the score of `ids` (N,), None if there are none.
+
+        The first process computes it: in slices it would differ.
+        """
+        if not len(ids):
+            return None
         return Score(*self.group.from_first(lambda: astuple(evaluate(self.learner.scored, ids))))
 
     def _snapshot(self) -> dict[str, Any]:

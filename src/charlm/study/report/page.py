@@ -68,6 +68,9 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
     model, vocab = LanguageModel(loaded), loaded.vocab
     texts = {f"temperature {t}": model.generate(length=WRITTEN, temperature=t, seed=1) for t in TEMPERATURES}
     copied = {title: novelty(vocab.encode(text), corpus.train) for title, text in texts.items()}
+    if len(corpus.val):
+        copied["held-out text"] = novelty(corpus.val[:WRITTEN], corpus.train)
+    studied = corpus.val[:STUDIED] if len(corpus.val) else corpus.train[:STUDIED]
     return environment.get_template("page.html").render(
         title=name,
         script=script,
@@ -78,11 +81,11 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
         last={key: value for row in log for key, value in row.items()},
         charts=_charts(rows),
         samples=texts,
-        novelty={**copied, "held-out text": novelty(corpus.val[:WRITTEN], corpus.train)},
+        novelty=copied,
         sizes=SIZES,
-        studied=min(STUDIED, len(corpus.val)),
+        studied=len(studied),
         config=configuration.to_yaml(loaded.config),
-        data=study(loaded, corpus.val[:STUDIED].long()),
+        data=study(loaded, studied.long()),
     )
 
 

@@ -1,0 +1,85 @@
+"""The memory of a training step, computed before it, and the memory that is free."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from charlm.config import Config
+from charlm.errors import ConfigError
+from charlm.nn.cells import cell_of
+
+_OPTIMIZER_NUMBERS = {"sgd": 1, "rmsprop": 2, "adam": 2, "adamw": 2, "adadelta": 2}  # for each weight
+# Bytes for each character of a batch and unit of a layer, and each of its gates, and for each character and
+# class of the output; in float32, as measured on two processors.
+_PER_UNIT = {"fused": (24, 8), "builtin": (24, 24), "scratch": (40, 28)}
+_PER_CLASS = 20
+
+
+def check_memory(config: Config, vocab_size: int, implementation: str, precision: torch.dtype) -> str:
+    """Return a line about the memory that a training step on the CPU needs, and the memory that is free.
+
+    Raises `ConfigError` with the largest batch that fits if a step needs more than is free.
+    """
+    fixed, each = step_memory(config, vocab_size, implementation, precision)
+    needed, free = fixed + config.batches.batch_size * each, free_memory()
+    if free is None:
+        return f"{_size(needed)} for a step"
+    if needed > free:
+        fits = int((free - fixed) // each)
+        fix = f"allowed with it: batches.batch_size up to {fits:,}" if fits > 0 else "use a smaller model"
+        raise ConfigError(
+            f"a step of {config.batches.batch_size:,} × {config.batches.seq_len:,} characters with "
+            f"{config.model.hidden_size:,} hidden units needs {_size(needed)} of memory, and {_size(free)} are free; {fix}"
+        )
+    return f"{_size(needed)} for a step, {_size(free)} free"
+
+
+def step_memory(
+    config: Config, vocab_size: int, implementation: str, precision: torch.dtype
+) -> tuple[float, float]:
+    """Return the bytes that the model and its optimiser need, and those of each sequence of a batch."""
+    model, train = config.model, config.train
+    stacks = 2 if model.direction == "both" else 1
+    L, H, G, T = model.num_layers * stacks, model.hidden_size, cell_of(model).gates, config.batches.seq_len
+    E = model.embedding_size if model.input == "embedding" else vocab_size
+    weights = stacks * (G * H * (E + H + 2) + (model.num_layers - 1) * G * H * (2 * H + 2))
+    weights += vocab_size * (stacks * H + 1 + E)
+    copies = (
+        3 + _OPTIMIZER_NUMBERS[train.optimizer] + bool(train.ema)
+    )  # with the gradient, and in a product's type
+    per_unit, per_gate = _PER_UNIT[implementation]
+    share = 0.6 if implementation == "fused" and precision == torch.bfloat16 else 1.0
+    numbers = share * L * H * (per_unit + per_gate * G) + _PER_CLASS * vocab_size
+    longest = T + T // 2 if config.batches.truncation == "random" else T
+    return 4 * copies * weights, longest * numbers
+
+
+def free_memory() -> int | None:
+    """Return the bytes that this process can still take, None where that is not known.
+
+    It is the least of the system's and those that a control group (of a container) allows; of several
+    processes that torchrun started here, each has its share.
+    """
+    found = []
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    group = Path("/sys/fs/cgroup")
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, StopIteration, ValueError):
+            lines = (group / limit).with_name("memory.stat").read_text().splitlines()
+            reclaimable = int(next(line for line in lines if line.startswith(f"{cache} ")).split()[1])
+            taken = int((group / used).read_text()) - reclaimable
+            found.append(int((group / limit).read_text()) - taken)
+    with suppress(ValueError):
+        return max(0, min(found)) // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return None
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

@@ -123,7 +123,7 @@ def test_without_a_val_split_the_last_model_is_the_best(charlm, words):
     written = charlm("generate", "--model", "runs/n", "--length", "20", "--novelty")
     assert written.code == 0 and "held-out" not in written.err
     assert charlm("report", "n").code == 0
-    for arguments in (["plot", "n"], ["compare", "--config", "rnn", "--set", whole]):
+    for arguments in (["plot", "n"], ["compare", "--all", "--set", whole]):
         refused = charlm(*arguments)
         assert refused.code and "val" in refused.err and not refused.out
     for needs in ("early_stopping=2", "schedule=plateau"):

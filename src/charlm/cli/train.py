@@ -33,6 +33,12 @@ _LR_FROM = 4e-3
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @config_option("recipe")
 @set_option()
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True, max=10**5),
+    metavar="M",
+    help="Choose the model and its training for this text, this machine and M minutes.",
+)
 @click.option("--from", "initial", metavar="MODEL", help="Start from the weights of a run or a model file.")
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: TEXT-DATE-TIME]")
 @click.option("--resume", metavar="RUN", shell_complete=complete_runs, help="Continue a run that stopped.")
@@ -44,6 +50,7 @@ def train(
     texts: tuple[str, ...],
     recipe: str | None,
     overrides: tuple[str, ...],
+    minutes: float | None,
     initial: str | None,
     name: str | None,
     resume: str | None,
@@ -59,11 +66,20 @@ def train(
     from are written to runs/RUN. Ctrl-C finishes the step, saves and shows how to resume; a second Ctrl-C
     stops at once.
 
+    --minutes chooses the hidden size, the batches, dropout, learning rate and number of steps from the length
+    of the text, its alphabet and the speed of this machine; --set overrides any of it.
+
     --from continues from another model: its sizes and characters are kept, and new characters are added.
 
     torchrun --nproc-per-node 2 -m charlm train ... trains with two processes, each on its slice of the data.
     """
-    _check_resume(resume, at is not None or allow_changes, bool(texts or recipe or initial or name))
+    _check_resume(
+        resume, at is not None or allow_changes, bool(texts or recipe or initial or name or minutes)
+    )
+    if minutes and (recipe or initial):
+        raise ConfigError(
+            f"--minutes chooses what {'--config' if recipe else '--from'} sets; leave out one of them"
+        )
     from charlm import config as configuration
     from charlm.nn.kernels.native import keep_memory
     from charlm.storage import run as runs
@@ -71,6 +87,7 @@ def train(
 
     keep_memory()
     with joined() as group, contextlib.ExitStack() as held:
+        budget: list[str] = []
         state: dict[str, Any] | None = None
         if group.first and resume:
             run = runs.find_run(resume)
@@ -80,10 +97,15 @@ def train(
         elif group.first:
             config = _new_config(texts, recipe, initial, overrides)
             config, run = _new_run(config, texts, recipe, name, dry_run, held)
+            if minutes:
+                config, budget = _for_minutes(config, overrides, minutes, threads)
+                if "-" in texts and not dry_run:
+                    runs.save_config(run, config)
         data, folder = group.from_first(lambda: (config.model_dump(mode="json"), str(run.folder)))
         config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
         display = TrainingDisplay(silent=not group.first)
         trainer, lines = _make_trainer(config, run, group, threads, display)
+        lines += budget
         if dry_run:
             if group.first:
                 _print_plan(config, run, lines)
@@ -108,7 +130,8 @@ def _check_resume(resume: str | None, only_resuming: bool, only_new: bool) -> No
         raise ConfigError("--at and --allow-changes need --resume RUN")
     if resume and only_new:
         raise ConfigError(
-            "--resume uses the run's text, configuration and name: leave out TEXT, --config, --from, --name"
+            "--resume uses the run's text, configuration and name: "
+            "leave out TEXT, --config, --minutes, --from, --name"
         )
 
 
@@ -201,6 +224,29 @@ def _new_config(
             raise ConfigError("the text is given twice, as TEXT and with --set corpus.source")
         values["corpus"]["source"] = texts[0] if len(texts) == 1 else [*texts]
     return configuration.load(recipe, overrides, values)
+
+
+def _for_minutes(
+    config: "Config", overrides: tuple[str, ...], minutes: float, threads: int | None
+) -> tuple["Config", list[str]]:
+    """Return `config` with what a training of this many minutes needs, and two lines about the choice."""
+    import torch
+
+    from charlm import config as configuration
+    from charlm.study.budget import choose, machine_speeds, text_size
+
+    if threads:
+        torch.set_num_threads(threads)
+    say = lambda line: click.echo(line, err=True)
+    speeds = machine_speeds(config.train.device, say)
+    choice = choose(*text_size(config.corpus), 60 * minutes, speeds, config.corpus.has_val)
+    keys = {text.partition("=")[0].strip().rpartition(".")[2] for text in overrides}
+    if "epochs" in keys:
+        del choice.values["train"]["max_steps"]
+    data = config.model_dump(mode="json")
+    for section, values in choice.values.items():
+        data[section] |= values
+    return configuration.from_data(data, "", overrides), choice.lines
 
 
 def _new_run(

@@ -11,10 +11,11 @@ from charlm.errors import ConfigError
 from charlm.nn.cells import cell_of
 
 _OPTIMIZER_NUMBERS = {"sgd": 1, "rmsprop": 2, "adam": 2, "adamw": 2, "adadelta": 2}  # for each weight
-# Bytes for each character of a batch and unit of a layer, and each of its gates, and for each character and
-# class of the output; in float32, as measured on two processors.
-_PER_UNIT = {"fused": (24, 8), "builtin": (24, 24), "scratch": (40, 28)}
-_PER_CLASS = 20
+# Measured bytes for each character of a batch and unit of a layer, more for each of its gates, and for each
+# character and class of the output; in bfloat16 the shares of them.
+_PER_UNIT = {"fused": (20, 8), "builtin": (20, 14), "scratch": (14, 20)}
+_PER_CLASS = 18
+_BFLOAT16 = {"fused": 0.6, "builtin": 0.75, "scratch": 0.75}
 
 
 def check_memory(config: Config, vocab_size: int, implementation: str, precision: torch.dtype) -> str:
@@ -29,9 +30,11 @@ def check_memory(config: Config, vocab_size: int, implementation: str, precision
     if needed > free:
         fits = int((free - fixed) // each)
         fix = f"allowed with it: batches.batch_size up to {fits:,}" if fits > 0 else "use a smaller model"
+        batches = config.batches
         raise ConfigError(
-            f"a step of {config.batches.batch_size:,} × {config.batches.seq_len:,} characters with "
-            f"{config.model.hidden_size:,} hidden units needs {_size(needed)} of memory, and {_size(free)} are free; {fix}"
+            f"a step of {batches.batch_size:,} × {batches.seq_len:,} characters with "
+            f"{config.model.hidden_size:,} hidden units needs {_size(needed)}, "
+            f"and {_size(free)} are free; {fix}"
         )
     return f"{_size(needed)} for a step, {_size(free)} free"
 
@@ -50,10 +53,10 @@ def step_memory(
         3 + _OPTIMIZER_NUMBERS[train.optimizer] + bool(train.ema)
     )  # with the gradient, and in a product's type
     per_unit, per_gate = _PER_UNIT[implementation]
-    share = 0.6 if implementation == "fused" and precision == torch.bfloat16 else 1.0
-    numbers = share * L * H * (per_unit + per_gate * G) + _PER_CLASS * vocab_size
+    share = _BFLOAT16[implementation] if precision == torch.bfloat16 else 1.0
+    each = share * (L * H * (per_unit + per_gate * G) + _PER_CLASS * vocab_size)
     longest = T + T // 2 if config.batches.truncation == "random" else T
-    return 4 * copies * weights, longest * numbers
+    return 4 * copies * weights, longest * each
 
 
 def free_memory() -> int | None:

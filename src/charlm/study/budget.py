@@ -1,0 +1,172 @@
+"""Choose a model and its training for a text, this machine and a time: `charlm train --minutes`.
+
+The rule interpolates between the best configurations found for one text and time (docs/budget.md). Its
+arguments are the text's size and alphabet and the machine's speed, which is measured once and remembered.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+
+from charlm import __version__
+from charlm.config import Config, CorpusConfig, override
+from charlm.errors import CharlmError, ConfigError
+from charlm.files import cache_folder, write_atomically
+from charlm.nn.kernels.native import keep_memory
+from charlm.study.bench import machine, make_learner, operations, training_rate
+from charlm.text.corpus import IN_MEMORY, Corpus
+from charlm.text.read import TextFile, find_files, strip_pieces
+
+Speeds = dict[int, float]  # floating-point operations per second of a training, by hidden size
+
+_SIZES = (64, 128, 256, 512, 1024)  # whose speed is measured
+_MEASURED = 0.5  # seconds for each of them
+_BATCH = 24
+_START = 4.0  # seconds from the command to the first step
+_READ = 50e6  # characters that are read in a second
+_STEPS_SHARE = 0.92  # of the remaining time; the rest goes to evaluations and saves
+_FORWARD = 3.0  # how much faster than a training a text is scored
+_SCORED = 0.02  # the largest share of the time for one scoring of val, or of test
+_SAMPLE = 2**20  # characters of a long text from which its size and alphabet are estimated
+_MAX_EPOCHS = 40.0
+_EVALUATIONS = 20
+_PATIENCE = 6  # evaluations without a better val loss that end a training of many epochs
+
+
+class Choice(NamedTuple):
+    """The chosen values, by section and key, and two lines that say what was chosen and why."""
+
+    values: dict[str, dict[str, Any]]
+    lines: list[str]
+
+
+def choose(characters: int, classes: int, seconds: float, speeds: Speeds, val: bool = True) -> Choice:
+    """Return the choice for a text of `characters`, of `classes` different ones, and a time.
+
+    val: whether there is a val split. It and the test split are smaller than by default where scoring them
+        would take too long.
+
+    Raises `ConfigError` for a time that is too short to start in.
+    """
+    available = (seconds - _START - characters / _READ) * _STEPS_SHARE
+    if available < 1:
+        raise ConfigError(
+            f"--minutes is {seconds / 60:g}, too short for {characters:,} characters on this machine; "
+            f"allowed here: {math.ceil(10 * (_START + characters / _READ + 2) / 60) / 10:g} or more"
+        )
+    hidden, rate = _hidden_size(characters, classes, available, speeds)
+    part = min(0.05, _SCORED * seconds * _FORWARD * rate / characters)
+    train = characters * (1 - 2 * part)
+    epochs = min(available * rate / train, _MAX_EPOCHS)
+    length = 64 if epochs < 6 else 96
+    batch = max(1, min(_BATCH, int(train) // (4 * length)))
+    steps = max(int(epochs * train / (batch * length)), 1)
+    dropout = _dropout(epochs)
+    values: dict[str, dict[str, Any]] = {
+        "batches": {"sampling": "contiguous", "batch_size": batch, "seq_len": length},
+        "model": {
+            "hidden_size": hidden, "num_layers": 1, "init": "orthogonal",
+            "dropout": dropout, "weight_dropout": round(dropout / 2, 2) if dropout >= 0.2 else 0.0,
+        },
+        "train": {
+            "max_steps": steps, "lr": float(f"{9e-3 * (384 / max(hidden, 192)) ** 1.36:.2g}"),
+            "weight_decay": 0.1, "schedule": "one_cycle", "warmup": 0.15,
+            "ema": 0.999 if steps >= 8000 else None, "eval_every": max(steps // _EVALUATIONS, 1),
+            "early_stopping": _PATIENCE if val and epochs > 10 else None,
+            "time_limit": f"{max(int(seconds - _START - characters / _READ), 1)}s",
+        },
+    }  # fmt: skip
+    if part < 0.05:
+        values["corpus"] = {"split": [1 - 2 * part, part, part]}
+    lines = [
+        f"budget   {seconds / 60:g} minutes at {rate:,.0f} characters a second: {epochs:.3g} epochs of "
+        f"{train:,.0f} characters, {steps:,} steps",
+        f"         so {hidden} hidden units, dropout {dropout:g}, lr {values['train']['lr']:g}",
+    ]
+    return Choice(values, lines)
+
+
+def _hidden_size(characters: int, classes: int, seconds: float, speeds: Speeds) -> tuple[int, float]:
+    """Return the number of hidden units, and the characters per second of their training.
+
+    The units grow with the fifth root of the operations, and their square not faster than the text.
+    """
+    best = 0, 0.0
+    for hidden in range(64, 1025, 64):
+        power = _interpolated(speeds, hidden)
+        rate = power / (6 * (4 * hidden**2 + classes * hidden))
+        if best[0] and (hidden > 384 * (power * seconds / 1.5e13) ** 0.2 or hidden > 0.64 * characters**0.5):
+            break
+        best = hidden, rate
+    return best
+
+
+def _dropout(epochs: float) -> float:
+    """Return the dropout probability: 0 for less than an epoch, 0.1 for 4 and 0.4 for 18."""
+    if epochs < 4:
+        return round(0.1 * max(0.0, (epochs - 1) / 3), 2)
+    return round(min(0.5, 0.1 + 0.3 * math.log(epochs / 4) / math.log(18 / 4)), 2)
+
+
+def _interpolated(speeds: Speeds, hidden: int) -> float:
+    """Return the operations per second for `hidden` units, along straight lines between the measured ones."""
+    sizes = sorted(speeds)
+    if hidden <= sizes[0]:
+        return speeds[sizes[0]] * hidden / sizes[0]
+    low = max(size for size in sizes[:-1] if size < hidden)
+    high = sizes[sizes.index(low) + 1]
+    return speeds[low] + (speeds[high] - speeds[low]) * (min(hidden, high) - low) / (high - low)
+
+
+def text_size(config: CorpusConfig) -> tuple[int, int]:
+    """Return the number of characters of the text, and of different ones; of a long text an estimate.
+
+    Raises `CharlmError` for a text that cannot be read.
+    """
+    files = [TextFile(path, encoding=config.encoding) for path in find_files(config.source).files]
+    total = sum(file.stat.st_size * (3 if file.compressed else 1) for file in files)
+    if total <= IN_MEMORY:
+        corpus = Corpus.load(config)
+        return sum(map(len, (corpus.train, corpus.val, corpus.test))), len(corpus.vocab)
+    sample = ""
+    for piece in strip_pieces(files[0].pieces):
+        sample += piece or ""
+        if len(sample) >= _SAMPLE:
+            break
+    size = len(sample.encode(config.encoding if config.encoding != "bytes" else "latin-1", "replace"))
+    return min(config.max_chars or total, int(total * len(sample) / max(size, 1))), max(len(set(sample)), 1)
+
+
+def machine_speeds(device: str = "auto", report: Callable[[str], object] = lambda line: None) -> Speeds:
+    """Return the operations per second of trainings on this machine, measured once in some seconds.
+
+    They are remembered in the cache folder, by processor, number of threads, device and versions.
+    """
+    kind = f"{machine().rpartition(',')[0]}, {device}, charlm {__version__}"
+    folder = cache_folder()
+    path = folder and folder / f"speeds-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.json"
+    if path:
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            found = {int(size): float(speed) for size, speed in json.loads(path.read_bytes()).items()}
+            if tuple(found) == _SIZES and all(speed > 0 and math.isfinite(speed) for speed in found.values()):
+                return found
+    report("measuring the speed of this machine, once")
+    keep_memory()
+    speeds = {}
+    state = torch.get_rng_state()
+    for size in _SIZES:
+        settings = [f"hidden_size={size}", f"batch_size={_BATCH}", "sampling=contiguous", f"device={device}"]
+        learner = make_learner(override(Config(), [*settings, "schedule=constant"]))
+        training_rate(learner, 0.0)  # compiles
+        speeds[size] = training_rate(learner, _MEASURED) * operations(learner.model)
+    torch.set_rng_state(state)
+    if path:
+        content = json.dumps(speeds)
+        with suppress(OSError, CharlmError):
+            write_atomically(path, lambda file: file.write_text(content))
+    return speeds

@@ -1,0 +1,96 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charlm.config import CorpusConfig, from_data
+from charlm.errors import ConfigError
+from charlm.study import budget
+from charlm.study.budget import choose, machine_speeds, text_size
+from charlm.text.corpus import Corpus
+from charlm.training.learner import Learner
+
+SPEEDS = {64: 5e9, 128: 2e10, 256: 6e10, 512: 1e11, 1024: 1.2e11}
+
+
+@given(
+    characters=st.integers(200, 10**10),
+    classes=st.integers(1, 10**4),
+    seconds=st.floats(10, 10**6),
+    speed=st.floats(1e8, 1e13),
+)
+def test_choice_is_a_configuration_whose_steps_fit_the_time(characters, classes, seconds, speed):
+    speeds = dict.fromkeys(SPEEDS, speed)
+    try:
+        values = choose(characters, classes, seconds, speeds).values
+    except ConfigError:
+        assert characters / 50e6 + 6 > seconds
+        return
+    config = from_data(values, "")
+    H, batches, split = config.model.hidden_size, config.batches, config.corpus.split
+    read = config.train.max_steps * batches.batch_size * batches.seq_len
+    rate = speed / (6 * (4 * H * H + classes * H))  # characters per second, or less for small models
+    assert read <= max(rate * seconds, batches.batch_size * batches.seq_len)
+    assert read <= 41 * characters
+    assert batches.batch_size * batches.seq_len < split[0] * characters
+    assert config.train.time_limit_seconds <= seconds
+
+
+def test_more_time_gives_larger_models_and_more_dropout():
+    chosen = [choose(10**6, 65, 60 * minutes, SPEEDS).values for minutes in (1, 3, 10, 30)]
+    for key in ("hidden_size", "dropout"):
+        values = [each["model"][key] for each in chosen]
+        assert values == sorted(values) and len(set(values)) > 1
+    rates = [each["train"]["lr"] for each in chosen]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_tiny_text_gets_a_small_model_that_stops_early_and_an_enormous_one_less_than_an_epoch():
+    tiny, large = (choose(size, 65, 600, SPEEDS).values for size in (30_000, 4 * 10**9))
+    assert tiny["model"]["hidden_size"] < 192 < large["model"]["hidden_size"]
+    assert tiny["model"]["dropout"] == 0.5 and large["model"]["dropout"] == 0
+    assert tiny["train"]["early_stopping"] and not large["train"]["early_stopping"]
+    assert large["train"]["max_steps"] * 24 * 96 < 4 * 10**9
+    assert large["corpus"]["split"][1] < 0.01
+
+
+def test_too_short_a_time_is_refused_with_one_that_is_not():
+    with pytest.raises(ConfigError, match="allowed here: 0.2 or more"):
+        choose(1000, 65, 2, SPEEDS)
+    choose(1000, 65, 12, SPEEDS)
+
+
+def test_chosen_settings_train(folder, words):
+    corpus = Corpus.from_text(words)
+    values = choose(len(words), len(corpus.vocab), 20, SPEEDS).values
+    learner = Learner(from_data({**values, "train": {**values["train"], "device": "cpu"}}, ""), corpus)
+    x, y = next(learner.remaining_batches())
+    assert math.isfinite(learner.step(x, y)[0])
+
+
+def test_speeds_are_measured_once_for_each_kind_of_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(budget, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(budget, "keep_memory", lambda: None)
+    measured = []
+    monkeypatch.setattr(budget, "training_rate", lambda learner, seconds: measured.append(seconds) or 7.0)
+    lines = []
+    first = machine_speeds("cpu", lines.append)
+    assert len(measured) == 2 * len(first) and len(lines) == 1 and all(first.values())
+    measured.clear()
+    assert machine_speeds("cpu") == first and not measured
+    (file,) = tmp_path.iterdir()
+    for damaged in ("", "[]", json.dumps(dict.fromkeys(first, -1))):
+        file.write_text(damaged)
+        assert machine_speeds("cpu") == first and measured
+        measured.clear()
+    monkeypatch.setattr(budget, "machine", lambda: "another processor, 2026-01-01")
+    assert machine_speeds("cpu") == first and measured
+
+
+@pytest.mark.parametrize("limit", [2**26, 0])
+def test_size_of_a_text_is_counted_or_estimated(folder, words, monkeypatch, limit):
+    monkeypatch.setattr(budget, "IN_MEMORY", limit)
+    characters, classes = text_size(CorpusConfig(source="corpus.txt"))
+    assert characters == pytest.approx(len(words), abs=2) and classes == pytest.approx(len(set(words)), abs=2)

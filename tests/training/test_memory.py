@@ -1,0 +1,79 @@
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from charlm.config import Config, override
+from charlm.errors import ConfigError
+from charlm.nn.kernels.native import kernels
+from charlm.text.corpus import Corpus
+from charlm.training import memory
+from charlm.training.learner import Learner
+from charlm.training.memory import check_memory, free_memory, step_memory
+from conftest import configure
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from charlm.config import from_data
+from charlm.study.bench import make_learner
+train = {"device": "cpu", "precision": "float32"}
+config = {"model": {"hidden_size": 256}, "batches": {"batch_size": 128}, "train": train}
+learner = make_learner(from_data(config, ""))
+x, y = next(learner.remaining_batches())
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+learner.step(x[:1], y[:1])
+before = peak()
+learner.step(x, y)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(kernels(torch.float32) is None, reason="no C compiler here")
+def test_estimate_is_near_the_memory_of_a_step(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    config = override(Config(), ["hidden_size=256", "batch_size=128"])
+    _, each = step_memory(config, 65, "fused", torch.float32)
+    assert 0.5 < int(done.stdout) / (128 * each) < 1.5
+
+
+@pytest.mark.parametrize("implementation", ["fused", "builtin", "scratch"])
+def test_batch_that_is_too_large_is_refused_with_one_that_fits(monkeypatch, implementation):
+    config = override(Config(), ["hidden_size=1024", "batch_size=4000", "seq_len=400"])
+    monkeypatch.setattr(memory, "free_memory", lambda: 24 * 10**9)
+    with pytest.raises(ConfigError, match=r"4,000 × 400 .*1,024 .* 24\.0 GB are free") as error:
+        check_memory(config, 65, implementation, torch.bfloat16)
+    (fits,) = re.findall(r"batch_size up to ([\d,]+)", str(error.value))
+    fits = int(fits.replace(",", ""))
+    assert 0 < fits < 4000
+    line = check_memory(override(config, [f"batch_size={fits}"]), 65, implementation, torch.bfloat16)
+    assert line.endswith("24.0 GB free")
+    with pytest.raises(ConfigError):
+        check_memory(override(config, [f"batch_size={fits + 1}"]), 65, implementation, torch.bfloat16)
+
+
+def test_model_that_is_too_large_is_refused_before_it_is_made(monkeypatch, words):
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**6)
+    with pytest.raises(ConfigError, match="smaller model"):
+        Learner(configure("model.hidden_size=1048576"), Corpus.from_text(words))
+
+
+def test_processes_of_torchrun_share_the_free_memory(monkeypatch):
+    alone = free_memory()
+    if alone is None:
+        pytest.skip("the free memory is not known here")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory() == pytest.approx(alone / 4, rel=0.2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "many")
+    assert free_memory() is None
+
+
+def test_unknown_free_memory_refuses_nothing(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: None)
+    config = override(Config(), ["batch_size=1000000"])
+    assert check_memory(config, 65, "fused", torch.float32).endswith("for a step")

@@ -154,7 +154,10 @@ def _is_private_group(gid: int) -> bool:
 
 
 class CacheEntry(NamedTuple):
-    """A file of the cache. kind: text (an encoded text) or kernels; used: the time of its last use."""
+    """A file of the cache.
+
+    kind: text (an encoded text), kernels or speeds (of a machine); used: the time of its last use.
+    """
 
     path: Path
     kind: str
@@ -169,11 +172,12 @@ def cache_entries() -> list[CacheEntry]:
     """
     folders = {"kernels": safe_cache_folder(), "text": safe_cache_folder("corpora")}
     entries = []
-    for kind, folder in folders.items():
+    for content, folder in folders.items():
         for path in folder.glob("[!.]*"):
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 found = path.lstat()
                 if stat.S_ISREG(found.st_mode):
+                    kind = "speeds" if path.suffix == ".json" else content
                     entries.append(CacheEntry(path, kind, found.st_size, found.st_mtime))
     return sorted(entries, key=lambda entry: entry.used, reverse=True)
 

@@ -41,7 +41,7 @@ def show_config(names: tuple[str, ...], as_json: bool) -> None:
 @click.command("cache")
 @click.option("--clear", is_flag=True, help="Remove all of it; the next run that needs it writes it again.")
 def show_cache(clear: bool) -> None:
-    """Show the cache: encoded long texts and compiled kernels.
+    """Show the cache: encoded long texts, compiled kernels, and the speeds of this machine.
 
     It is in $XDG_CACHE_HOME/charlm, by default ~/.cache/charlm. The texts are kept under 10 GB, or
     $CHARLM_CACHE_GB: the least recently used is removed when another is written.

@@ -74,7 +74,7 @@ def choose(characters: int, classes: int, seconds: float, speeds: Speeds, val: b
             "dropout": dropout, "weight_dropout": round(dropout / 2, 2) if dropout >= 0.2 else 0.0,
         },
         "train": {
-            "max_steps": steps, "lr": float(f"{9e-3 * (384 / max(hidden, 192)) ** 1.36:.2g}"),
+            "max_steps": steps, "lr": float(f"{9e-3 * min(1, 384 / hidden) ** 1.36:.2g}"),
             "weight_decay": 0.1, "schedule": "one_cycle", "warmup": 0.15,
             "ema": 0.999 if steps >= 8000 else None, "eval_every": max(steps // _EVALUATIONS, 1),
             "early_stopping": _PATIENCE if val and epochs > 10 else None,

@@ -181,7 +181,7 @@ def crafted(draw, data, other):
 
 def make_files(folder):
     """Make two model files and two states, of the same shapes and with different content."""
-    vocab = Vocab("ab \nñ😀")
+    vocab = Vocab("ab \nñ😀\ufffd", 5)
     for k in (0, 1):
         run = Run(folder / f"run{k}")
         run.folder.mkdir()
@@ -211,8 +211,10 @@ def model_content(path):
         loaded.vocab.characters,
         loaded.figures,
     )
+    assert header.unknown_kinds == (loaded.vocab.unknown.kinds if loaded.vocab.unknown else 0)
     tensors = {name: tensor.detach() for name, tensor in loaded.model.named_parameters()}
-    return [loaded.config.model_dump(), loaded.vocab.characters, loaded.figures, tensors]
+    vocab = [loaded.vocab.characters, header.unknown_kinds]
+    return [loaded.config.model_dump(), vocab, loaded.figures, tensors]
 
 
 def state_content(path):

@@ -171,6 +171,13 @@ def test_impossible_combinations_are_refused(model, part):
     assert part in error(data={"model": model})
 
 
+def test_alphabets_do_not_go_with_bytes_nor_with_the_characters_of_another_model():
+    for text in ("corpus.min_count=2", "corpus.vocabulary=a.txt"):
+        assert "encoding: bytes needs" in error("corpus.encoding=bytes", text)
+    assert "corpus.vocabulary" in error("train.init_from=a", "corpus.vocabulary=a.txt")
+    assert "corpus.min_count is 0" in error("corpus.min_count=0")
+
+
 def test_direction_both_needs_windows_and_every_loss():
     message = error("model.direction=both", "batches.sampling=contiguous", "train.loss_on=last")
     assert "batches.sampling: sliding" in message and "train.loss_on: all" in message

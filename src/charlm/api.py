@@ -37,8 +37,9 @@ class LanguageModel:
 
     Texts are cleaned like the training text (Unicode normal form, lower case, kept characters). The argument
     `unknown` of the methods selects how characters that the model does not know are treated: ``error`` raises
-    `UnknownCharactersError`, which names them; ``skip`` leaves them out; ``replace`` replaces each by a
-    space, or by the most frequent character if the model does not know the space.
+    `UnknownCharactersError`, which names them, or, for a model trained with ``corpus.min_count``, reads each
+    as the model's unknown; ``skip`` leaves them out; ``replace`` replaces each by a space, or by the most
+    frequent character if the model does not know the space.
 
     model: the network, a `torch.nn.Module` that maps ids and a state to logits and a state.
     vocab: the characters that the model knows.
@@ -163,11 +164,10 @@ class LanguageModel:
                 "a model of model.direction: both fills in characters between others and cannot continue "
                 "a text; use charlm fill (in Python: fill), or a model of another direction"
             )
-        ids = self._encode(prefix, unknown, "the prefix")
+        known_prefix, ids = self._encode(prefix, unknown, "the prefix")
         stop = clean_input(sampling.stop, self.config.corpus.model_copy(update={"keep": None}))
-        if never := sorted(set(stop) - set(self.vocab.characters)):
+        if never := sorted(set(stop) - set(self.vocab.decode(self.vocab.writable))):
             raise ConfigError(f"stop {stop!r} can never be written: the model does not know {never}")
-        known_prefix = self.vocab.decode(ids)
         if self._backward:
             ids, stop = ids.flip(0), stop[::-1]
         return known_prefix, ids, replace(sampling, stop=stop)
@@ -204,11 +204,11 @@ class LanguageModel:
         which reads from the end, the last is. A model of ``both`` scores every character given all the
         others: their sum is a pseudo-likelihood, which must not be compared with a likelihood.
         """
-        ids = self._encode(text, unknown)
+        known_text, ids = self._encode(text, unknown)
         bits = text_surprisals(self.model, ids) / math.log(2)
         direction = self.config.model.direction
         scored = {"forward": slice(1, None), "backward": slice(None, -1), "both": slice(None)}[direction]
-        return list(zip(self.vocab.decode(ids[scored]), bits[scored].tolist(), strict=True))
+        return list(zip(known_text[scored], bits[scored].tolist(), strict=True))
 
     def perplexity(self, text: str, *, unknown: Unknown = "error") -> float:
         """Return the perplexity of `text`: e to the mean surprisal, in nats, of its characters.
@@ -224,7 +224,7 @@ class LanguageModel:
                 "a model of model.direction: both has no perplexity; the mean of the bits of score() is its "
                 "pseudo-score, which must not be compared with one"
             )
-        ids = self._encode(text, unknown)
+        _, ids = self._encode(text, unknown)
         if len(ids) < 2:
             raise CharlmError(f"the text has {len(ids)} characters to score; two or more are needed")
         return evaluate(self.model, ids).perplexity
@@ -239,7 +239,7 @@ class LanguageModel:
         backward`` from the end. For a model of ``both`` the shape is (N, 2 H): the state of the left-to-right
         stack after character t, then that of the right-to-left stack.
         """
-        ids = self._encode(text, unknown)
+        _, ids = self._encode(text, unknown)
         model, state = self.model, self.model.initial_state(1)
         if isinstance(model, FillLM):
             half = len(state) // 2
@@ -253,8 +253,11 @@ class LanguageModel:
         _require(unknown in get_args(Unknown), f"unknown {unknown!r}", "error, skip or replace")
         return clean_input(text, self.config.corpus)
 
-    def _encode(self, text: str, unknown: Unknown, name: str = "the text") -> Tensor:
-        return self.vocab.encode(self._clean(text, unknown), unknown, name)
+    def _encode(self, text: str, unknown: Unknown, name: str = "the text") -> tuple[str, Tensor]:
+        """Return the clean text, without skipped and with replaced characters, and its ids (N,)."""
+        text = self._clean(text, unknown)
+        ids = self.vocab.encode(text, unknown, name)
+        return text if unknown == "error" else self.vocab.decode(ids), ids
 
 
 def _check(length: int, seed: int | None, quantize: Quantize | None) -> None:

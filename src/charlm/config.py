@@ -99,6 +99,10 @@ class CorpusConfig(Section):
     val: str | list[str] | None = _key(None, "another text for val, as source; null: the part in split")
     test: str | list[str] | None = _key(None, "another text for test, as source; null: the part in split")
     max_chars: Positive | None = _key(None, "use only this many characters of source; null: all")
+    min_count: Positive = _key(1, "characters that occur fewer times in train become one, the unknown")
+    vocabulary: str | None = _key(
+        None, "text file whose characters are the vocabulary, or a model or run; null: those of train"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "CorpusConfig":
@@ -121,8 +125,11 @@ class CorpusConfig(Section):
                     f"keep is {self.keep!r}, which is not the inside of a character class ({error}); "
                     'write for example "A-Za-z"'
                 ) from None
-        if self.encoding == "bytes" and (self.lowercase or self.keep is not None):
-            raise ValueError("encoding: bytes needs lowercase: false and keep: null")
+        changed = self.lowercase or (self.keep, self.min_count, self.vocabulary) != (None, 1, None)
+        if self.encoding == "bytes" and changed:
+            raise ValueError(
+                "encoding: bytes needs lowercase: false, keep: null, min_count: 1 and vocabulary: null"
+            )
         if not self.source or (isinstance(self.source, list) and not all(self.source)):
             raise ValueError(
                 "source is empty; allowed: a bundled corpus, a file, a folder, a glob or a list of these"
@@ -301,6 +308,11 @@ class Config(Section):
             wrong = [f"{key}: {want}" for key, (want, have) in needed.items() if want != have]
             if wrong:
                 raise ValueError(f"model.direction: both needs {', '.join(wrong)}")
+        if self.train.init_from is not None and self.corpus.vocabulary is not None:
+            raise ValueError(
+                "train.init_from keeps the characters of its model and adds new ones: set corpus.vocabulary "
+                "to null, or train.init_from"
+            )
         using = {
             "train.early_stopping": self.train.early_stopping,
             "train.schedule: plateau": self.train.schedule == "plateau",

@@ -7,6 +7,7 @@ from charlm.inference import evaluate as module
 from charlm.inference.evaluate import evaluate, evaluate_each, surprisals, text_surprisals
 from charlm.metrics import Score
 from charlm.nn.model import CharLM, make_model
+from charlm.text.vocab import UnknownClass
 
 
 def make(**options):
@@ -93,6 +94,29 @@ def test_interleaved_scorings_are_without_dropout():
     found = [torch.cat([parts[0], *first])[1:], torch.cat([parts[1], *second])[1:]]
     assert torch.equal(found[0], alone[0][:19]) and torch.equal(found[1], alone[1])
     assert model.training
+
+
+@pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_a_character_of_the_unknown_class_costs_the_class_and_a_uniform_choice(direction):
+    model = make(direction=direction).eval()
+    model.unknown = UnknownClass(4, 3)
+    ids = torch.randint(9, (1003,))
+    read = ids.flip(0) if direction == "backward" else ids
+    logits = model(read[None], model.initial_state(1))[0][0]
+    if direction != "both":
+        logits, read = logits[:-1], read[1:]
+    probabilities = logits.detach().softmax(-1).double()
+    each = probabilities.clone()
+    each[:, 4] /= 3  # of each of the three kinds
+    assert torch.allclose(each.sum(1) + 2 * each[:, 4], probabilities.sum(1))
+    naive = -each[torch.arange(len(read)), read].log()
+    expected = pytest.approx(float(naive.sum()), rel=1e-6)
+    assert evaluate(model, ids).nats == expected
+    assert evaluate_each(model, [ids[:40], ids])[1].nats == expected
+    found = text_surprisals(model, ids)
+    found = found.flip(0) if direction == "backward" else found
+    assert torch.allclose(found[-len(naive) :], naive, atol=1e-4)
 
 
 @pytest.mark.usefixtures("short_segments")

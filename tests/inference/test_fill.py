@@ -51,6 +51,16 @@ def test_several_blanks_are_ranked_by_their_probability_given_the_rest(model, pa
     assert answers[0][1] == pytest.approx((torch.tensor(max(scores.values())) - total).exp().item(), rel=1e-4)
 
 
+def test_the_unknown_class_is_never_an_answer(model):
+    vocab = Vocab("ab\ufffd ", 9)
+    with torch.no_grad():
+        model.head.bias[2] = 20.0
+    for parts in (["ab", "Ωa"], ["a", "", "b"]):
+        answers = fill(model, vocab, parts, best=9)
+        assert len(answers) == 3 ** (len(parts) - 1)
+        assert all("\ufffd" not in characters for characters, _ in answers)
+
+
 def test_texts_and_models_that_cannot_be_filled_in_raise_an_error(model):
     with pytest.raises(CharlmError, match="blank"):
         fill(model, VOCAB, ["abc"])

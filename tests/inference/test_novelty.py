@@ -65,9 +65,9 @@ def test_training_text_is_recognised_by_the_fingerprint_in_the_model(tmp_path):
     corpus = Corpus.load(config.corpus)
     network, vocab = CharLM(len(corpus.vocab), config.model), corpus.vocab
     save_model(model, network, vocab, config, {}, corpus.fingerprint)
-    assert training_text(model, config, vocab.characters).fingerprint == corpus.fingerprint
+    assert training_text(model, config, vocab).fingerprint == corpus.fingerprint
     text.write_text("abc " * 499 + "acb ")  # of the same vocabulary
     with pytest.raises(CharlmError, match="--corpus"):
-        training_text(model, config, vocab.characters)
+        training_text(model, config, vocab)
     save_model(model, network, vocab, config, {})  # as an imported model, whose text is not known
-    training_text(model, config, vocab.characters)
+    training_text(model, config, vocab)

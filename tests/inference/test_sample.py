@@ -152,6 +152,27 @@ def test_the_same_seed_gives_the_same_text(model):
     assert write(model) != write(model, seed=2)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 1.0}, {"temperature": 0}, {"temperature": 1e6}]
+)
+def test_the_unknown_class_is_never_written(model, options):
+    vocab = Vocab(" a\ufffd\n", 9)
+    with torch.no_grad():
+        model.head.bias[2] = 1e4
+    text = "".join(
+        generate(model, vocab, vocab.encode("aΩ"), 60, Sampling(**{"temperature": 1.0, **options}))
+    )
+    assert len(text) == 60 and set(text) <= set(" a\n")
+    with torch.no_grad():
+        model.head.bias[2] = -1e30  # the others are drawn as without it
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    sampling = Sampling(**{"temperature": 1.0, **options})
+    with_class = "".join(generate(model, vocab, vocab.encode("a"), 60, sampling, generators[0]))
+    assert with_class == "".join(
+        generate(model, Vocab(" a\ufffd\n"), vocab.encode("a"), 60, sampling, generators[1])
+    )
+
+
 def test_an_empty_prefix_is_read_as_a_line_end(model):
     assert write(model, "") == write(model, "\n")
     assert any(write(model, "", seed=seed) != write(model, "b", seed=seed) for seed in range(20))

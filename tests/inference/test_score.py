@@ -62,6 +62,15 @@ def test_unknown_characters_are_skipped_or_raise_an_error():
         list(score(model, VOCAB, ["abb", "Y"]))
 
 
+@pytest.mark.parametrize("unknown", ["error", "skip"])
+def test_a_character_of_the_unknown_class_is_shown_as_it_is_in_the_text(model, unknown):
+    vocab = Vocab(" ab\n\ufffd\tc", 3)
+    text = "ab Ωa\ufffdb" * 20
+    units = list(score(model, vocab, [text[:30], text[30:]], unknown=unknown))
+    kept = text if unknown == "error" else text.replace("Ω", "").replace("\ufffd", "")
+    assert "".join(unit.text for unit in units) == kept
+
+
 def test_most_surprising_ranks_by_bits_or_by_bits_per_character():
     model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
     lines = [("x", unit) for unit in score(model, VOCAB, [TEXT], "line")]

@@ -46,6 +46,18 @@ def test_round_trip(path, options):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_unknown_class_is_saved(path):
+    vocab = Vocab("ab\ufffdc", 4000)
+    config = Config(model=ModelConfig(hidden_size=6, embedding_size=6))
+    save_model(path, CharLM(4, config.model).initialise(2), vocab, config, {})
+    loaded = load_model(path)
+    assert (loaded.vocab.characters, loaded.vocab.unknown) == (vocab.characters, (2, 4000))
+    assert loaded.model.unknown == loaded.vocab.unknown and read_header(path).unknown_kinds == 4000
+    make(path)
+    assert "unknown_kinds" not in split_file(path.read_bytes())[1]
+    assert load_model(path).vocab.unknown is None and load_model(path).model.unknown is None
+
+
 def test_same_model_gives_same_bytes(path):
     make(path)
     first = path.read_bytes()
@@ -140,6 +152,12 @@ def key_twice(path):
         (lambda path: rewrite(path, lambda text: text.update(vocab="aa")), "vocabulary"),
         (lambda path: rewrite(path, lambda text: text.update(vocab="abc")), "embedding.weight"),
         (lambda path: rewrite(path, lambda text: text.update(fingerprint=3)), "fingerprint"),
+        *(
+            (lambda path, kinds=kinds: rewrite(path, lambda text: text.update(unknown_kinds=kinds)), "kinds")
+            for kinds in (-1, True, None, 2.0, "3", [2], 0x110001, 10**400)
+        ),
+        (lambda path: rewrite(path, lambda text: text.update(unknown_kinds=2)), "U\\+FFFD"),
+        (lambda path: rewrite(path, lambda text: text.update(unknown_kinds=2, vocab="\ufffd")), "U\\+FFFD"),
         (lambda path: rewrite(path, lambda text: text["figures"].update(a=math.nan)), "NaN"),
         (lambda path: rewrite(path, lambda text: text["figures"].update(a=-math.inf)), "-Infinity"),
         (set_model("cell", "?"), "damaged.*model.cell"),

@@ -9,6 +9,7 @@ from charlm.config import CorpusConfig
 from charlm.errors import CharlmError
 from charlm.text import cache, corpus, read
 from charlm.text.corpus import Corpus
+from charlm.text.vocab import Vocab
 
 CONFIG = CorpusConfig(source="corpus.txt", lowercase=True)
 
@@ -48,6 +49,19 @@ def test_a_mapped_text_equals_the_text_and_is_used_again(kept, built, words, mon
     second = Corpus.load(CONFIG)
     second.release()
     assert same(first, second) and len(built) == 1
+
+
+def test_a_mapped_text_has_its_unknown_class(kept, built, folder):
+    (folder / "corpus.txt").write_text("abc" * 200 + "def" + "abx" * 30)
+    config = CONFIG.model_copy(update={"min_count": 3})
+    for _ in range(2):
+        assert Corpus.load(config).vocab.unknown == (4, 3)
+    fixed = config.model_copy(update={"vocabulary": "abc.txt"})
+    for known in (Vocab("abc"), Vocab("abx\n"), Vocab("abc\ufffd", 9), Vocab("abc\ufffd")):
+        assert Corpus.load(fixed, known=known).vocab.characters == "".join(
+            dict.fromkeys(known.characters + "\ufffd")
+        )
+    assert len(built) == 5
 
 
 def test_other_content_or_settings_make_another_entry(kept, built, folder, words):

@@ -13,6 +13,7 @@ from charlm.errors import CharlmError
 from charlm.text.clean import clean
 from charlm.text.corpus import Corpus
 from charlm.text.decode import decode
+from charlm.text.vocab import Vocab
 from conftest import PIECES, strip_gutenberg
 
 
@@ -142,7 +143,7 @@ def test_repeated_files_and_val_inside_train_are_noted(folder, words):
 
 def test_a_vocabulary_can_begin_with_known_characters(folder):
     (folder / "a.txt").write_text("cab" * 60 + "d")
-    corpus = Corpus.load(CorpusConfig(source="a.txt", split=(0.5, 0.5, 0.0)), known="zdb")
+    corpus = Corpus.load(CorpusConfig(source="a.txt", split=(0.5, 0.5, 0.0)), known=Vocab("zdb"))
     assert corpus.vocab.characters == "zdbca"
     assert corpus.unseen == 1 and corpus.vocab.decode(corpus.val).endswith("d"), "only the line end is unseen"
 

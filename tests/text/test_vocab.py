@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from charlm.errors import CharlmError, UnknownCharactersError
-from charlm.text.vocab import Vocab
+from charlm.text.vocab import UNKNOWN, Vocab
 from conftest import vocabulary
 
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -56,10 +56,17 @@ def test_the_error_names_each_unknown_character_and_its_position():
         Vocab("ba").encode("Ω")
 
 
-def test_num_bytes_is_the_length_in_utf8():
-    vocab = Vocab("añ€\U0001f469\n")
-    ids = vocab.encode("a€€\n\U0001f469ñ" * 50)
-    assert vocab.num_bytes(ids) == len(vocab.decode(ids).encode()) and vocab.num_bytes(ids[:0]) == 0
+@given(TEXTS, TEXTS)
+def test_the_unknown_class_is_read_for_all_characters_outside_the_vocabulary(known, content):
+    known = "".join(dict.fromkeys(known.replace(UNKNOWN, "")))
+    for characters in (known + UNKNOWN, UNKNOWN + known):
+        vocab = Vocab(characters, 3)
+        assert vocab.unknown == (characters.index(UNKNOWN), 3)
+        read = "".join(char if char in known else UNKNOWN for char in content)
+        assert vocab.decode(vocab.encode(content)) == read
+        assert vocab.count_unknown(content) == read.count(UNKNOWN)
+        assert vocab.decode(vocab.encode(content, "skip")) == read.replace(UNKNOWN, "")
+        assert vocab.decode(vocab.writable) == known
 
 
 def test_an_empty_text_has_no_ids_and_no_vocabulary():

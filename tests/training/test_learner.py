@@ -1,4 +1,5 @@
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch.nn import functional as F
 
 from charlm.nn.kernels import native
 from charlm.text.corpus import Corpus
+from charlm.text.encode import Encoder
 from charlm.training.learner import Learner
 from conftest import configure
 
@@ -57,6 +59,25 @@ def test_loss_on_last_trains_on_the_last_character_of_each_window(words):
     expected = F.cross_entropy(logits[:, -1], y[:, -1]).item()
     loss, characters, _ = learner.step(x, y)
     assert (loss, characters) == (pytest.approx(expected, rel=1e-5), len(x))
+
+
+@pytest.mark.parametrize("loss_on", ["all", "last"])
+def test_the_loss_counts_the_unknown_class_and_a_uniform_choice(words, loss_on):
+    encoder = Encoder()
+    encoder.add(words)
+    encoded = encoder.finish((1.0, 0.0, 0.0), min_count=190)
+    corpus = replace(Corpus.from_text(words), vocab=encoded.vocab, train=encoded.in_memory())
+    overrides = ["model.dropout=0.0", "train.precision=float32", f"train.loss_on={loss_on}"]
+    learner = Learner(configure(*overrides), corpus)
+    unknown, kinds = encoded.vocab.unknown
+    x, y = next(iter(learner.batches.loader(1, 0)))
+    counted = slice(-1, None) if loss_on == "last" else slice(None)
+    assert kinds > 1 and (y[:, counted] == unknown).any()
+    logits, _ = learner.model.eval()(x, learner.model.initial_state(len(x)))
+    each = logits[:, counted].softmax(-1).detach()
+    each[..., unknown] /= kinds
+    expected = -each.gather(-1, y[:, counted, None]).log().mean().item()
+    assert learner.step(x, y)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_backward_model_trains_on_the_text_reversed(words):

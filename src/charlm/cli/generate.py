@@ -137,8 +137,8 @@ def generate(
     if interactive:
         converse(writer, click.get_current_context())
         return
-    known = writer.vocab.characters
-    trained_on = training_text(find_model(model), writer.config, known, corpus) if novelty else None
+    path = find_model(model)
+    trained_on = training_text(path, writer.config, writer.vocab, corpus) if novelty else None
     if num_samples == 1:
         written = [print_parts(writer.stream(prefix, length, seed=seed, **options), _of_bytes(writer))]
     else:

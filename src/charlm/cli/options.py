@@ -120,8 +120,9 @@ unknown_option = click.option(
     "--unknown",
     type=click.Choice(["error", "skip", "replace"]),
     default="error",
-    help="Characters that the model does not know: refuse them, skip them, or replace each by a space (the "
-    "most frequent character, if the space is unknown).",
+    help="Characters that the model does not know: refuse them (a model trained with corpus.min_count reads "
+    "them as its unknown), skip them, or replace each by a space (the most frequent character, if the space "
+    "is unknown).",
 )
 
 

@@ -60,7 +60,8 @@ def info(models: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"{paths[0]}: {header.parameters:,} parameters")
         for name, shape in header.tensors.items():
             click.echo(f"  {one_line(name):<28} {' × '.join(map(str, shape))}")
-        click.echo(f"\nvocabulary: {len(header.vocab)} characters, the most frequent first")
+        rare = f"; U+FFFD stands for {header.unknown_kinds:,} rare ones" if header.unknown_kinds else ""
+        click.echo(f"\nvocabulary: {len(header.vocab)} characters, the most frequent first{rare}")
         click.echo(f"  {header.vocab!r}\n\nmetrics")
         for key, value in header.figures.items():
             click.echo(f"  {one_line(key):<28} {one_line(str(value))}")

@@ -48,6 +48,10 @@ def evaluate(
     whole file: every character after the first is scored once. The total is over all files. FILE can be
     compressed, a folder, a glob, or - for stdin. charlm score shows the surprisal of each character.
 
+    A model trained with corpus.min_count reads characters that it does not know as its unknown, at the cost
+    of the unknown and of a uniform choice among the rare characters of its training text; their number is
+    shown.
+
     A file can have any length; it is read in pieces. Only stdin, and files for a model of direction backward
     or both, are held in memory whole.
     """
@@ -71,7 +75,8 @@ def evaluate(
     if as_json:
         click.echo(json_text({"files": rows, "total": total_row}, indent=2))
     else:
-        _print_table([*rows, total_row] if len(rows) > 1 else rows, prefix, with_unknown=unknown != "error")
+        with_unknown = unknown != "error" or loaded.vocab.unknown is not None
+        _print_table([*rows, total_row] if len(rows) > 1 else rows, prefix, with_unknown)
 
 
 def _metric_prefix(loaded: "Loaded") -> str:
@@ -158,12 +163,13 @@ def _read(path: Path, pieces: Callable[[], Iterator[str]], loaded: "Loaded", unk
     from charlm.text import read
 
     vocab, cleaning = loaded.vocab, loaded.config.corpus.cleaning
-    size: Callable[[Tensor], int] = len if loaded.config.corpus.encoding == "bytes" else vocab.num_bytes
+    size: Callable[[str], int] = len if loaded.config.corpus.encoding == "bytes" else _num_bytes
     forward, taken_back = loaded.config.model.direction == "forward", -1
     for piece in itertools.chain([None], read.clean_pieces(pieces, cleaning)):
         if piece is None:  # the text begins, or all pieces before are taken back
             held, error = [torch.empty(0, dtype=torch.int32, device="cpu")], None
             begin = characters = num_bytes = num_unknown = 0
+            last = ""
             taken_back += 1
         elif error is None:
             try:
@@ -171,8 +177,10 @@ def _read(path: Path, pieces: Callable[[], Iterator[str]], loaded: "Loaded", unk
             except UnknownCharactersError as caught:  # raised at the end: the piece can still be taken back
                 error = caught
                 continue
-            num_bytes += size(ids[1:] if forward and not characters else ids)
-            num_unknown += 0 if unknown == "error" else vocab.count_unknown(piece)
+            scored = piece if unknown == "error" else vocab.decode(ids)
+            num_bytes += size(scored[1:] if forward and not characters else scored)
+            num_unknown += vocab.count_unknown(piece)
+            last = scored[-1:] or last
             begin, characters = begin + len(piece), characters + len(ids)
             held.append(ids)
             if characters > _HELD and forward:
@@ -185,8 +193,12 @@ def _read(path: Path, pieces: Callable[[], Iterator[str]], loaded: "Loaded", unk
         return _Text(str(path), blocks, characters, num_bytes, num_unknown)
     whole = torch.cat(held)
     if loaded.config.model.direction == "backward":
-        num_bytes -= size(whole[-1:])
+        num_bytes -= size(last)
     return _Text(str(path), whole, characters, num_bytes, num_unknown)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _next_batch(texts: Iterator[_Text]) -> Iterator[_Text]:
@@ -288,7 +300,7 @@ def _units(
 
     def watched(pieces: Iterator[str]) -> Iterator[str]:
         for piece in pieces:
-            unknown_counts.append(0 if unknown == "error" else vocab.count_unknown(piece))
+            unknown_counts.append(vocab.count_unknown(piece) if unknown != "error" or vocab.unknown else 0)
             yield piece
             _print(lines)
 
@@ -301,8 +313,8 @@ def _units(
             for each in score(loaded.model, vocab, pieces, kind, unknown, str(path)):
                 yield str(path), each
     if num_unknown := sum(unknown_counts):
-        how = "skipped" if unknown == "skip" else f"read as {vocab.replacement!r}"
-        click.echo(f"{num_unknown:,} characters that the model does not know were {how}", err=True)
+        how = {"skip": "skipped", "replace": f"read as {vocab.replacement!r}", "error": "read as its unknown"}
+        click.echo(f"{num_unknown:,} characters that the model does not know were {how[unknown]}", err=True)
 
 
 def _unit_row(path: str, unit: "Unit", bits: str, as_json: bool) -> str:

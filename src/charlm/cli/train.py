@@ -149,16 +149,11 @@ def _make_trainer(
     import torch
 
     from charlm.nn.device import choose_threads
-    from charlm.storage.model_file import load_model
-    from charlm.storage.run import find_model
+    from charlm.storage.vocabulary import read_initial
     from charlm.text.corpus import Corpus
     from charlm.training.trainer import Trainer
 
-    initial, known = None, ""
-    if config.train.init_from:
-        saved = run.last.is_file()  # it has the characters that were added, and its weights are restored
-        loaded = load_model(run.last if saved else find_model(config.train.init_from))
-        initial, known = None if saved else loaded.model, loaded.vocab.characters
+    initial, known = read_initial(config, run)
     corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading, known))
     group.check_same("text", corpus.fingerprint)
     count, reason = choose_threads(threads, config.model, config.batches.batch_size)

@@ -100,15 +100,19 @@ def _side_by_side(model: CharLM, texts: list[Tensor], on_scored: OnScored) -> Te
         windows = pad_sequence(parts, batch_first=True, padding_value=-1).to(device)
         rows, targets = len(parts), windows[:, 1:]
         logits, state = model(windows[:, :-1].clamp(min=0), tuple(part[:, :rows] for part in state))
-        nats[:rows] += _nats(logits, targets).sum(1)
+        nats[:rows] += _nats(model, logits, targets).sum(1)
         on_scored(int((targets >= 0).sum()))
     return nats
 
 
-def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return -ln p of the ids `targets` (B, T) under logits (B, T, V), float64 on the CPU; 0 for id -1."""
+def _nats(model: CharLM, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -ln p of the ids `targets` (B, T) under logits (B, T, V), float64 on the CPU; 0 for id -1.
+
+    A character of the model's unknown class has the class's probability divided by its number of kinds.
+    """
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-1)
-    return losses.view(targets.shape).cpu().double()  # converted on the CPU: MPS has no float64
+    nats = losses.view(targets.shape).cpu().double()  # converted on the CPU: MPS has no float64
+    return nats + model.unknown.nats(targets) if model.unknown else nats
 
 
 def surprisals(model: CharLM, blocks: Iterable[Tensor], on_scored: OnScored = _ignore) -> Iterator[Tensor]:
@@ -169,7 +173,7 @@ def _filling(model: FillLM, ids: Tensor) -> Iterator[Tensor]:
         with evaluating(model):
             loaded = load(chunk)
             logits, state = model(loaded, left + right)
-            left, nats = state[:half], _nats(logits, loaded)[0]
+            left, nats = state[:half], _nats(model, logits, loaded)[0]
         yield nats
 
 
@@ -202,7 +206,7 @@ def _read_straight(
     for start in range(0, len(ids) - 1, CHUNK):
         window = ids[start : start + CHUNK + 1].long().to(model.head.weight.device)[None]
         logits, state = model(window[:, :-1], state)
-        nats[start : start + CHUNK] = _nats(logits, window[:, 1:])[0]
+        nats[start : start + CHUNK] = _nats(model, logits, window[:, 1:])[0]
         on_read(window.shape[1] - 1)
     return nats, state
 
@@ -255,7 +259,7 @@ class _Segments:
             for start in range(begin, end, steps):
                 window = self.windows[rows, start : min(start + steps, end) + 1]
                 logits, state = self.model(window[:, :-1], state)
-                self.nats[rows, start : min(start + steps, end)] = _nats(logits, window[:, 1:])
+                self.nats[rows, start : min(start + steps, end)] = _nats(self.model, logits, window[:, 1:])
                 on_read(window[:, 1:].numel())
             if not again:
                 self.marks.append(state)

@@ -17,7 +17,8 @@ def fill(
 ) -> list[tuple[list[str], float]]:
     """Return the most probable characters for the blanks between `parts`, with probabilities, best first.
 
-    The probabilities for a single blank are the model's distribution over the vocabulary. Several blanks are
+    The probabilities for a single blank are the model's distribution over the vocabulary, whose unknown class
+    is not an answer. Several blanks are
     filled by a beam search from left to right that leaves out the blanks not yet filled; the candidates found
     are then scored whole, each blank given all other characters, and the probabilities are relative to these
     candidates.
@@ -34,7 +35,7 @@ def fill(
         raise CharlmError("the text has no blank to fill in")
     pieces = [vocab.encode(part, unknown).long() for part in parts]
     with evaluating(model):
-        found, scores = _search(model, pieces, max(beam, best))
+        found, scores = _search(model, vocab.writable, pieces, max(beam, best))
         if len(pieces) > 2:
             scores = _rescore(model, pieces, found).log_softmax(0)
     order = scores.argsort(descending=True)[:best]
@@ -46,8 +47,11 @@ def joined(parts: list[str], characters: list[str]) -> str:
     return parts[0] + "".join(map(str.__add__, characters, parts[1:]))
 
 
-def _search(model: FillLM, pieces: list[Tensor], beam: int) -> tuple[Tensor, Tensor]:
-    """Return the ids (K, blanks) of up to `beam` candidates and their scores (K,), by a beam search."""
+def _search(model: FillLM, writable: Tensor, pieces: list[Tensor], beam: int) -> tuple[Tensor, Tensor]:
+    """Return the ids (K, blanks) of up to `beam` candidates and their scores (K,), by a beam search.
+
+    writable: the ids (V,) of which a candidate consists.
+    """
     found = torch.zeros(1, 0, dtype=torch.long, device="cpu")  # (K, blanks filled)
     scores = torch.zeros(1, dtype=torch.float32, device="cpu")
     for i in range(1, len(pieces)):
@@ -55,10 +59,11 @@ def _search(model: FillLM, pieces: list[Tensor], beam: int) -> tuple[Tensor, Ten
         texts = _joined([*pieces[:i], rest], F.pad(found, (0, 1))).to(model.head.weight.device)
         logits, _ = model(texts, model.initial_state(len(texts)))
         at = texts.shape[1] - len(rest) - 1
-        candidates = scores[:, None] + logits[:, at].float().cpu().log_softmax(-1)  # (K, V)
+        log_p = logits[:, at].float().cpu().log_softmax(-1).index_select(1, writable)
+        candidates = scores[:, None] + log_p  # (K, V)
         scores, places = candidates.flatten().topk(min(beam, candidates.numel()))
         V = candidates.shape[1]
-        found = torch.cat([found[places // V], (places % V)[:, None]], 1)
+        found = torch.cat([found[places // V], writable[places % V][:, None]], 1)
     return found, scores
 
 

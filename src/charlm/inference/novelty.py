@@ -15,6 +15,7 @@ from charlm.config import Config
 from charlm.errors import CharlmError
 from charlm.storage.header import read_header
 from charlm.text.corpus import Corpus
+from charlm.text.vocab import Vocab
 
 SIZES = (8, 16, 32)  # characters of a passage
 _PIECE = 2**20  # characters of the known text searched at once
@@ -67,21 +68,23 @@ def novelty(text: Tensor, known: Tensor) -> Novelty:
     return Novelty(len(text), low, int(found.long().argmax()), shares)
 
 
-def training_text(path: Path, config: Config, vocab: str, source: str | None = None) -> Corpus:
+def training_text(path: Path, config: Config, vocab: Vocab, source: str | None = None) -> Corpus:
     """Return the corpus that the model file at `path` was trained on.
 
-    source: the path of its text, if not that in `config`.
+    vocab: of the model. source: the path of its text, if not that in `config`.
     Raises `CharlmError` for a text that is not found, and for another text: its fingerprint is not the one in
     the model's header, or its vocabulary, which is in the order of the characters' counts, is another.
     """
     corpus_config = config.corpus.model_copy(update={"source": source} if source else {})
+    given = config.corpus.vocabulary or config.train.init_from  # a vocabulary not in the order of the counts
     try:
-        corpus = Corpus.load(corpus_config)
+        corpus = Corpus.load(corpus_config, known=vocab if given else None)
     except CharlmError as error:
         raise CharlmError(
             f"this takes the text that the model was trained on: {error}; say where it is now: --corpus PATH"
         ) from None
-    if corpus.vocab.characters != vocab or read_header(path).fingerprint not in ("", corpus.fingerprint):
+    same = corpus.vocab.characters == vocab.characters
+    if not same or read_header(path).fingerprint not in ("", corpus.fingerprint):
         raise CharlmError(
             f"{corpus_config.source} is not, or no longer, the text that {path} was trained on; "
             "say where that is: --corpus PATH"

@@ -98,7 +98,12 @@ def _next_ids(
                 for each in generators
             )
             uniforms = torch.stack([*drawn], 1).unbind()
-        ids = choose(logits.cpu(), uniforms[n % _RANDOM_BLOCK], sampling)
+        logits = logits.cpu()
+        if vocab.unknown:  # it is no character: it is never drawn
+            logits = logits.index_select(1, vocab.writable)
+        ids = choose(logits, uniforms[n % _RANDOM_BLOCK], sampling)
+        if vocab.unknown:
+            ids = vocab.writable[ids]
         yield ids.tolist()
         if n < length - 1:
             logits, state = stepper.step(ids.to(device), state)

@@ -51,7 +51,11 @@ def score(
     A model of ``direction: backward`` or ``both`` reads the whole text before the first unit.
     Raises `UnknownCharactersError` at the first unknown character, as `Vocab.encode` does.
     """
-    return _units(_scored(model, vocab, encoded(vocab, pieces, unknown, name)), kind)
+    texts, read = itertools.tee(pieces)
+    blocks = zip(texts, encoded(vocab, read, unknown, name), strict=True)
+    # With ``error`` the ids are those of all characters, which are shown as they are, unknown or not.
+    shown = ((text if unknown == "error" else vocab.decode(ids), ids) for text, ids in blocks)
+    return _units(_scored(model, shown), kind)
 
 
 def most_surprising(
@@ -76,18 +80,22 @@ def encoded(vocab: Vocab, pieces: Iterable[str], unknown: Unknown, name: str) ->
         begin += len(piece)
 
 
-def _scored(model: CharLM, vocab: Vocab, blocks: Iterable[Tensor]) -> Iterator[tuple[str, _Nats]]:
-    """Yield the text and the nats of each block that is not empty, or of all blocks at once."""
+def _scored(model: CharLM, blocks: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, _Nats]]:
+    """Yield the text and the nats of each block, a text and its ids, that is not empty, or of all at once."""
     if model.config.direction == "forward":
-        shown, read = itertools.tee(block for block in blocks if len(block))
-        for k, (ids, nats) in enumerate(zip(shown, surprisals(model, read), strict=True)):
-            yield vocab.decode(ids), [None, *nats[1:].tolist()] if k == 0 else nats.tolist()
+        shown, read = itertools.tee(block for block in blocks if len(block[1]))
+        nats_of_blocks = surprisals(model, (ids for _, ids in read))
+        for k, ((text, _), nats) in enumerate(zip(shown, nats_of_blocks, strict=True)):
+            yield text, [None, *nats[1:].tolist()] if k == 0 else nats.tolist()
         return
-    ids = torch.cat([torch.empty(0, dtype=torch.int32, device="cpu"), *blocks])
-    all_nats: _Nats = text_surprisals(model, ids).tolist()
+    texts, all_ids = [""], [torch.empty(0, dtype=torch.int32, device="cpu")]
+    for text, ids in blocks:
+        texts.append(text)
+        all_ids.append(ids)
+    all_nats: _Nats = text_surprisals(model, torch.cat(all_ids)).tolist()
     if model.config.direction == "backward" and all_nats:
         all_nats[-1] = None
-    yield vocab.decode(ids), all_nats
+    yield "".join(texts), all_nats
 
 
 def _units(scored: Iterable[tuple[str, _Nats]], kind: Kind) -> Iterator[Unit]:

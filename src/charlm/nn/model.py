@@ -12,6 +12,7 @@ from charlm.config import ModelConfig
 from charlm.nn.cells import State, cell_of
 from charlm.nn.functional import dropped, locked, once
 from charlm.nn.layers import Characters, Fused, Linear, choose_implementation, make_recurrent
+from charlm.text.vocab import UnknownClass
 
 
 class CharLM(nn.Module):
@@ -26,7 +27,11 @@ class CharLM(nn.Module):
 
     device: where the model will run, by default the CPU; ``implementation: auto`` depends on it. The model is
         made on torch's default device.
+    unknown: the class among the V that stands for several characters, or None. The logits are those of the
+        class; a score of its characters adds `UnknownClass.nats`. Set by those who know the vocabulary.
     """
+
+    unknown: UnknownClass | None = None
 
     def __init__(self, vocab_size: int, config: ModelConfig, device: torch.device | None = None):
         super().__init__()

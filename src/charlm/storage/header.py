@@ -35,6 +35,8 @@ NO_DIGEST = "0" * 64  # in place of a checksum that is not known yet
 
 _MAX_HEADER = 2**24  # bytes: a vocabulary of all of Unicode takes 15.6 MB, escaped
 _MAX_DIMENSIONS = 4
+_MAX_KINDS = 0x110000  # code points
+_UNKNOWN = "\ufffd"  # as in `charlm.text.vocab`, which imports torch
 _CHUNK = 2**22  # bytes that are read and hashed at a time
 _TYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "I64": ("int64", 8), "U8": ("uint8", 1)}
 _CODES = {f"torch.{name}": code for code, (name, _) in _TYPES.items()}
@@ -58,6 +60,8 @@ class Container:
 class Header:
     """The header of a model file.
 
+    unknown_kinds: the number of rare characters for which U+FFFD, one of `vocab`, stands; 0 if it stands for
+        itself. Absent from files without such a class.
     figures: what the training had measured when it saved the model: step, epoch, val_loss and so on.
     fingerprint: SHA-256 of the training text; empty where it is not known, as for an imported model.
     tensors: the shape of each tensor, by name.
@@ -68,6 +72,7 @@ class Header:
     figures: dict[str, Any]
     fingerprint: str
     tensors: dict[str, tuple[int, ...]]
+    unknown_kinds: int = 0
 
     @property
     def parameters(self) -> int:
@@ -91,6 +96,11 @@ def model_header(container: Container, path: Path) -> Header:
         vocab, figures, fingerprint = content["vocab"], content["figures"], content["fingerprint"]
         if not (isinstance(vocab, str) and vocab and len(set(vocab)) == len(vocab)):
             raise ValueError("invalid vocabulary")
+        kinds = content.get("unknown_kinds", 0)
+        if type(kinds) is not int or not 0 <= kinds <= _MAX_KINDS:
+            raise ValueError("invalid unknown_kinds")
+        if kinds and (_UNKNOWN not in vocab or len(vocab) < 2):
+            raise ValueError("invalid vocabulary: it has no U+FFFD, or nothing else")
         if not (isinstance(figures, dict) and isinstance(fingerprint, str)):
             raise ValueError("invalid figures or fingerprint")
         for name, (dtype, _) in container.tensors.items():
@@ -98,7 +108,14 @@ def model_header(container: Container, path: Path) -> Header:
                 raise ValueError(f"the tensor {one_line(name)} is not float32")
         config = configuration.from_data(content["config"], str(path))
         shapes = {name: shape for name, (_, shape) in container.tensors.items()}
-        return Header(config, vocab, figures, fingerprint, shapes)
+        return Header(config, vocab, figures, fingerprint, shapes, kinds)
+
+
+def is_container(path: Path) -> bool:
+    """Return whether the file at `path` begins as a container does, and no text."""
+    with opened(path) as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER
 
 
 @contextmanager

@@ -27,12 +27,14 @@ def save_model(
     figures: JSON values; floats that are not finite become null.
     fingerprint: SHA-256 of the training text, if it is known.
     """
-    content = {
+    content: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "vocab": vocab.characters,
         "figures": figures,
         "fingerprint": fingerprint,
     }
+    if vocab.unknown:
+        content["unknown_kinds"] = vocab.unknown.kinds
     save_container(path, "model", content, dict(model.named_parameters()))  # a tied weight occurs once
 
 
@@ -72,7 +74,9 @@ def load_model(path: Path, implementation: str | None = None, device: str | torc
         with Uninitialised(), torch.device("cpu"):  # whatever torch's default device is
             model = make_model(len(header.vocab), config.model, torch.device(device)).float()
         read_tensors(file, path, container, dict(model.named_parameters()))
-    return Loaded(model.to(device).eval(), Vocab(header.vocab), config, header.figures)
+    vocab = Vocab(header.vocab, header.unknown_kinds)
+    model.unknown = vocab.unknown
+    return Loaded(model.to(device).eval(), vocab, config, header.figures)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from charlm.config import Config, CorpusConfig, override
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import cache_folder, write_atomically
 from charlm.nn.kernels.native import keep_memory
+from charlm.storage.vocabulary import read_vocabulary
 from charlm.study.bench import machine, make_learner, operations, training_rate
 from charlm.text.corpus import IN_MEMORY, Corpus
 from charlm.text.read import TextFile, find_files, strip_pieces
@@ -131,7 +132,7 @@ def text_size(config: CorpusConfig) -> tuple[int, int]:
     files = [TextFile(path, encoding=config.encoding) for path in find_files(config.source).files]
     total = sum(file.stat.st_size * (3 if file.compressed else 1) for file in files)
     if total <= IN_MEMORY:
-        corpus = Corpus.load(config)
+        corpus = Corpus.load(config, known=read_vocabulary(config))
         return sum(map(len, (corpus.train, corpus.val, corpus.test))), len(corpus.vocab)
     sample = ""
     for piece in strip_pieces(files[0].pieces):

@@ -15,6 +15,7 @@ from charlm.storage import run as run_folders
 from charlm.storage.header import read_header
 from charlm.storage.log import read, write
 from charlm.storage.run import Run
+from charlm.storage.vocabulary import read_vocabulary
 from charlm.text.corpus import Corpus
 from charlm.training.reporting import Reporter
 from charlm.training.trainer import Trainer
@@ -56,7 +57,8 @@ def compare(configs: dict[str, Config], runs: dict[str, Run], reporter: Reporter
     """
     assert configs.keys() == runs.keys(), "each configuration has a run"
     _refuse_differences(configs)
-    corpus = Corpus.load(next(iter(configs.values())).corpus)
+    corpus_config = next(iter(configs.values())).corpus
+    corpus = Corpus.load(corpus_config, known=read_vocabulary(corpus_config))
     for config in configs.values():
         Trainer(config, corpus)  # raises before the first training begins
     rows: list[Comparison] = []

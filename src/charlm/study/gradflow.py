@@ -14,6 +14,7 @@ from charlm.config import CELL_NAMES, Config
 from charlm.errors import CharlmError, ConfigError
 from charlm.nn.layers import Scratch
 from charlm.nn.model import CharLM
+from charlm.storage.vocabulary import read_vocabulary
 from charlm.study.plot import save
 from charlm.text.corpus import Corpus
 from charlm.training.learner import Learner
@@ -29,7 +30,7 @@ def gradflow_by_cell(config: Config, steps: int, train_steps: int, scale: float)
 
     Raises `ConfigError` for a val split of fewer than `steps` + 2 characters.
     """
-    corpus = Corpus.load(config.corpus)
+    corpus = Corpus.load(config.corpus, known=read_vocabulary(config.corpus))
     if len(corpus.val) < steps + 2:
         raise ConfigError(
             f"--steps {steps} needs {steps + 2} characters, and the val split has {len(corpus.val)}"

@@ -32,7 +32,7 @@ from charlm.text.encode import Encoded, memory
 from charlm.text.read import TextFile
 from charlm.text.vocab import Vocab
 
-FORMAT = 2  # increase it when the file's layout changes, or the result of reading and cleaning a text
+FORMAT = 3  # increase it when the file's layout changes, or the result of reading and cleaning a text
 
 _PAGE = 2**16  # the ids begin at a multiple of it, which is one of every system's page size
 _MAX_HEADER = 2**26  # bytes
@@ -58,7 +58,7 @@ class Mapped:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         header = json.loads(data)
         self.files: list[tuple[str, list[int] | None]] = header.pop("files")
-        self.encoded = Encoded(Vocab(header.pop("characters")), ids=(), **header)
+        self.encoded = Encoded(Vocab(header.pop("characters"), header.pop("kinds")), ids=(), **header)
         offset, dtype = _padded(len(head)), self.encoded.dtype
         if len(self._map) != offset + sum(self.encoded.sizes) * dtype.itemsize:
             raise ValueError("too short or too long")
@@ -116,6 +116,7 @@ def write(encoded: Encoded, files: list[TextFile], used: int, settings: dict[str
     header = {
         "files": [(sha256, file.identity) for sha256, file in zip(hashes, files, strict=False)],
         "characters": encoded.vocab.characters,
+        "kinds": encoded.vocab.unknown.kinds if encoded.vocab.unknown else 0,
         "sizes": encoded.sizes,
         "order": encoded.order,
         "unseen": encoded.unseen,

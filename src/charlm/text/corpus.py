@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from charlm.config import CorpusConfig
-from charlm.errors import CharlmError
+from charlm.errors import CharlmError, ConfigError
 from charlm.text import cache, read
 from charlm.text.clean import Cleaner
 from charlm.text.encode import Encoded, Encoder, Split, memory
@@ -49,14 +49,15 @@ class Corpus:
         cls,
         config: CorpusConfig,
         on_read: Callable[[int, int], object] = lambda count, total: None,
-        known: str = "",
+        known: Vocab | None = None,
     ) -> "Corpus":
         """Read, clean, split and encode the text that `config` names.
 
         on_read: called with the number of bytes just read and the number of bytes of all files.
-        known: characters with which the vocabulary begins, whether they occur or not.
-        Raises `CharlmError` for files that cannot be read, for an empty text, and for a long text that cannot
-        be written to the cache.
+        known: characters with which the vocabulary begins, whether they occur or not; with
+            ``corpus.vocabulary``, the vocabulary that it names (see `read_vocabulary`).
+        Raises `CharlmError` for files that cannot be read, for an empty text, for a long text that cannot be
+        written to the cache, and as `Encoder.finish` does.
         """
         # First the val and test texts, so that those files are always read, whatever max_chars is.
         found = [read.find_files(source or []) for source in (config.val, config.test, config.source)]
@@ -67,10 +68,13 @@ class Corpus:
         files = [read.TextFile(path, lambda count: on_read(count, total), config.encoding) for path in paths]
         total = sum(file.stat.st_size for file in files)
         if config.encoding == "bytes":
-            known = known or "".join(map(chr, range(256)))  # no byte is ever unknown
-        settings = config.model_dump(mode="json", exclude={"source", "val", "test"})
+            known = known or Vocab("".join(map(chr, range(256))))  # no byte is ever unknown
+        fixed = config.vocabulary is not None
+        if fixed and not known:
+            raise ConfigError("corpus.vocabulary needs the argument known, which read_vocabulary returns")
+        settings = config.model_dump(mode="json", exclude={"source", "val", "test", "vocabulary"})
         counts = [len(each.files) for each in found]
-        settings |= {"known": known, "own": counts[:2]}
+        settings |= {"known": known and (known.characters, known.unknown), "fixed": fixed, "own": counts[:2]}
         long = total > IN_MEMORY or any(file.compressed for file in files)
         if long and (mapped := cache.find(files, settings)):
             notes += _repeated(paths, [digest for digest, _ in mapped.files])
@@ -88,7 +92,7 @@ class Corpus:
             train, val, test = config.split
             train, val = (train + val, 0.0) if own[0] else (train, val)
             train, test = (train + test, 0.0) if own[1] else (train, test)
-            encoded = encoder.finish((train, val, test), known, (own[0], own[1]))
+            encoded = encoder.finish((train, val, test), known, (own[0], own[1]), config.min_count, fixed)
             if not encoder.on_disk:
                 return cls._of(encoded, encoded.in_memory(), paths, notes=notes)
             mapped = cache.write(encoded, files, used, settings)

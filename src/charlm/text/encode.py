@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from charlm.errors import CharlmError
-from charlm.text.vocab import Vocab, code_points
+from charlm.text.vocab import Vocab, ascii_name, code_points
 
 _CHUNK = 2**18  # characters encoded together: the tensors made for them stay in the processor's cache
+_NAMED = 8  # characters that an error names
 _UNKNOWN = 255  # marks a character whose id is unknown or does not fit into a byte
 
 Split = tuple[float, float, float]
@@ -144,12 +145,20 @@ class Encoder:
         """Whether the text is empty or only white space."""
         return all(chr(point).isspace() for point in self._points[self._counts > 0].tolist())
 
-    def finish(self, split: Split, known: str = "", own: tuple[int, int] = (0, 0)) -> "Encoded":
+    def finish(
+        self,
+        split: Split,
+        known: Vocab | None = None,
+        own: tuple[int, int] = (0, 0),
+        min_count: int = 1,
+        fixed: bool = False,
+    ) -> "Encoded":
         """Return the text, split by the fractions of train, val and test, encoded by train's vocabulary.
 
-        known: characters with which the vocabulary begins.
+        known, min_count, fixed: as in `Vocab.from_counts`.
         own: the lengths of a val and a test text that were added before the text that is split.
-        Raises `CharlmError` if the train split is empty.
+        Raises `CharlmError` as `Vocab.from_counts` does, and for a fixed vocabulary without an unknown class
+        that lacks characters of the text.
         """
         begin = sum(own)
         ends = [begin + round((self.length - begin) * part) for part in (split[0], split[0] + split[1])]
@@ -160,13 +169,18 @@ class Encoder:
         ]
         held_out = [self._count(*place) for place in places[1:]]
         counts = self._counts - held_out[0] - held_out[1]
-        vocab = Vocab.from_counts(self._points, counts, known)
-        unseen = vocab.look_up(self._points.clone()) < 0
+        vocab = Vocab.from_counts(self._points, counts, known, min_count, fixed)
+        table = vocab.look_up(self._points.clone())
+        if vocab.unknown:
+            table[table < 0] = vocab.unknown.id
+        unseen = table < 0
+        if fixed and (lacking := self._points[unseen & (self._counts > 0)].tolist()):
+            raise _too_small(lacking)
         missing = [0, *(int(count[unseen].sum()) for count in held_out)]
         train, val, test = (end - first - lost for (first, end), lost in zip(places, missing, strict=True))
         order = sorted(range(3), key=lambda k: places[k])
-        digest = self._digest.hexdigest()
-        return Encoded(vocab, (train, val, test), order, sum(missing), digest, self._final(vocab))
+        ids = self._final(table, smallest_dtype(len(vocab)))
+        return Encoded(vocab, (train, val, test), order, sum(missing), self._digest.hexdigest(), ids)
 
     def _count(self, begin: int, end: int) -> Tensor:
         counts = torch.zeros(len(self._points), dtype=torch.int64)
@@ -174,10 +188,11 @@ class Encoder:
             counts += torch.bincount(ids, minlength=len(counts))
         return counts
 
-    def _final(self, vocab: Vocab) -> Iterator[Tensor]:
-        """The final ids of the text by `vocab`, in pieces, without the characters that it lacks."""
-        dtype = smallest_dtype(len(vocab))
-        table = vocab.look_up(self._points.clone())
+    def _final(self, table: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The final ids of the text, in pieces.
+
+        table: the final id of each preliminary id, -1 for a character to leave out. dtype: of the final ids.
+        """
         missing = (table[:256] < 0).nonzero().flatten()
         as_bytes = bytes(F.pad(table[:256], (0, 256 - len(table[:256]))).to(torch.uint8).tolist())
         for ids in self._read(0, self.length):
@@ -217,13 +232,24 @@ class Encoder:
             ) from None
 
 
+def _too_small(lacking: list[int]) -> CharlmError:
+    """Return the error for a fixed vocabulary without the code points `lacking` of the text."""
+    named = ", ".join(ascii_name(chr(point)) for point in lacking[:_NAMED])
+    more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+    return CharlmError(
+        f"the text has {len(lacking)} characters that corpus.vocabulary lacks: {named}{more}; set "
+        "corpus.min_count to 2 or more, so that they become one unknown, or name a file that has them"
+    )
+
+
 @dataclass(frozen=True)
 class Encoded:
     """The encoded splits of a text.
 
     sizes: the numbers of characters of train, val and test.
     order: their order in `ids`, by their indices in `sizes`.
-    unseen: the number of characters in val and test that are not in train; they are left out.
+    unseen: the number of characters in val and test that are not in the vocabulary; they are left out. With
+        an unknown class, none are.
     fingerprint: SHA-256 of the text in UTF-8.
     ids: the splits, one after the other, in pieces.
     """

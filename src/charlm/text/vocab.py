@@ -1,7 +1,8 @@
 """`Vocab`: character to id and back, as tensors."""
 
+import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from charlm.errors import CharlmError, UnknownCharactersError
 
 Unknown = Literal["error", "skip", "replace"]
+
+UNKNOWN = "\ufffd"  # stands in a vocabulary for the class of all characters outside it
 
 _CHUNK = 2**18  # characters encoded together: the tensors made for them stay in the processor's cache
 _NAMED = 8  # unknown characters that an error names
@@ -27,34 +30,85 @@ def _chunks(text: str) -> Iterator[Tensor]:
     return (code_points(text[start : start + _CHUNK]) for start in range(0, len(text), _CHUNK))
 
 
-class Vocab:
-    """The characters that a model knows; a character's id is its index in `characters`."""
+class UnknownClass(NamedTuple):
+    """A class of characters that a model predicts as one.
 
-    def __init__(self, characters: str):
+    id: of the class. kinds: the number of different characters in it, each as probable as the others.
+    """
+
+    id: int
+    kinds: int
+
+    def nats(self, targets: Tensor) -> Tensor:
+        """Return -ln p of the character given its class: ln kinds where ids `targets` (…) are `id`, else 0.
+
+        float64 on the CPU, of the shape of `targets`.
+        """
+        return (targets == self.id).cpu().double() * math.log(self.kinds)
+
+
+class Vocab:
+    """The characters that a model knows; a character's id is its index in `characters`.
+
+    kinds: the number of rare characters of the training text for which `UNKNOWN`, one of `characters`,
+        stands; 0 if it stands for itself.
+    unknown: the class of these characters, or None. All characters outside the vocabulary belong to it.
+    writable: the ids of all other characters (V,) or (V - 1,), int64.
+    """
+
+    def __init__(self, characters: str, kinds: int = 0):
         assert len(set(characters)) == len(characters), "a character occurs twice"
         self.characters = characters
-        sizes = [len(char.encode("utf-8", "surrogatepass")) for char in characters]
-        self._sizes = torch.tensor(sizes, dtype=torch.uint8, device="cpu")  # in UTF-8
+        self.unknown = UnknownClass(characters.index(UNKNOWN), kinds) if kinds else None
         self._points = code_points(characters)
         # By code point; the last entry is that of all larger ones.
         rows = max(map(ord, characters), default=0) + 2
         self._ids = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
         self._ids[self._points] = torch.arange(len(characters), dtype=torch.int32, device="cpu")
+        self.writable = torch.arange(len(characters), device="cpu")
+        if self.unknown:
+            self._ids[ord(UNKNOWN)] = -1  # in a text, it is one of the characters outside the vocabulary
+            self.writable = self.writable[self.writable != self.unknown.id]
 
     @classmethod
-    def from_counts(cls, points: Tensor, counts: Tensor, known: str = "") -> "Vocab":
+    def from_counts(
+        cls,
+        points: Tensor,
+        counts: Tensor,
+        known: "Vocab | None" = None,
+        min_count: int = 1,
+        fixed: bool = False,
+    ) -> "Vocab":
         """Return the vocabulary of distinct code points (N,) that occur `counts` (N,) times.
 
         First come the characters of `known`, then the others; the most frequent one is the first of them, and
-        ties are in the order of code points.
-        Raises `CharlmError` if none occurs.
+        ties are in the order of code points. With ``min_count > 1``, or if `known` has the unknown class, the
+        others that occur fewer than `min_count` times belong to this class, which comes last; its number of
+        kinds is that of `known`, or counted here.
+
+        fixed: no character is added to `known`; with ``min_count > 1`` there is always an unknown class.
+        Raises `CharlmError` if no character occurs, or none often enough.
         """
         present = counts > 0
         if not present.any():
             raise CharlmError("the corpus is empty: it has no characters")
+        known = known or cls("")
         points, by_point = points[present].sort()
-        order = torch.argsort(counts[present][by_point], descending=True, stable=True)
-        return cls("".join(dict.fromkeys([*known, *map(chr, points[order].tolist())])))
+        counts, order = counts[present][by_point].sort(descending=True, stable=True)
+        points = points[order]
+        added = known.look_up(points.clone()) < 0
+        kinds = 0
+        if min_count > 1 or known.unknown:
+            rare = added & ((counts < min_count) | (points == ord(UNKNOWN)) | fixed)
+            kinds = known.unknown.kinds if known.unknown else max(int(rare.sum()), int(fixed))
+            added &= ~rare
+        new = [] if fixed else map(chr, points[added].tolist())
+        vocab = cls("".join(dict.fromkeys([*known.characters, *new, *(UNKNOWN if kinds else "")])), kinds)
+        if not len(vocab.writable):
+            raise CharlmError(
+                f"no character occurs {min_count} times in train (corpus.min_count); use a smaller number"
+            )
+        return vocab
 
     def __len__(self) -> int:
         return len(self.characters)
@@ -74,9 +128,9 @@ class Vocab:
     ) -> Tensor:
         """Return the ids of `text`: `dtype` of shape (N,), N the number of characters that are not skipped.
 
-        unknown: how characters outside the vocabulary are treated. ``error`` raises
-            `UnknownCharactersError`, which names each with its position; ``skip`` leaves them out;
-            ``replace`` encodes `replacement` for each.
+        unknown: how characters outside the vocabulary are treated. ``error`` encodes the unknown class for
+            each; without one, it raises `UnknownCharactersError`, which names each with its position.
+            ``skip`` leaves them out; ``replace`` encodes `replacement` for each.
         name: the name of the text in the error.
         begin: the position of `text` in a longer text, for the error.
         """
@@ -85,9 +139,11 @@ class Vocab:
             chunk = self.look_up(points)
             if chunk.min() < 0:
                 missing = chunk < 0
-                if unknown == "error":
+                if unknown == "error" and self.unknown:
+                    chunk = chunk.masked_fill(missing, self.unknown.id)
+                elif unknown == "error":
                     raise UnknownCharactersError(self._describe(text, name, begin))
-                if unknown == "skip":
+                elif unknown == "skip":
                     chunk = chunk[~missing]
                 else:
                     chunk = chunk.masked_fill(missing, self.characters.index(self.replacement))
@@ -103,12 +159,8 @@ class Vocab:
         """Return the text of `ids`, integers of shape (N,)."""
         return "".join(self.characters[i] for i in ids.tolist())
 
-    def num_bytes(self, ids: Tensor) -> int:
-        """Return the number of bytes of the text of `ids` (N,) in UTF-8."""
-        return int(self._sizes.index_select(0, ids).sum(dtype=torch.int64))
-
     def look_up(self, points: Tensor) -> Tensor:
-        """Return the ids of code points (N,), -1 for unknown ones; `points` is overwritten."""
+        """Return the ids of code points (N,), -1 outside the vocabulary; `points` is overwritten."""
         # Ten times as fast as indexing.
         return self._ids.index_select(0, points.clamp_(max=len(self._ids) - 1))
 

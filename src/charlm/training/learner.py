@@ -75,6 +75,7 @@ class Learner:
         torch.manual_seed(group.seed(config.train.seed))  # dropout draws from torch's global generators
         model = make_model(len(corpus.vocab), config.model, self.device)
         model.initialise(config.train.seed)
+        model.unknown = corpus.vocab.unknown
         if initial:
             try:
                 copy_weights(initial, model)
@@ -153,7 +154,7 @@ class Learner:
         # The processes take the mean of the gradients.
         (loss * (weight * self.group.size)).backward()  # type: ignore[no-untyped-call]
         norm = clip_gradients(self.model, train).item()
-        nats, characters = self.group.sum(loss.item() * weight), sequences * y.shape[1]
+        nats, characters = self.group.sum(self._nats(loss, y) * weight), sequences * y.shape[1]
         finite = math.isfinite(nats) and math.isfinite(norm)
         self.skip_reason = None if finite else f"the loss is {nats:.4g}, the norm of the gradient {norm:.4g}"
         if finite:
@@ -173,6 +174,11 @@ class Learner:
         for sums in (progress.since_evaluation, progress.since_row):
             sums.add(nats if finite else 0.0, characters if finite else 0, seconds)
         return nats, characters, seconds
+
+    def _nats(self, loss: Tensor, y: Tensor) -> float:
+        """Return the mean of -ln p of the characters of y (B, T), of which `loss` predicts the ids."""
+        unknown = self.model.unknown  # its constant has no gradient
+        return loss.item() + (float(unknown.nats(y).mean()) if unknown else 0.0)
 
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the training depends on; all processes must call this.

@@ -23,6 +23,7 @@ from charlm.storage.model_file import load_model
 from charlm.storage.run import Run
 from charlm.text.batches import val_characters
 from charlm.text.corpus import Corpus
+from charlm.text.vocab import UNKNOWN
 from charlm.training.distributed import ALONE, Group
 from charlm.training.learner import Learner
 from charlm.training.optim import set_lr
@@ -80,9 +81,11 @@ class Trainer:
         implementation, reason = choose_implementation(model, learner.device)
         precision = str(learner.precision).removeprefix("torch.")
         processes = f"{self.group.size} processes × batch " if self.group.size > 1 else ""
+        unknown = corpus.vocab.unknown
+        rare = f", one of them for {unknown.kinds:,} rare characters" if unknown else ""
         lines = [
             f"corpus   {self.config.corpus.source}{files}: {sizes} characters, "
-            f"vocabulary of {len(corpus.vocab)}",
+            f"vocabulary of {len(corpus.vocab)}{rare}",
             f"model    {model.cell} {model.num_layers} × {model.hidden_size}, {model.direction}: "
             f"{num_parameters(learner.model):,} parameters",
             f"         {implementation} ({reason})",
@@ -110,7 +113,7 @@ class Trainer:
         lines = self.corpus.vocab.decode(ids[:2000]).split("\n")
         # The split may start in the middle of a line.
         words = next((found for line in lines[1:] if len(found := line.split()) > 1), lines[0].split()[1:])
-        prefix = "".join(char for char in " ".join(words[:3])[:40] if char.isprintable())
+        prefix = "".join(c for c in " ".join(words[:3])[:40] if c.isprintable() and c != UNKNOWN)
         known = self.corpus.vocab.characters
         if not prefix:
             prefix = next((char for char in known if char.isalpha()), known[0])
@@ -307,7 +310,8 @@ class Trainer:
     @property
     def guessing(self) -> float:
         """The loss of a model that takes all characters for equally probable, in nats."""
-        return math.log(len(self.corpus.vocab))
+        vocab = self.corpus.vocab
+        return math.log(len(vocab.writable) + (vocab.unknown.kinds if vocab.unknown else 0))
 
     def _save(self, sound: bool = False, keep: bool = True) -> None:
         """Write the state and the models; `sound` and `keep` as in `Saves.write`."""

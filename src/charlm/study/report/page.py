@@ -50,7 +50,7 @@ def write_report(run: Run, output: Path, source: str | None = None) -> None:
         raise CharlmError(
             "model.direction is 'both', which cannot generate; report allows forward and backward"
         )
-    corpus = training_text(path, loaded.config, loaded.vocab.characters, source)
+    corpus = training_text(path, loaded.config, loaded.vocab, source)
     log, rows = (read(run), curve(run)) if run.metrics.exists() else ([], [])
     page = make_page(run.folder.resolve().name, loaded, corpus, log, rows)
     # The name of a folder can be invalid UTF-8.

@@ -205,6 +205,32 @@ def test_stanza_and_flair_files_give_the_same_logits_and_no_probability_to_reser
         assert found.softmax(-1)[:, :first].max() < 1e-20
 
 
+@pytest.mark.parametrize("options", [{}, {"tie_weights": True, "embedding_size": 6}, {"input": "one_hot"}])
+def test_the_unknown_of_a_model_is_that_of_stanza_and_flair(options):
+    plain = make(**options)
+    vocab = Vocab(VOCAB.characters.replace("ñ", "\ufffd"), 40)
+    loaded = dataclasses.replace(plain, vocab=vocab)
+    loaded.model.unknown = vocab.unknown
+    at, ids = vocab.unknown.id, vocab.encode("abbañ Ω😀").long()
+    with torch.inference_mode():
+        wanted = loaded.model(ids[None], loaded.model.initial_state(1))[0][0]
+    stanza, flair = stanza_state(loaded)["model"], flair_state(loaded)
+    units, items = stanza["vocab"]["_id2unit"], flair["dictionary"].idx2item
+    assert "\ufffd" not in units and [unit.encode() for unit in units[4:]] == items[1:]
+    characters = vocab.characters
+    assert units == ["<PAD>", "<UNK>", "<EMPTY>", "<ROOT>", *characters[:at], *characters[at + 1 :]]
+    for state, names, first, unknown in (
+        (stanza["state_dict"], ("char_emb.", "charlstm.lstm.", "decoder."), 4, 1),
+        (flair["state_dict"], ("encoder.", "rnn.", "decoder."), 1, 0),
+    ):
+        state = {name: each for name, each in state.items() if "_init" not in name}
+        place = torch.tensor([unknown if n == at else first + n - (n > at) for n in range(len(vocab))])
+        found = by_hand(state, names, place[ids])
+        assert torch.allclose(found[:, place], wanted, atol=1e-6)
+        others = [n for n in range(first) if n != unknown]
+        assert not others or found.softmax(-1)[:, others].max() < 1e-20
+
+
 def test_a_flair_file_names_the_dictionary_class_of_flair_and_no_class_of_charlm(tmp_path):
     path = tmp_path / "m.pt"
     export_model(make(cell="gru"), "flair", path)

@@ -1,21 +1,21 @@
 """Export of a model to the files of other programs: ONNX, Stanza, Flair and plain PyTorch.
 
-The weights are copied unchanged; the formats differ in names, and in the ids that they reserve. Reserved ids
-get embeddings of zeros, and logits so low that the probabilities of the characters stay the same.
+The weights are copied unchanged; the formats differ in names, and in the ids that they reserve. The unknown
+that a model has learnt becomes that of Stanza and Flair. Other reserved ids get embeddings of zeros, and
+logits so low that the probabilities of the characters stay the same.
 """
 
 import io
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from charlm.config import Config
 from charlm.errors import CharlmError
@@ -122,11 +122,14 @@ def _write_all(files: list[tuple[Path, bytes]]) -> None:
 
 
 def plain_weights(
-    model: CharLM, extra: int = 0, names: tuple[str, str, str] = ("embedding", "recurrent", "head")
+    model: CharLM,
+    reserved: Sequence[str] = (),
+    names: tuple[str, str, str] = ("embedding", "recurrent", "head"),
 ) -> dict[str, Tensor]:
     """Return the weights in float32, by the names of an `nn.Embedding`, a recurrent stack and an `nn.Linear`.
 
-    extra: the number of reserved ids before those of the characters. names: of the three modules.
+    reserved: the units of the reserved ids before those of the characters; the weights of the model's unknown
+        are moved to those of the unit ``<unk>``. names: of the three modules.
     A model that reads one-hot vectors gets the embedding that makes them.
     """
     weights = {name: tensor.float().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -135,19 +138,37 @@ def plain_weights(
         table = torch.eye(model.vocab_size)
     matrix, bias = weights.pop("head.weight"), weights.pop("head.bias")
     embedding, recurrent, head = names
+    unknown = model.unknown.id if model.unknown else None
+
+    def rows(tensor: Tensor, value: float = 0.0) -> Tensor:
+        """Return `tensor` (V, ...) with a row of `value` for each reserved id before it."""
+        if not reserved:
+            return tensor
+        before = tensor.new_full((len(reserved), *tensor.shape[1:]), value)
+        if unknown is None:
+            return torch.cat([before, tensor])
+        before[[unit.lower() for unit in reserved].index("<unk>")] = tensor[unknown]
+        return torch.cat([before, tensor[:unknown], tensor[unknown + 1 :]])
+
     return {
-        f"{embedding}.weight": F.pad(table, (0, 0, extra, 0)),
+        f"{embedding}.weight": rows(table),
         **{name.replace("recurrent", recurrent): tensor for name, tensor in weights.items()},
-        f"{head}.weight": F.pad(matrix, (0, 0, extra, 0)),
-        f"{head}.bias": F.pad(bias, (extra, 0), value=_RESERVED_LOGIT),
+        f"{head}.weight": rows(matrix),
+        f"{head}.bias": rows(bias, _RESERVED_LOGIT),
     }
+
+
+def _units(reserved: Sequence[str], loaded: Loaded) -> list[str]:
+    """Return the text of each id: the reserved ones, then the characters without the model's unknown."""
+    unknown = loaded.model.unknown
+    return [*reserved, *(c for n, c in enumerate(loaded.vocab.characters) if not unknown or n != unknown.id)]
 
 
 def stanza_state(loaded: Loaded) -> dict[str, Any]:
     """Return what Stanza's `CharacterLanguageModel` loads: plain values and tensors."""
     model, config = loaded.model, loaded.config
-    units = [*STANZA_UNITS, *loaded.vocab.characters]
-    weights = plain_weights(model, len(STANZA_UNITS), STANZA_NAMES)
+    units = _units(STANZA_UNITS, loaded)
+    weights = plain_weights(model, STANZA_UNITS, STANZA_NAMES)
     start = torch.zeros(config.model.num_layers, 1, config.model.hidden_size)
     return {
         "model": {
@@ -179,8 +200,8 @@ def stanza_state(loaded: Loaded) -> dict[str, Any]:
 def flair_state(loaded: Loaded) -> dict[str, Any]:
     """Return what Flair's `LanguageModel` loads: plain values, tensors and a `flair.data.Dictionary`."""
     model, config = loaded.model, loaded.config
-    items = [unit.encode() for unit in (*FLAIR_UNITS, *loaded.vocab.characters)]
-    weights = plain_weights(model, len(FLAIR_UNITS), FLAIR_NAMES)
+    items = [unit.encode() for unit in _units(FLAIR_UNITS, loaded)]
+    weights = plain_weights(model, FLAIR_UNITS, FLAIR_NAMES)
     return {
         "state_dict": weights,
         "dictionary": FlairDictionary(items),

@@ -203,7 +203,7 @@ BAD = {
     "nan temperature": (["generate", "--temperature", "nan"], 2, "finite"),
     "unknown bits": (["generate", "--quantize", "int4"], 2, "'int4' is not one of 'bf16', 'int8'"),
     "a stop text that cannot come": (["generate", "--stop", "Ω"], 2, "can never be written"),
-    "too large a model": (["train", "--set", "model.hidden_size=1000000"], 1, "out of memory"),
+    "too large a model": (["train", "--set", "model.hidden_size=1000000"], 2, "smaller model"),
     "a name too long": (["train", "--name", "n" * 300], 1, "too long"),
     "unknown option": (["train", "--confg", "x"], 2, "--confg"),
     "unknown command": (["trian"], 2, "trian"),

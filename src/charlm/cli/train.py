@@ -136,7 +136,7 @@ def _make_trainer(
         saved = run.last.is_file()  # it has the characters that were added, and its weights are restored
         loaded = load_model(run.last if saved else find_model(config.train.init_from))
         initial, known = None if saved else loaded.model, loaded.vocab.characters
-    corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading, known))
+    corpus = group.in_turn(lambda: Corpus.load(config.corpus, display.reading, known, config.train.seed))
     group.check_same("text", corpus.fingerprint)
     count, reason = choose_threads(threads, config.model, config.batches.batch_size)
     torch.set_num_threads(count)

@@ -76,7 +76,7 @@ def training_text(path: Path, config: Config, vocab: str, source: str | None = N
     """
     corpus_config = config.corpus.model_copy(update={"source": source} if source else {})
     try:
-        corpus = Corpus.load(corpus_config)
+        corpus = Corpus.load(corpus_config, seed=config.train.seed)
     except CharlmError as error:
         raise CharlmError(
             f"this takes the text that the model was trained on: {error}; say where it is now: --corpus PATH"

@@ -56,7 +56,8 @@ def compare(configs: dict[str, Config], runs: dict[str, Run], reporter: Reporter
     """
     assert configs.keys() == runs.keys(), "each configuration has a run"
     _refuse_differences(configs)
-    corpus = Corpus.load(next(iter(configs.values())).corpus)
+    common = next(iter(configs.values()))
+    corpus = Corpus.load(common.corpus, seed=common.train.seed)
     for config in configs.values():
         Trainer(config, corpus)  # raises before the first training begins
     rows: list[Comparison] = []

@@ -69,6 +69,21 @@ def generate_batch(
     return texts
 
 
+def sample(model: CharLM, vocab: Vocab, boundary: int | None, length: int, generator: torch.Generator) -> str:
+    """Return a text of `length` characters, at the default temperature.
+
+    boundary: as in `Corpus`. With it, the text is records, each from a zero state, with a line end after it;
+        the last one is cut.
+    """
+    start = torch.tensor([] if boundary is None else [boundary], dtype=torch.int32, device="cpu")
+    sampling = Sampling() if boundary is None else Sampling(stop=vocab.characters[boundary])
+    text = ""
+    while len(text) < length:
+        written = "".join(generate(model, vocab, start, length - len(text), sampling, generator))
+        text += written.replace(sampling.stop, "\n") if sampling.stop else written
+    return text
+
+
 @torch.inference_mode()
 def _next_ids(
     model: CharLM,

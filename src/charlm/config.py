@@ -100,7 +100,7 @@ class CorpusConfig(Section):
     test: str | list[str] | None = _key(None, "another text for test, as source; null: the part in split")
     max_chars: Positive | None = _key(None, "use only this many characters of source; null: all")
     records: str | None = _key(
-        None, "the text is a list of records, split at line ends or a delimiter and shuffled; null: one text"
+        None, "line, or the delimiter: the text is a list, shuffled and read one by one; null: one text"
     )
 
     @model_validator(mode="after")

@@ -43,11 +43,16 @@ def test_units_join_to_the_text_and_their_bits_sum_to_those_of_evaluate(model, k
 @pytest.mark.parametrize("known", [0, 2**16])
 def test_records_are_scored_alone_and_equal_ones_equally(monkeypatch, kind, known):
     monkeypatch.setattr(scoring, "_KNOWN", known)
+    read, record_surprisals = [], scoring.record_surprisals
+    monkeypatch.setattr(
+        scoring, "record_surprisals", lambda m, ids, b: read.extend(ids) or record_surprisals(m, ids, b)
+    )
     lines, corpus = ["ab ba", "", "a", "ñab", "ab ba", "b", "ab ba"], CorpusConfig(records="line")
     model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
     text = "\n".join(lines)
     units = list(score_records(model, VOCAB, [text[:9], text[9:]], corpus, kind))
     full = [line for line in lines if line]
+    assert not known or len(read) == len(set(full)), "equal ones are read once"
     assert "".join(unit.text for unit in units) == "\n".join(full) + "\n"
     assert all(text[unit.start :].startswith(unit.text.removesuffix("\n")) for unit in units)
     assert sum(unit.characters for unit in units) == sum(len(line) + 1 for line in full)

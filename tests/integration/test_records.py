@@ -7,7 +7,10 @@ import pytest
 
 from charlm import load
 from charlm.errors import CharlmError
+from charlm.inference.evaluate import evaluate
+from charlm.metrics import Score
 from charlm.storage.model_file import load_model
+from charlm.text.corpus import Corpus
 from conftest import settings
 
 NAMES = [f"{first}{second}{third}" for first in "abcde" for second in "aeiou" for third in ("", "n", "la")]
@@ -35,7 +38,10 @@ def test_records_are_scored_with_their_boundaries(charlm, names):
     assert "records, 8 ×" in names.err and "reset for each record" in names.err
     row = json.loads(Path("runs/names/metrics.jsonl").read_text().splitlines()[-1])
     loaded = load_model(Path("runs/names/model.safetensors"))
-    assert "\n" in loaded.vocab.characters and row["test_loss"] > 0
+    corpus = Corpus.load(loaded.config.corpus, seed=loaded.config.train.seed)
+    for split, loss in ((corpus.val, loaded.figures["val_loss"]), (corpus.test, row["test_loss"])):
+        naive = [evaluate(loaded.model, corpus.vocab.encode(f"\n{name}\n")) for name in corpus.texts(split)]
+        assert loss == pytest.approx(sum(naive, Score()).loss, rel=1e-5)
     Path("some.txt").write_text("ban\n\nala\nban\n")
     scored = charlm("score", "some.txt", "--unit", "line", "--json")
     lines = [json.loads(line) for line in scored.out.splitlines()]
@@ -101,4 +107,5 @@ def test_records_between_delimiters(charlm):
     written = charlm("generate", "--num-samples", "3", "-t", "1", "--seed", "1")
     assert written.code == 0 and written.out.count("<|end|>") == 2 and "\x1e" not in written.out
     rows = charlm("score", "poems.txt", "--unit", "line").out.splitlines()
+    assert charlm("report", "poems").code == 0
     assert len(rows) == 1 + len(NAMES) and rows[1].endswith("\taa\\naa\\x1e")

@@ -22,7 +22,7 @@ Kind = Literal["char", "word", "line"]
 # The end of each unit. A word includes the space that follows it: it ends where the next word begins.
 _ENDS = {"char": re.compile(r".", re.S), "word": re.compile(r"(?<=\s)(?=\S)"), "line": re.compile(r"\n")}
 _Nats = list[float | None]  # of each character; None for the character without a prediction
-_KNOWN = 2**16  # records whose nats are kept, for the equal ones after them
+_KNOWN = 2**20  # characters of records whose nats are kept, for the equal records after them
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ def score_records(
     corpus: the configuration of the text that the model was trained on.
     """
     assert corpus.separator and corpus.boundary
-    boundary, known = vocab.characters.index(corpus.boundary), dict[str, _Nats]()
+    boundary, known, size = vocab.characters.index(corpus.boundary), dict[str, _Nats](), 0
     for found in in_records(itertools.chain(pieces, [corpus.separator]), corpus):
-        if len(known) > _KNOWN:
-            known.clear()
+        if size > _KNOWN:
+            known, size = {}, 0
         ids = {text: vocab.encode(text, unknown, name, begin=at) for at, text in found if text not in known}
         read = record_surprisals(model, [*ids.values()], boundary)
         known |= {text: nats.tolist() for text, nats in zip(ids, read, strict=True)}
+        size += sum(map(len, read))
         for start, text in found:
             shown = vocab.decode(vocab.encode(text, unknown)) if unknown != "error" else text
             record = shown + corpus.boundary, known[text]

@@ -105,10 +105,7 @@ class Trainer:
 
     @property
     def suggested_prefix(self) -> str:
-        """A prefix to show how to generate: the first words of a line of the val split, and a space.
-
-        With records it is the first character of one.
-        """
+        """A prefix to show how to generate: words of a line of val and a space, or one character."""
         if self.corpus.boundary is not None:
             return self.corpus.vocab.decode(self.corpus.train[:1])
         ids = self.val if len(self.val) else self.corpus.train

@@ -43,9 +43,9 @@ def train(text, minutes, settings=()):
 
 def random_settings(text, minutes, generator):
     """Return a random change of the chosen settings, with the steps that fit the time."""
-    characters, classes = text_size(CorpusConfig(source=text))
+    size = text_size(CorpusConfig(source=text))
     speeds = machine_speeds()
-    values = choose(characters, classes, 60 * minutes, speeds).values
+    values = choose(size, 60 * minutes, speeds).values
     before, model, batches = values["model"]["hidden_size"], values["model"], values["batches"]
     hidden = max(64, round(before * generator.choice([0.5, 0.75, 1, 1, 1.25, 1.5]) / 32) * 32)
     batch, length = generator.choice([16, 24, 32]), generator.choice([48, 64, 96, 128])
@@ -53,7 +53,7 @@ def random_settings(text, minutes, generator):
     lr = values["train"]["lr"] * generator.choice([0.5, 0.75, 1, 1.4])
 
     def rate(units):
-        return interpolated(speeds, units) / (4 * units**2 + classes * units)
+        return interpolated(speeds, units) / (4 * units**2 + size.classes * units)
 
     characters_read = values["train"]["max_steps"] * batches["batch_size"] * batches["seq_len"]
     steps = max(int(characters_read * rate(hidden) / rate(before) / (batch * length)), 1)

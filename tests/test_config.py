@@ -72,12 +72,32 @@ def test_a_configuration_survives_yaml():
         ("train.lr", ["'train.lr'", "KEY=VALUE"]),
         ("train.lr={", ["train.lr={", "YAML"]),
         ("train.checkpoint_every=10 days", ["'10 days'", "10min"]),
+        ("corpus.records=''", ["corpus.records is ''", "line"]),
     ],
 )
 def test_an_error_names_key_value_and_what_is_allowed(text, parts):
     message = error(text)
     assert "\n" not in message
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("model.direction=backward", "model.direction: forward"),
+        ("model.direction=both", "model.direction: forward"),
+        ("batches.sampling=contiguous", "batches.sampling: sliding"),
+        ("batches.shuffle=false", "batches.shuffle: true"),
+        ("batches.max_train_windows=5", "batches.max_train_windows: null"),
+        ("batches.max_val_windows=5", "batches.max_val_windows: null"),
+        ("train.loss_on=last", "train.loss_on: all"),
+        ("train.teacher_forcing=0.5", "train.teacher_forcing: 1.0"),
+    ],
+)
+def test_records_refuse_settings_of_a_continuous_text(text, needed):
+    message = error("corpus.records=line", text)
+    assert "\n" not in message and f"corpus.records needs {needed}" in message
+    load(None, ["corpus.records=line"])
 
 
 def test_a_bare_key_stands_for_the_section_that_has_it(monkeypatch):

@@ -83,6 +83,9 @@ def reader(charlm, folder, monkeypatch):
     for name in ("quijote.txt", "tinyshakespeare.txt", "book.txt", "sequel.txt", "letters/one.txt"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(book, encoding="utf-8")
+    names = [f"{first}{second}" for first in "Sancho" for second in "de la Mancha"]
+    Path("names.txt").write_text("\n".join(names))
+    Path("poems.txt").write_text("\n\n".join(f"{name},\n{name}" for name in names))
     Path("more").mkdir()
     Path("more/two.txt.gz").write_bytes(gzip.compress(book.encode()))
 

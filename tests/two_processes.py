@@ -17,7 +17,7 @@ from charlm.training.distributed import ALONE, end_process, joined
 from charlm.training.trainer import Trainer
 from conftest import TINY
 
-# Of 67 windows the last batch has 1 for one process and 2 for the other; of 65, none and 1.
+# Of 67 windows the last batch has 1 for one process and 2 for the other; of 65 or 137 records, none and 1.
 CASES = {
     "windows": ["corpus.max_chars=597"],
     "a last batch of one window": ["corpus.max_chars=579"],
@@ -25,6 +25,7 @@ CASES = {
     "builtin": ["model.implementation=builtin", "model.num_layers=2", "model.cell=gru"],
     "filling": ["model.direction=both", "train.clip_value=0.01"],
     "backward": ["model.direction=backward", "model.input=one_hot", "train.loss_on=last"],
+    "records": ["corpus.records=' '", "corpus.max_chars=725"],
     "averaged": [
         "train.ema=0.9", "train.schedule=plateau", "model.tie_weights=true", "model.embedding_size=12",
     ],
@@ -74,7 +75,8 @@ class Recorder:
 def train(text, overrides, folder, group=ALONE, stop_after=None, resume=False, signal_at=None):
     """Train on `text` to the end, or for `stop_after` steps; return the trainer and the recorded steps."""
     config = configure(overrides, group.size)
-    corpus = Corpus.from_text(text[: config.corpus.max_chars or 900])
+    text, records = text[: config.corpus.max_chars or 900], config.corpus.records
+    corpus = Corpus.from_text(text, records=records, seed=config.train.seed)
     trainer, run = Trainer(config, corpus, group), Run(folder)
     if resume:
         trainer.restore(run)

@@ -17,6 +17,8 @@ from charlm.errors import CharlmError, ConfigError
 from charlm.inference import fill, sample
 from charlm.inference.evaluate import CHUNK, evaluate, text_surprisals
 from charlm.inference.sampling import Sampling
+from charlm.inference.score import score_records
+from charlm.metrics import Score
 from charlm.nn.cells import State
 from charlm.nn.model import CharLM, FillLM, evaluating, num_parameters
 from charlm.nn.stepper import Quantize
@@ -80,6 +82,8 @@ class LanguageModel:
         True
 
         A model of ``model.direction: backward`` writes the text before the prefix: the result ends with it.
+        A model of ``corpus.records`` writes one record, which ends before `length` characters where the model
+        ends it.
 
         seed: the same seed gives the same text; by default each call gives another text.
         unknown: how characters that the model does not know are treated (see the class).
@@ -116,6 +120,10 @@ class LanguageModel:
         _check(length, seed, quantize)
         known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         written = sample.generate(self.model, self.vocab, start, length, sampling, _generator(seed), quantize)
+        if boundary := self.config.corpus.boundary:
+            return itertools.chain(
+                [known_prefix], itertools.takewhile(lambda part: part != boundary, written)
+            )
 
         def reversed_parts() -> Iterator[str]:
             end = ""
@@ -151,6 +159,8 @@ class LanguageModel:
         known_prefix, start, sampling = self._read(prefix, replace(sampling, **changes), unknown)
         generators = [_generator(None if seed is None else (seed + k) % 2**63) for k in range(n)]
         texts = sample.generate_batch(self.model, self.vocab, start, length, sampling, generators, quantize)
+        if boundary := self.config.corpus.boundary:
+            texts = [text.removesuffix(boundary) for text in texts]
         return [text[::-1] + known_prefix if self._backward else known_prefix + text for text in texts]
 
     @property
@@ -168,6 +178,11 @@ class LanguageModel:
         stop = clean_input(sampling.stop, self.config.corpus.model_copy(update={"keep": None}))
         if never := sorted(set(stop) - set(self.vocab.decode(self.vocab.writable))):
             raise ConfigError(f"stop {stop!r} can never be written: the model does not know {never}")
+        if boundary := self.config.corpus.boundary:
+            _require(not stop, f"stop {stop!r}", "empty: each record ends where the model ends it")
+            _require(boundary not in known_prefix, f"prefix {prefix!r}", "the beginning of one record")
+            start = torch.tensor([self.vocab.characters.index(boundary)], device="cpu")
+            return known_prefix, torch.cat([start, ids]), replace(sampling, stop=boundary)
         if self._backward:
             ids, stop = ids.flip(0), stop[::-1]
         return known_prefix, ids, replace(sampling, stop=stop)
@@ -203,7 +218,15 @@ class LanguageModel:
         The first character has no prediction and is left out; for a model of ``model.direction: backward``,
         which reads from the end, the last is. A model of ``both`` scores every character given all the
         others: their sum is a pseudo-likelihood, which must not be compared with a likelihood.
+
+        A model of ``corpus.records`` reads each record of `text` alone, and scores its first character and
+        the boundary after it too.
         """
+        corpus = self.config.corpus
+        if corpus.records:
+            pieces = [self._clean(text, unknown)]
+            units = score_records(self.model, self.vocab, pieces, corpus, "char", unknown)
+            return [(unit.text, unit.bits or 0.0) for unit in units]
         known_text, ids = self._encode(text, unknown)
         bits = text_surprisals(self.model, ids) / math.log(2)
         direction = self.config.model.direction
@@ -224,6 +247,11 @@ class LanguageModel:
                 "a model of model.direction: both has no perplexity; the mean of the bits of score() is its "
                 "pseudo-score, which must not be compared with one"
             )
+        if self.config.corpus.records:
+            bits = [bits for _, bits in self.score(text, unknown=unknown)]
+            if not bits:
+                raise CharlmError("the text has no record to score")
+            return Score(math.fsum(bits) * math.log(2), len(bits)).perplexity
         _, ids = self._encode(text, unknown)
         if len(ids) < 2:
             raise CharlmError(f"the text has {len(ids)} characters to score; two or more are needed")

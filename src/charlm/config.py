@@ -103,6 +103,9 @@ class CorpusConfig(Section):
     vocabulary: str | None = _key(
         None, "text file whose characters are the vocabulary, or a model or run; null: those of train"
     )
+    records: str | None = _key(
+        None, "line, or the delimiter: the text is a list, shuffled and read one by one; null: one text"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "CorpusConfig":
@@ -130,6 +133,8 @@ class CorpusConfig(Section):
             raise ValueError(
                 "encoding: bytes needs lowercase: false, keep: null, min_count: 1 and vocabulary: null"
             )
+        if self.records is not None and (not self.records or "\r" in self.records):
+            raise ValueError(f"records is {self.records!r}; allowed: {_FORMS['corpus.records']}")
         if not self.source or (isinstance(self.source, list) and not all(self.source)):
             raise ValueError(
                 "source is empty; allowed: a bundled corpus, a file, a folder, a glob or a list of these"
@@ -140,6 +145,19 @@ class CorpusConfig(Section):
     def has_val(self) -> bool:
         """Whether there is a val split; without one, the last model is the best."""
         return self.split[1] > 0 or bool(self.val)
+
+    @property
+    def separator(self) -> str | None:
+        """The text at which records are split; None for a text that is not a list of records."""
+        return "\n" if self.records == "line" else self.records
+
+    @property
+    def boundary(self) -> str | None:
+        """The character that follows each record; None for a text that is not a list of records.
+
+        For a delimiter it is U+001E, the record separator, so that records can contain line ends.
+        """
+        return {None: None, "line": "\n"}.get(self.records, "\x1e")
 
     @property
     def cleaning(self) -> dict[str, Any]:
@@ -300,14 +318,23 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         if self.model.direction == "both":
-            needed = {
+            needed: dict[str, tuple[Any, Any]] = {
                 "batches.sampling": ("sliding", self.batches.sampling),
                 "train.loss_on": ("all", self.train.loss_on),
                 "train.teacher_forcing": (1.0, self.train.teacher_forcing),
             }
-            wrong = [f"{key}: {want}" for key, (want, have) in needed.items() if want != have]
-            if wrong:
-                raise ValueError(f"model.direction: both needs {', '.join(wrong)}")
+            _refuse_others("model.direction: both", needed)
+        if self.corpus.records is not None:
+            needed = {
+                "model.direction": ("forward", self.model.direction),
+                "batches.sampling": ("sliding", self.batches.sampling),
+                "batches.shuffle": ("true", json.dumps(self.batches.shuffle)),
+                "batches.max_train_windows": ("null", json.dumps(self.batches.max_train_windows)),
+                "batches.max_val_windows": ("null", json.dumps(self.batches.max_val_windows)),
+                "train.loss_on": ("all", self.train.loss_on),
+                "train.teacher_forcing": (1.0, self.train.teacher_forcing),
+            }
+            _refuse_others("corpus.records", needed)
         if self.train.init_from is not None and self.corpus.vocabulary is not None:
             raise ValueError(
                 "train.init_from keeps the characters of its model and adds new ones: set corpus.vocabulary "
@@ -322,6 +349,12 @@ class Config(Section):
                 f"{' and '.join(found)} needs a val split: a val part in corpus.split, or corpus.val"
             )
         return self
+
+
+def _refuse_others(what: str, needed: dict[str, tuple[Any, Any]]) -> None:
+    """Raise ValueError with the keys of `needed` whose value, the second, is not the first."""
+    if wrong := [f"{key}: {want}" for key, (want, have) in needed.items() if want != have]:
+        raise ValueError(f"{what} needs {', '.join(wrong)}")
 
 
 _SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
@@ -380,6 +413,7 @@ def find_key(name: str) -> str:
 _FORMS = {  # of values that a type says less well
     "corpus.encoding": "utf-8, another of Python's encodings, as windows-1252, or bytes",
     "corpus.split": "three numbers that add up to 1, as [0.9, 0.05, 0.05]",
+    "corpus.records": 'line, a delimiter in double quotes, as "\\n\\n", or null',
     "train.betas": "two numbers >= 0 and < 1, as [0.9, 0.99]",
     "train.checkpoint_every": "integer >= 1, a time as 30s, 10min, 2h, or null",
     "train.time_limit": "a time as 30s, 10min, 2h, or null",

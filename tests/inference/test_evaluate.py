@@ -4,7 +4,14 @@ from torch.nn import functional as F
 
 from charlm.config import ModelConfig
 from charlm.inference import evaluate as module
-from charlm.inference.evaluate import evaluate, evaluate_each, surprisals, text_surprisals
+from charlm.inference.evaluate import (
+    evaluate,
+    evaluate_each,
+    evaluate_records,
+    record_surprisals,
+    surprisals,
+    text_surprisals,
+)
 from charlm.metrics import Score
 from charlm.nn.model import CharLM, make_model
 from charlm.text.vocab import UnknownClass
@@ -65,6 +72,38 @@ def test_texts_side_by_side_are_scored_like_each_alone(direction):
         alone = evaluate(model, ids)
         assert (score.characters, score.nats) == (alone.characters, pytest.approx(alone.nats, rel=1e-6))
     assert direction == "both" or sum(counts) == sum(max(len(ids) - 1, 0) for ids in texts)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4096])
+def test_records_are_scored_each_alone_with_the_boundaries(monkeypatch, at_once):
+    monkeypatch.setattr(module, "_RECORDS", at_once)
+    model, boundary = make(), 8
+    records = [torch.randint(8, (n,), dtype=torch.uint8) for n in (3, 1, 12, 1, 0, 7)]
+    alone = [F.pad(ids, (1, 1), value=boundary) for ids in records]
+    expected = [evaluate(model, ids) for ids in alone]
+    ids = torch.cat([each[1:] for each in alone])
+    score = evaluate_records(model, ids, boundary)
+    assert score.characters == len(ids)
+    assert score.nats == pytest.approx(sum(each.nats for each in expected), rel=1e-5)
+    for nats, each in zip(record_surprisals(model, records, boundary), expected, strict=True):
+        assert (len(nats), float(nats.sum())) == (each.characters, pytest.approx(each.nats, rel=1e-5))
+    cut = evaluate_records(model, ids[:-3], boundary)
+    assert cut.characters == len(ids) - 3 and cut.nats < score.nats
+
+
+def test_the_probabilities_of_all_records_add_up_to_one_at_most():
+    model, sums = make_model(3, ModelConfig(hidden_size=6, embedding_size=3)).initialise(0), []
+    for length in range(7):
+        records = (
+            list(torch.cartesian_prod(*[torch.arange(2)] * length).view(-1, length))
+            if length
+            else [torch.empty(0, dtype=torch.int64)]
+        )
+        assert len(records) == 2**length
+        nats = record_surprisals(model, records, boundary=2)
+        sums.append(sum(float((-each.sum()).exp()) for each in nats))
+    # The boundary ends a record with about 1/3 at each character.
+    assert 0.8 < sum(sums) < 1 + 1e-6 and all(sums)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])

@@ -2,10 +2,10 @@ import math
 
 import pytest
 
-from charlm.config import ModelConfig
+from charlm.config import CorpusConfig, ModelConfig
 from charlm.inference import score as scoring
-from charlm.inference.evaluate import evaluate
-from charlm.inference.score import most_surprising, score
+from charlm.inference.evaluate import evaluate, evaluate_records
+from charlm.inference.score import most_surprising, score, score_records
 from charlm.nn.model import make_model
 from charlm.text.vocab import Vocab
 
@@ -37,6 +37,42 @@ def test_units_join_to_the_text_and_their_bits_sum_to_those_of_evaluate(model, k
     silent = [unit.start for unit in units if unit.bits is None]
     nowhere = {"forward": [0], "backward": [len(TEXT) - 1], "both": []}[model.config.direction]
     assert silent == (nowhere if kind == "char" else [])
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "line"])
+@pytest.mark.parametrize("known", [0, 2**16])
+def test_records_are_scored_alone_and_equal_ones_equally(monkeypatch, kind, known):
+    monkeypatch.setattr(scoring, "_KNOWN", known)
+    read, record_surprisals = [], scoring.record_surprisals
+    monkeypatch.setattr(
+        scoring, "record_surprisals", lambda m, ids, b: read.extend(ids) or record_surprisals(m, ids, b)
+    )
+    lines, corpus = ["ab ba", "", "a", "ñab", "ab ba", "b", "ab ba"], CorpusConfig(records="line")
+    model = make_model(len(VOCAB), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
+    text = "\n".join(lines)
+    units = list(score_records(model, VOCAB, [text[:9], text[9:]], corpus, kind))
+    full = [line for line in lines if line]
+    assert not known or len(read) == len(set(full)), "equal ones are read once"
+    assert "".join(unit.text for unit in units) == "\n".join(full) + "\n"
+    assert all(text[unit.start :].startswith(unit.text.removesuffix("\n")) for unit in units)
+    assert sum(unit.characters for unit in units) == sum(len(line) + 1 for line in full)
+    ids = VOCAB.encode("\n".join(full) + "\n")
+    whole = evaluate_records(model, ids, VOCAB.characters.index("\n"))
+    assert sum(unit.bits for unit in units) * math.log(2) == pytest.approx(whole.nats, rel=1e-5)
+    if kind == "line":
+        assert [unit.text[:-1] for unit in units] == full
+        bits = [unit.bits for unit in units if unit.text == "ab ba\n"]
+        assert len(bits) == 3 and bits == pytest.approx([bits[0]] * 3, rel=1e-6 if not known else 0)
+
+
+def test_records_between_delimiters_can_have_line_ends():
+    vocab, corpus = Vocab("ab\n\x1e"), CorpusConfig(records="<>")
+    model = make_model(len(vocab), ModelConfig(hidden_size=6, embedding_size=3)).initialise(0)
+    units = list(score_records(model, vocab, ["a\nb <", ">\nb"], corpus, "line"))
+    assert [(unit.start, unit.text, unit.characters) for unit in units] == [
+        (0, "a\nb\x1e", 4),
+        (7, "b\x1e", 2),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["word", "line"])

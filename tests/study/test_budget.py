@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from charlm.config import CorpusConfig, from_data
 from charlm.errors import ConfigError
 from charlm.study import budget
-from charlm.study.budget import choose, machine_speeds, text_size
+from charlm.study.budget import Size, choose, machine_speeds, text_size
 from charlm.text.corpus import Corpus
 from charlm.training.learner import Learner
 
@@ -24,7 +25,7 @@ SPEEDS = {64: 5e9, 128: 2e10, 256: 6e10, 512: 1e11, 1024: 1.2e11}
 def test_choice_is_a_configuration_whose_steps_fit_the_time(characters, classes, seconds, speed):
     speeds = dict.fromkeys(SPEEDS, speed)
     try:
-        values = choose(characters, classes, seconds, speeds).values
+        values = choose(Size(characters, classes), seconds, speeds).values
     except ConfigError:
         assert characters / 50e6 + 6 > seconds
         return
@@ -39,7 +40,7 @@ def test_choice_is_a_configuration_whose_steps_fit_the_time(characters, classes,
 
 
 def test_more_time_gives_larger_models_and_more_dropout():
-    chosen = [choose(10**6, 65, 60 * minutes, SPEEDS).values for minutes in (1, 3, 10, 30)]
+    chosen = [choose(Size(10**6, 65), 60 * minutes, SPEEDS).values for minutes in (1, 3, 10, 30)]
     for key in ("hidden_size", "dropout"):
         values = [each["model"][key] for each in chosen]
         assert values == sorted(values) and len(set(values)) > 1
@@ -48,7 +49,7 @@ def test_more_time_gives_larger_models_and_more_dropout():
 
 
 def test_tiny_text_gets_a_small_model_that_stops_early_and_an_enormous_one_less_than_an_epoch():
-    tiny, large = (choose(size, 65, 600, SPEEDS).values for size in (30_000, 4 * 10**9))
+    tiny, large = (choose(Size(size, 65), 600, SPEEDS).values for size in (30_000, 4 * 10**9))
     assert tiny["model"]["hidden_size"] < 192 < large["model"]["hidden_size"]
     assert tiny["model"]["dropout"] == 0.5 and large["model"]["dropout"] == 0
     assert tiny["train"]["early_stopping"] and not large["train"]["early_stopping"]
@@ -58,13 +59,13 @@ def test_tiny_text_gets_a_small_model_that_stops_early_and_an_enormous_one_less_
 
 def test_too_short_a_time_is_refused_with_one_that_is_not():
     with pytest.raises(ConfigError, match="allowed here: 0.2 or more"):
-        choose(1000, 65, 2, SPEEDS)
-    choose(1000, 65, 12, SPEEDS)
+        choose(Size(1000, 65), 2, SPEEDS)
+    choose(Size(1000, 65), 12, SPEEDS)
 
 
 def test_chosen_settings_train(folder, words):
     corpus = Corpus.from_text(words)
-    values = choose(len(words), len(corpus.vocab), 20, SPEEDS).values
+    values = choose(Size(len(words), len(corpus.vocab)), 20, SPEEDS).values
     learner = Learner(from_data({**values, "train": {**values["train"], "device": "cpu"}}, ""), corpus)
     x, y = next(learner.remaining_batches())
     assert math.isfinite(learner.step(x, y)[0])
@@ -92,5 +93,16 @@ def test_speeds_are_measured_once_for_each_kind_of_machine(monkeypatch, tmp_path
 @pytest.mark.parametrize("limit", [2**26, 0])
 def test_size_of_a_text_is_counted_or_estimated(folder, words, monkeypatch, limit):
     monkeypatch.setattr(budget, "IN_MEMORY", limit)
-    characters, classes = text_size(CorpusConfig(source="corpus.txt"))
+    characters, classes, _ = text_size(CorpusConfig(source="corpus.txt"))
     assert characters == pytest.approx(len(words), abs=2) and classes == pytest.approx(len(set(words)), abs=2)
+
+
+def test_records_are_read_whole(folder, words):
+    Path("names.txt").write_text("ana\nbo\n" * 50)
+    size = text_size(CorpusConfig(source="names.txt", records="line"))
+    assert size.characters == 350 and size.record == pytest.approx(3.5, abs=0.2)
+    values = choose(size, 20, SPEEDS).values
+    config = from_data({**values, "corpus": {"records": "line"}}, "")
+    assert config.train.max_steps * config.batches.batch_size * size.record == pytest.approx(
+        40 * 315, rel=0.1
+    )

@@ -9,7 +9,9 @@ from charlm.config import BatchesConfig
 from charlm.errors import CharlmError
 from charlm.text.batches import (
     ContiguousStreams,
+    Records,
     SlidingWindows,
+    _Reader,
     make_batches,
     rank_slice,
     shuffled,
@@ -173,6 +175,59 @@ def test_a_batch_that_carries_the_state_continues_the_one_before(sampling):
     steps = walk(batches)
     continues = all(torch.equal(x[:, 0], y[:, -1]) for (_, y), (x, _) in pairwise(steps))
     assert len(steps) > 1 and batches.carries_state == continues
+
+
+BOUNDARY = 9
+
+
+def encoded(records):
+    """Return the ids of `records`, lists of ids, each followed by the boundary."""
+    return torch.tensor([id_ for record in records for id_ in (*record, BOUNDARY)])
+
+
+def read(x, y):
+    """Return the records in a batch, from x and from y, which must agree; padding must be at the ends."""
+    found = []
+    for inputs, targets in zip(x.tolist(), y.tolist(), strict=True):
+        length = targets.index(BOUNDARY) + 1
+        assert targets[length:] == [-1] * (len(targets) - length)
+        assert inputs == [BOUNDARY, *targets[: length - 1]] + [BOUNDARY] * (len(targets) - length)
+        found.append(targets[: length - 1])
+    return found
+
+
+RECORDS = st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=9), min_size=1, max_size=60)
+
+
+@given(RECORDS, st.integers(1, 7), st.integers(0, 5), st.integers(1, 3))
+def test_each_record_is_read_once_in_an_epoch_whole_and_padded(records, batch_size, epoch, together):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("charlm.text.batches._SORTED_TOGETHER", together)
+        batches = Records(encoded(records), BOUNDARY, batch_size)
+        steps = walk(batches, epoch)
+        found = [record for x, y in steps for record in read(x, y)]
+        assert sorted(found) == sorted(records)
+        assert len(steps) == batches.steps_per_epoch
+        assert [len(x) for x, _ in steps] == [batches.sequences(step) for step in range(len(steps))]
+        start = len(steps) // 2
+        rest = walk(batches, epoch, start)
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(steps[start:], rest, strict=True))
+        parts = [
+            Records(encoded(records), BOUNDARY, batch_size, reader=_Reader(rank=k, size=2)) for k in (0, 1)
+        ]
+        for step, *own in zip(steps, *(walk(part, epoch) for part in parts), strict=True):
+            assert read(*step) == [record for batch in own for record in read(*batch)]
+
+
+def test_records_in_a_batch_have_similar_lengths_and_their_order_is_random():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (400,), generator=generator).tolist()
+    batches = Records(encoded([[k % 9] * length for k, length in enumerate(lengths)]), BOUNDARY, 8)
+    steps = walk(batches)
+    assert sum(int((y < 0).sum()) for _, y in steps) < 0.1 * sum(lengths)
+    widths = [y.shape[1] for _, y in steps]
+    assert widths != sorted(widths) and batches.seq_len == max(widths)
+    assert widths != [y.shape[1] for _, y in walk(batches, 1)]
 
 
 @given(st.integers(0, 40), st.integers(1, 9))

@@ -80,6 +80,35 @@ def test_the_loss_counts_the_unknown_class_and_a_uniform_choice(words, loss_on):
     assert learner.step(x, y)[0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_step_on_records_has_the_loss_of_each_record_alone_and_no_gradient_of_padding():
+    names = [" ana", "bo", "carla", "d", "eva maria"]
+    corpus = Corpus.from_text("\n".join(names), (1.0, 0.0, 0.0), records="line")
+    learner = Learner(
+        configure(
+            "model.dropout=0.0",
+            "train.precision=float32",
+            "corpus.records=line",
+            "batches.batch_size=5",
+            "train.clip=none",
+        ),
+        corpus,
+    )
+    expected = []
+    for name in names:
+        ids = corpus.vocab.encode(f"\n{name}\n").long()[None]
+        logits, _ = learner.model(ids[:, :-1], learner.model.initial_state(1))
+        expected.append(F.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
+    characters = sum(len(name) + 1 for name in names)
+    mean = sum(expected) / characters
+    gradients = torch.autograd.grad(mean, list(learner.model.parameters()))
+    ((x, y),) = learner.batches.loader(1, 0)
+    assert (y < 0).any()
+    loss, counted, _ = learner.step(x, y)
+    assert (loss, counted) == (pytest.approx(mean.item(), rel=1e-5), characters)
+    for parameter, gradient in zip(learner.model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_backward_model_trains_on_the_text_reversed(words):
     forward, backward = (
         Learner(configure(f"model.direction={d}", "batches.shuffle=false"), Corpus.from_text(words))

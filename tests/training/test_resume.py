@@ -20,6 +20,7 @@ from charlm.training.learner import differences, refuse_changes
         (["model.init=normal"], True, "default → normal"),
         (["corpus.lowercase=true"], True, "corpus.lowercase: false → true"),
         (["train.optimizer=sgd"], True, "adamw → sgd"),
+        (["corpus.records=line"], True, "null → line"),
     ],
 )
 def test_changes_on_resume(changes, allow, refused):
@@ -31,6 +32,13 @@ def test_changes_on_resume(changes, allow, refused):
         with pytest.raises(ConfigError, match=refused) as caught:
             refuse_changes(before, after, allow)
         assert "\n" not in str(caught.value)
+
+
+def test_the_seed_of_records_cannot_change():
+    before = override(Config(), ["corpus.records=line"])
+    with pytest.raises(ConfigError, match="train.seed: 1 → 2"):
+        refuse_changes(before, override(before, ["train.seed=2"]), True)
+    refuse_changes(Config(), override(Config(), ["train.seed=2"]), True)
 
 
 def test_differences_name_both_values():

@@ -163,7 +163,7 @@ def test_seconds_count_the_making_of_batches_and_no_evaluations(words, tmp_path,
 
     monkeypatch.setattr(trainer.learner.batches, "loader", slow_loader)
     monkeypatch.setattr(Prediction, "forward", slow_forward)
-    monkeypatch.setattr(module, "evaluate", slow_evaluate)
+    monkeypatch.setattr(module, "evaluate_split", slow_evaluate)
     runs.create(run, config)
     reporter = Silent()
     trainer.train(run, reporter)
@@ -263,7 +263,7 @@ def test_signal_finishes_the_step_and_saves(train, tmp_path, number):
 
 def test_early_stopping_waits_for_its_patience(train, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.4, 2.3, 1.0])
-    monkeypatch.setattr(module, "evaluate", lambda *args: Score(next(losses, 9.0), 1))
+    monkeypatch.setattr(module, "evaluate_split", lambda *args: Score(next(losses, 9.0), 1))
     _, run, reporter = train("train.epochs=50", "train.early_stopping=3")
     assert [best for _, best in reporter.rows] == [True, True, False, False, False]
     assert load_model(run.best).figures["val_loss"] == 2.0
@@ -365,7 +365,7 @@ def test_saves_by_time_do_not_change_the_weights(train):
 
 
 def test_val_loss_that_is_not_finite_rolls_back(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "evaluate", lambda *args: Score(math.nan, 1))
+    monkeypatch.setattr(module, "evaluate_split", lambda *args: Score(math.nan, 1))
     with pytest.raises(CharlmError, match="diverged at step 5: the val loss is nan, after 2 rollbacks"):
         train("train.max_steps=9", "train.eval_every=5", "train.max_rollbacks=2")
     assert Run(tmp_path / "run").load_state()["progress"]["step"] == 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from charlm.cli.options import corpus_option, json_option, load, model_options, stdin_for_dash, unknown_option
+from charlm.cli.records import print_record_novelty, write_records
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import json_text
 from charlm.inference.sampling import Sampling, value_type
@@ -84,9 +85,11 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     is_flag=True,
     help="Show on stderr how much of the text is copied from the training text: the longest copied passage, "
     "and the share of its passages of 8, 16 and 32 characters that occur there; for comparison, the same for "
-    "as much held-out text.",
+    "as much held-out text. With a model of records: how many of them are in the training text.",
 )
-@corpus_option(help="The path of the training text, for --novelty, if the text has been moved.")
+@click.option("--unique", is_flag=True, help="With a model of records: write no record twice.")
+@click.option("--new", is_flag=True, help="With a model of records: write none that is in the training text.")
+@corpus_option(help="The path of the training text, for --novelty and --new, if the text has been moved.")
 @click.option("--interactive", "-i", is_flag=True, help="Read prefixes and settings at a prompt.")
 @unknown_option
 @model_options
@@ -97,6 +100,8 @@ def generate(
     num_samples: int,
     quantize: "Quantize | None",
     novelty: bool,
+    unique: bool,
+    new: bool,
     corpus: str | None,
     interactive: bool,
     unknown: "Unknown",
@@ -112,6 +117,9 @@ def generate(
     printed when they are complete, separated by lines of dashes. A model of model.direction: backward writes
     the text before the prefix. A run that is still training can be used.
 
+    A model of corpus.records writes whole records of up to --length characters, as many as --num-samples, one
+    a line or with the delimiter between them. --prefix begins each of them.
+
     With --interactive each line is a prefix, and lines such as ":temperature 0.5" change the settings;
     ":help" shows them. Ctrl-C stops a text, Ctrl-D leaves. The lines can come from a pipe.
     """
@@ -120,15 +128,13 @@ def generate(
     from charlm.nn.stepper import Stepper
     from charlm.storage.run import find_model
 
-    if interactive and (prefix or num_samples > 1 or novelty):
-        raise ConfigError(
-            "--interactive reads the prefixes from a prompt and writes one text for each: "
-            "leave out --prefix, --num-samples and --novelty"
-        )
+    _check_interactive(interactive, prefix or num_samples > 1 or novelty or unique or new)
     sampling = Sampling(**sampling_values)
     if quantize and device == "auto":
         device = "cpu"  # other devices cannot write with fewer bits
     writer = LanguageModel(load(model, implementation, device, threads, num_samples))
+    if (unique or new) and not writer.config.corpus.records:
+        raise ConfigError("--unique and --new need a model that was trained with corpus.records")
     options: dict[str, Any] = {"sampling": sampling, "unknown": unknown, "quantize": quantize}
     prefix = stdin_for_dash(prefix)
     start = writer.generate(prefix, 0, **options)  # raises for invalid arguments before anything is written
@@ -137,16 +143,25 @@ def generate(
     if interactive:
         converse(writer, click.get_current_context())
         return
-    path = find_model(model)
-    trained_on = training_text(path, writer.config, writer.vocab, corpus) if novelty else None
-    if num_samples == 1:
-        written = [print_parts(writer.stream(prefix, length, seed=seed, **options), _of_bytes(writer))]
+    path, options = find_model(model), {**options, "prefix": prefix, "length": length}
+    trained_on = training_text(path, writer.config, writer.vocab, corpus) if novelty or new else None
+    if writer.config.corpus.records:
+        written = write_records(writer, num_samples, seed, unique, new, trained_on, **options)
+    elif num_samples == 1:
+        written = [print_parts(writer.stream(seed=seed, **options), _of_bytes(writer))]
     else:
-        written = _print_batches(writer, num_samples, seed, prefix=prefix, length=length, **options)
-    if trained_on:
-        backward = writer.config.model.direction == "backward"
-        without_prefix = slice(0, -len(start) or None) if backward else slice(len(start), None)
-        _print_novelty([text[without_prefix] for text in written], trained_on)
+        written = _print_batches(writer, num_samples, seed, **options)
+    if novelty and trained_on:
+        _print_novelty(writer, written, len(start), trained_on)
+
+
+def _check_interactive(interactive: bool, other: object) -> None:
+    """Raise `ConfigError` if --interactive is given with an option that is not for it."""
+    if interactive and other:
+        raise ConfigError(
+            "--interactive reads the prefixes from a prompt and writes one text for each: "
+            "leave out --prefix, --num-samples, --novelty, --unique and --new"
+        )
 
 
 def _of_bytes(model: "LanguageModel") -> bool:
@@ -179,10 +194,19 @@ def _print_batches(writer: "LanguageModel", count: int, seed: int | None, **opti
     return written
 
 
-def _print_novelty(texts: list[str], corpus: "Corpus") -> None:
-    """Print on stderr how much of `texts`, and of as much held-out text, occurs in the training text."""
+def _print_novelty(writer: "LanguageModel", texts: list[str], prefix: int, corpus: "Corpus") -> None:
+    """Print on stderr how much of `texts`, and of as much held-out text, occurs in the training text.
+
+    prefix: the length of the prefix, which does not count.
+    """
     from charlm.inference.novelty import SIZES, novelty
 
+    if writer.config.corpus.records:
+        print_record_novelty(texts, corpus)
+        return
+    backward = writer.config.model.direction == "backward"
+    without_prefix = slice(0, -prefix or None) if backward else slice(prefix, None)
+    texts = [text[without_prefix] for text in texts]
     names = [f"text {k}" for k in range(1, len(texts) + 1)] if len(texts) > 1 else ["the text"]
     encoded = dict(zip(names, map(corpus.vocab.encode, texts), strict=True))
     if len(corpus.val):

@@ -5,7 +5,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import click
 
@@ -25,7 +25,7 @@ _BATCH_TEXTS = 256  # texts that eval holds in memory at once, at most
 _BATCH_CHARACTERS = 2**24  # characters from which on no more texts are read before these are scored
 _HELD = 2**23  # characters of a text read forward from which on it is read twice, not held in memory
 _LINES = 1000  # lines that score prints at once
-_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\x1e": "\\x1e"})
 
 
 @click.command("eval")
@@ -53,11 +53,12 @@ def evaluate(
     shown.
 
     A file can have any length; it is read in pieces. Only stdin, and files for a model of direction backward
-    or both, are held in memory whole.
+    or both or of corpus.records, are held in memory whole. A model of corpus.records reads a file as records:
+    all characters of a record and its end are scored, without the records before it.
     """
     from tqdm import tqdm
 
-    from charlm.inference.evaluate import evaluate_each
+    from charlm.inference.evaluate import evaluate_each, evaluate_records
     from charlm.metrics import Score
 
     loaded = load(model, implementation, device, threads, 16)
@@ -67,7 +68,14 @@ def evaluate(
     # disable=None: shown only on a terminal.
     with tqdm(unit=" characters", unit_scale=True, delay=1, leave=False, disable=None) as bar:
         while batch := list(_next_batch(texts)):
-            scores = evaluate_each(loaded.model, [text.ids for text in batch], bar.update)
+            if (boundary := loaded.config.corpus.boundary) is None:
+                scores = evaluate_each(loaded.model, [text.ids for text in batch], bar.update)
+            else:
+                end = loaded.vocab.characters.index(boundary)
+                scores = [
+                    evaluate_records(loaded.model, cast("Tensor", text.ids), end, bar.update)
+                    for text in batch
+                ]
             for text, score in zip(batch, scores, strict=True):
                 rows.append(_metrics(text.path, score, text.num_bytes, text.unknown, prefix))
                 total, total_bytes = total + score, total_bytes + text.num_bytes
@@ -116,7 +124,7 @@ def _print_table(rows: list[dict[str, Any]], prefix: str, with_unknown: bool) ->
 class _Text(NamedTuple):
     """A text to score, which has been read once.
 
-    ids: (N,), or blocks of ids that are read again while they are scored.
+    ids: (N,), or blocks of ids that are read again while they are scored; records, each with the boundary.
     num_bytes: the size of the scored characters in UTF-8, or for a model of bytes their number.
     """
 
@@ -141,7 +149,8 @@ def _texts(files: Iterable[str], loaded: "Loaded", unknown: "Unknown") -> Iterat
                 pieces = functools.partial(iter, [decode(sys.stdin.buffer.read(), "stdin", encoding)])
             else:
                 pieces = read.TextFile(path, encoding=encoding).pieces
-            text = _read(path, pieces, loaded, unknown)
+            read_text = _read_records if loaded.config.corpus.records else _read
+            text = read_text(path, pieces, loaded, unknown)
             if text.characters >= 2:
                 found = True
                 yield text
@@ -201,6 +210,29 @@ def _num_bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
+def _read_records(
+    path: Path, pieces: Callable[[], Iterator[str]], loaded: "Loaded", unknown: "Unknown"
+) -> _Text:
+    """Read the records of a text, each followed by the boundary."""
+    import torch
+
+    from charlm.text import read
+    from charlm.text.records import in_records
+
+    vocab, corpus = loaded.vocab, loaded.config.corpus
+    assert corpus.separator and corpus.boundary
+    clean = itertools.chain(read.read_clean(pieces, corpus.cleaning), [corpus.separator])
+    size: Callable[[str], int] = len if corpus.encoding == "bytes" else _num_bytes
+    held, num_bytes, num_unknown = [torch.empty(0, dtype=torch.int32, device="cpu")], 0, 0
+    for begin, record in itertools.chain.from_iterable(in_records(clean, corpus)):
+        record += corpus.boundary
+        held.append(vocab.encode(record, unknown, str(path), begin=begin))
+        num_bytes += size(record if unknown == "error" else vocab.decode(held[-1]))
+        num_unknown += vocab.count_unknown(record)
+    ids = torch.cat(held)
+    return _Text(str(path), ids, len(ids), num_bytes, num_unknown)
+
+
 def _next_batch(texts: Iterator[_Text]) -> Iterator[_Text]:
     """Yield the texts to score next."""
     size = 0
@@ -247,6 +279,9 @@ def score_texts(
     together are the clean text: a word includes the space that follows it, a line its line end. The first
     character has no prediction and no bits. The sum of the bits is that of charlm eval.
 
+    A model of corpus.records reads each record alone: its first character and its end are scored, and equal
+    records have equal bits. With --unit line a row is a record.
+
     --top ranks lines by bits per character, words and characters by bits.
 
     FILE can be compressed, a folder, a glob, or - for stdin. A text can have any length; rows are printed
@@ -261,7 +296,7 @@ def score_texts(
     from charlm.inference.score import most_surprising
 
     loaded = load(model, implementation, device, threads, 16)
-    has_lines = "\n" in loaded.vocab.characters
+    has_lines = bool(loaded.config.corpus.records) or "\n" in loaded.vocab.characters
     if unit == "line" and not has_lines:
         raise ConfigError(
             "--unit line is not possible: the model knows no line ends, so that a text is one line "
@@ -292,7 +327,7 @@ def _units(
 
     Reports the number of unknown characters at the end.
     """
-    from charlm.inference.score import score
+    from charlm.inference.score import score, score_records
     from charlm.text import read
 
     vocab, cleaning, unknown_counts = loaded.vocab, loaded.config.corpus.cleaning, list[int]()
@@ -310,7 +345,12 @@ def _units(
             pieces = watched(
                 stdin or read.read_clean(read.TextFile(path, encoding=encoding).pieces, cleaning)
             )
-            for each in score(loaded.model, vocab, pieces, kind, unknown, str(path)):
+            if loaded.config.corpus.records:
+                corpus = loaded.config.corpus
+                units = score_records(loaded.model, vocab, pieces, corpus, kind, unknown, str(path))
+            else:
+                units = score(loaded.model, vocab, pieces, kind, unknown, str(path))
+            for each in units:
                 yield str(path), each
     if num_unknown := sum(unknown_counts):
         how = {"skip": "skipped", "replace": f"read as {vocab.replacement!r}", "error": "read as its unknown"}

@@ -103,7 +103,7 @@ def compare(
     Each recipe is trained in its own run in runs/. --set applies to all recipes.
     """
     from charlm import config as configuration
-    from charlm.cli.train import TrainingDisplay
+    from charlm.cli.display import TrainingDisplay
     from charlm.nn.kernels.native import keep_memory
     from charlm.storage import run as runs
     from charlm.study import compare as comparison

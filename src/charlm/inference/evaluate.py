@@ -7,6 +7,7 @@ N characters, B texts side by side, P segments of S characters, V vocabulary, L 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ _TOLERANCE = 1e-5  # a smaller difference of two states, relative to 1 + their s
 _ROUNDS = 2  # second readings of the segments, before the rest is read straight through
 _BATCH = 64  # short texts scored in one batch
 _LONG = 4 * SEGMENT_MIN  # characters from which a text is scored alone
+_RECORDS = 2**12  # records that are sorted by length together
 
 OnScored = Callable[[int], object]
 _ignore: OnScored = lambda count: None
@@ -73,9 +75,56 @@ def evaluate_each(
         for first in range(0, len(order), _BATCH):
             batch = order[first : first + _BATCH]
             nats = _side_by_side(model, [short[k] for k in batch], on_scored)
-            for k, sum_of_nats in zip(batch, nats.tolist(), strict=True):
+            for k, sum_of_nats in zip(batch, nats.sum(1).tolist(), strict=True):
                 scores[k] = Score(sum_of_nats, len(short[k]) - 1)
     return scores
+
+
+def evaluate_split(model: CharLM, ids: Tensor, boundary: int | None) -> Score:
+    """Return the score of `ids`, a split of a corpus with this `boundary`, or of a part of it."""
+    return evaluate(model, ids) if boundary is None else evaluate_records(model, ids, boundary)
+
+
+def evaluate_records(model: CharLM, ids: Tensor, boundary: int, on_scored: OnScored = _ignore) -> Score:
+    """Score records, each alone, as the text between the `boundary` before it and its own.
+
+    All characters and the boundary after each record are scored, so that the probabilities of all records
+    add up to 1.
+
+    ids: the records, each followed by `boundary`, (N,); without the last one, the last record is scored as
+        the beginning of a record.
+    Returns a `Score` of N characters.
+    """
+    ends = ((ids == boundary).nonzero()[:, 0] + 1).tolist()
+    if not ends or ends[-1] < len(ids):
+        ends.append(len(ids))
+    score = Score()
+    for first in range(0, len(ends), _RECORDS):
+        begin = ends[first - 1] if first else 0
+        bounds = [begin, *ends[first : first + _RECORDS]]
+        texts: list[Tensor] = [ids[max(start - 1, 0) : end] for start, end in pairwise(bounds)]
+        if not first:  # the others begin with the boundary of the record before
+            texts[0] = torch.cat([texts[0].new_full((1,), boundary), texts[0]])
+        score = sum(evaluate_each(model, texts, on_scored), score)
+    return score
+
+
+def record_surprisals(model: CharLM, records: Sequence[Tensor], boundary: int) -> list[Tensor]:
+    """Return -ln p of each character of each of `records` (n,) and of the `boundary` after it.
+
+    Each record is read alone, after a boundary. The results are in nats, float64 (n + 1,).
+    """
+    texts = [F.pad(ids.long(), (1, 1), value=boundary) for ids in records]
+    found = [torch.empty(0)] * len(texts)
+    order = sorted(range(len(texts)), key=lambda k: -len(texts[k]))
+    while order:
+        count = 1 if len(texts[order[0]]) > _LONG else _BATCH
+        batch, order = order[:count], order[count:]
+        with evaluating(model):
+            nats = _side_by_side(model, [texts[k] for k in batch], _ignore)
+        for k, row in zip(batch, nats, strict=True):
+            found[k] = row[: len(texts[k]) - 1].clone()
+    return found
 
 
 def in_blocks(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -89,18 +138,22 @@ def in_blocks(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _side_by_side(model: CharLM, texts: list[Tensor], on_scored: OnScored) -> Tensor:
-    """Return the nats (B,) of `texts`, sorted by falling length; a text that ends leaves the batch."""
+    """Return the nats (B, N - 1) of `texts`, sorted by falling length from N on, with 0 after their ends.
+
+    A text that ends leaves the batch.
+    """
     if model.config.direction == "backward":
         texts = [ids.flip(0) for ids in texts]
     device = model.head.weight.device
-    state, nats = model.initial_state(len(texts)), torch.zeros(len(texts), dtype=torch.float64, device="cpu")
+    state, longest = model.initial_state(len(texts)), len(texts[0]) - 1
+    nats = torch.zeros(len(texts), longest, dtype=torch.float64, device="cpu")
     steps = max(CHUNK // len(texts), 1)
-    for start in range(0, len(texts[0]) - 1, steps):
+    for start in range(0, longest, steps):
         parts = [ids[start : start + steps + 1].long() for ids in texts if len(ids) > start + 1]
         windows = pad_sequence(parts, batch_first=True, padding_value=-1).to(device)
         rows, targets = len(parts), windows[:, 1:]
         logits, state = model(windows[:, :-1].clamp(min=0), tuple(part[:, :rows] for part in state))
-        nats[:rows] += _nats(model, logits, targets).sum(1)
+        nats[:rows, start : start + steps] = _nats(model, logits, targets)
         on_scored(int((targets >= 0).sum()))
     return nats
 

@@ -78,7 +78,7 @@ def training_text(path: Path, config: Config, vocab: Vocab, source: str | None =
     corpus_config = config.corpus.model_copy(update={"source": source} if source else {})
     given = config.corpus.vocabulary or config.train.init_from  # a vocabulary not in the order of the counts
     try:
-        corpus = Corpus.load(corpus_config, known=vocab if given else None)
+        corpus = Corpus.load(corpus_config, known=vocab if given else None, seed=config.train.seed)
     except CharlmError as error:
         raise CharlmError(
             f"this takes the text that the model was trained on: {error}; say where it is now: --corpus PATH"

@@ -6,6 +6,7 @@ B texts side by side, V vocabulary, N characters of the prefix.
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -67,6 +68,29 @@ def generate_batch(
         if all(ended):
             break
     return texts
+
+
+def sample(
+    model: CharLM,
+    vocab: Vocab,
+    boundary: int | None,
+    length: int,
+    generator: torch.Generator,
+    sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+) -> str:
+    """Return a text of `length` characters, for a `sampling` without ``stop``.
+
+    boundary: as in `Corpus`. With it, the text is records, each from a zero state, with a line end after it;
+        the last one is cut.
+    """
+    start = torch.tensor([] if boundary is None else [boundary], dtype=torch.int32, device="cpu")
+    if boundary is not None:
+        sampling = replace(sampling, stop=vocab.characters[boundary])
+    text = ""
+    while len(text) < length:
+        written = "".join(generate(model, vocab, start, length - len(text), sampling, generator))
+        text += written.replace(sampling.stop, "\n") if sampling.stop else written
+    return text
 
 
 @torch.inference_mode()

@@ -5,14 +5,16 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from charlm.inference.evaluate import surprisals, text_surprisals
+from charlm.config import CorpusConfig
+from charlm.inference.evaluate import record_surprisals, surprisals, text_surprisals
 from charlm.nn.model import CharLM
+from charlm.text.records import in_records
 from charlm.text.vocab import Unknown, Vocab
 
 Kind = Literal["char", "word", "line"]
@@ -20,6 +22,7 @@ Kind = Literal["char", "word", "line"]
 # The end of each unit. A word includes the space that follows it: it ends where the next word begins.
 _ENDS = {"char": re.compile(r".", re.S), "word": re.compile(r"(?<=\s)(?=\S)"), "line": re.compile(r"\n")}
 _Nats = list[float | None]  # of each character; None for the character without a prediction
+_KNOWN = 2**20  # characters of records whose nats are kept, for the equal records after them
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,39 @@ def score(
     # With ``error`` the ids are those of all characters, which are shown as they are, unknown or not.
     shown = ((text if unknown == "error" else vocab.decode(ids), ids) for text, ids in blocks)
     return _units(_scored(model, shown), kind)
+
+
+def score_records(
+    model: CharLM,
+    vocab: Vocab,
+    pieces: Iterable[str],
+    corpus: CorpusConfig,
+    kind: Kind = "char",
+    unknown: Unknown = "error",
+    name: str = "the text",
+) -> Iterator[Unit]:
+    """Yield the units of the records of a clean text, for a model that was trained on records.
+
+    Each record is read alone, after a boundary; its first character and the boundary after it are scored, and
+    equal records have equal bits. The unit ``line`` is a whole record with its boundary, even one that has
+    line ends.
+
+    corpus: the configuration of the text that the model was trained on.
+    """
+    assert corpus.separator and corpus.boundary
+    boundary, known, size = vocab.characters.index(corpus.boundary), dict[str, _Nats](), 0
+    for found in in_records(itertools.chain(pieces, [corpus.separator]), corpus):
+        if size > _KNOWN:
+            known, size = {}, 0
+        ids = {text: vocab.encode(text, unknown, name, begin=at) for at, text in found if text not in known}
+        read = record_surprisals(model, [*ids.values()], boundary)
+        known |= {text: nats.tolist() for text, nats in zip(ids, read, strict=True)}
+        size += sum(map(len, read))
+        for start, text in found:
+            shown = vocab.decode(vocab.encode(text, unknown)) if unknown != "error" else text
+            record = shown + corpus.boundary, known[text]
+            for unit in [_unit(*record, 0)] if kind == "line" else _units([record], kind):
+                yield replace(unit, start=start + unit.start)
 
 
 def most_surprising(

@@ -39,6 +39,14 @@ _EVALUATIONS = 20
 _PATIENCE = 6  # evaluations without a better val loss that end a training of many epochs
 
 
+class Size(NamedTuple):
+    """The size of a text: its characters, the different ones, and the mean length of its records, if any."""
+
+    characters: int
+    classes: int
+    record: float | None = None
+
+
 class Choice(NamedTuple):
     """The chosen values, by section and key, and two lines that say what was chosen and why."""
 
@@ -46,14 +54,15 @@ class Choice(NamedTuple):
     lines: list[str]
 
 
-def choose(characters: int, classes: int, seconds: float, speeds: Speeds, val: bool = True) -> Choice:
-    """Return the choice for a text of `characters`, of `classes` different ones, and a time.
+def choose(size: Size, seconds: float, speeds: Speeds, val: bool = True) -> Choice:
+    """Return the choice for a text of this size and a time.
 
     val: whether there is a val split. It and the test split are smaller than by default where scoring them
         would take too long.
 
     Raises `ConfigError` for a time that is too short to start in.
     """
+    characters, classes, record = size
     available = (seconds - _START - characters / _READ) * _STEPS_SHARE
     if available < 1:
         raise ConfigError(
@@ -66,10 +75,14 @@ def choose(characters: int, classes: int, seconds: float, speeds: Speeds, val: b
     epochs = min(available * rate / train, _MAX_EPOCHS)
     length = 64 if epochs < 6 else 96
     batch = max(1, min(_BATCH, int(train) // (4 * length)))
-    steps = max(int(epochs * train / (batch * length)), 1)
+    if record:
+        batch = max(1, min(64, int(train / (4 * record))))
+    steps = max(int(epochs * train / (batch * (record or length))), 1)
     dropout = _dropout(epochs)
     values: dict[str, dict[str, Any]] = {
-        "batches": {"sampling": "contiguous", "batch_size": batch, "seq_len": length},
+        "batches": {
+            "sampling": "sliding" if record else "contiguous", "batch_size": batch, "seq_len": length,
+        },
         "model": {
             "hidden_size": hidden, "num_layers": 1, "init": "orthogonal",
             "dropout": dropout, "weight_dropout": round(dropout / 2, 2) if dropout >= 0.2 else 0.0,
@@ -124,23 +137,26 @@ def _interpolated(speeds: Speeds, hidden: int) -> float:
     return speeds[low] + (speeds[high] - speeds[low]) * (min(hidden, high) - low) / (high - low)
 
 
-def text_size(config: CorpusConfig) -> tuple[int, int]:
-    """Return the number of characters of the text, and of different ones; of a long text an estimate.
+def text_size(config: CorpusConfig) -> Size:
+    """Return the size of the text; of a long text that has no records an estimate.
 
     Raises `CharlmError` for a text that cannot be read.
     """
     files = [TextFile(path, encoding=config.encoding) for path in find_files(config.source).files]
     total = sum(file.stat.st_size * (3 if file.compressed else 1) for file in files)
-    if total <= IN_MEMORY:
+    if total <= IN_MEMORY or config.records:
         corpus = Corpus.load(config, known=read_vocabulary(config))
-        return sum(map(len, (corpus.train, corpus.val, corpus.test))), len(corpus.vocab)
+        characters = sum(map(len, (corpus.train, corpus.val, corpus.test)))
+        ends = corpus.train == corpus.boundary if corpus.boundary is not None else None
+        return Size(characters, len(corpus.vocab), None if ends is None else len(ends) / int(ends.sum()))
     sample = ""
     for piece in strip_pieces(files[0].pieces):
         sample += piece or ""
         if len(sample) >= _SAMPLE:
             break
     size = len(sample.encode(config.encoding if config.encoding != "bytes" else "latin-1", "replace"))
-    return min(config.max_chars or total, int(total * len(sample) / max(size, 1))), max(len(set(sample)), 1)
+    characters = int(total * len(sample) / max(size, 1))
+    return Size(min(config.max_chars or characters, characters), max(len(set(sample)), 1))
 
 
 def machine_speeds(device: str = "auto", report: Callable[[str], object] = lambda line: None) -> Speeds:

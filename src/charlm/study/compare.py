@@ -57,8 +57,9 @@ def compare(configs: dict[str, Config], runs: dict[str, Run], reporter: Reporter
     """
     assert configs.keys() == runs.keys(), "each configuration has a run"
     _refuse_differences(configs)
-    corpus_config = next(iter(configs.values())).corpus
-    corpus = Corpus.load(corpus_config, known=read_vocabulary(corpus_config))
+    common = next(iter(configs.values()))
+    known = read_vocabulary(common.corpus)
+    corpus = Corpus.load(common.corpus, known=known, seed=common.train.seed)
     for config in configs.values():
         Trainer(config, corpus)  # raises before the first training begins
     rows: list[Comparison] = []

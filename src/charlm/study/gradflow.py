@@ -30,7 +30,8 @@ def gradflow_by_cell(config: Config, steps: int, train_steps: int, scale: float)
 
     Raises `ConfigError` for a val split of fewer than `steps` + 2 characters.
     """
-    corpus = Corpus.load(config.corpus, known=read_vocabulary(config.corpus))
+    known = read_vocabulary(config.corpus)
+    corpus = Corpus.load(config.corpus, known=known, seed=config.train.seed)
     if len(corpus.val) < steps + 2:
         raise ConfigError(
             f"--steps {steps} needs {steps + 2} characters, and the val split has {len(corpus.val)}"

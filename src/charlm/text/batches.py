@@ -1,8 +1,8 @@
-"""`SlidingWindows` and `ContiguousStreams`: batches `(x, y)` of shape (B, T), y one character ahead of x.
+"""`SlidingWindows`, `ContiguousStreams`, `Records`: batches `(x, y)` (B, T), y one character ahead of x.
 
 x and y are int64; B is the number of this process's sequences, 0 if there are fewer sequences than processes.
-Both are deterministic in (seed, epoch) and can start at any step of an epoch, so that a run can be resumed.
-Neither copies the encoded text: windows are a view of it, and the shuffled order is computed, not stored.
+All are deterministic in (seed, epoch) and can start at any step of an epoch, so that a run can be resumed.
+None copies the encoded text: windows are a view of it, and the shuffled order is computed, not stored.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ Batch = tuple[Tensor, Tensor]
 
 # Windows whose order is computed together: done per batch, it takes longer than a small model's step.
 _SHUFFLED_AT_ONCE = 2**14
+_SORTED_TOGETHER = 64  # batches of records that are sorted by length together
 _READ_AT_ONCE = 2**12  # windows between two releases of memory: the kernel maps 64 KiB for each
 
 
@@ -37,16 +38,20 @@ def make_batches(
     release: Callable[[], None] = lambda: None,
     rank: int = 0,
     size: int = 1,
-) -> "SlidingWindows | ContiguousStreams":
+    boundary: int | None = None,
+) -> "SlidingWindows | ContiguousStreams | Records":
     """Return the batches of `ids` (N,) that `config` describes, for process `rank` of `size`.
 
     Side by side, the processes' batches of a step are the batch of one process with `size` times the size.
 
     backward: read the text from its end.
     release: called every few thousand sequences to free the memory of a mapped text.
+    boundary: for a text that is a list of records, the id that follows each of them.
     """
     batch_size, seq_len = config.batch_size * size, config.seq_len
     reader = _Reader(backward, release, rank, size)
+    if boundary is not None:
+        return Records(ids, boundary, batch_size, reader=reader)
     if config.sampling == "contiguous":
         return ContiguousStreams(ids, batch_size, seq_len, config.truncation == "random", reader=reader)
     return SlidingWindows(
@@ -99,7 +104,9 @@ class SlidingWindows(Dataset[Batch]):
     Raises `CharlmError` for a text shorter than one window.
     """
 
+    kind, state = "sliding", "reset for each window"
     carries_state = False  # whether a batch continues where the previous one ended
+    pads = False  # whether y has a -1 after the end of a sequence
 
     def __init__(
         self,
@@ -159,7 +166,8 @@ class ContiguousStreams(Dataset[Batch]):
     Raises `CharlmError` for a text too short for one step of every stream.
     """
 
-    carries_state = True
+    kind, state = "contiguous", "carried over"
+    carries_state, pads = True, False
 
     def __init__(
         self,
@@ -211,6 +219,67 @@ class ContiguousStreams(Dataset[Batch]):
                 if step >= start:
                     yield begin, end
                 begin = end
+
+
+class Records(Dataset[Batch]):
+    """Whole records, each read from the boundary before it to its own, in random order.
+
+    x is the boundary and the record, y the record and the boundary; the state is reset for each. Records of
+    similar length are in one batch; y is -1, and x the boundary, after the end of the shorter ones.
+
+    ids: the encoded records, each followed by `boundary`, (N,).
+    batch_size: records per step, of all processes together.
+    seq_len: the length of the longest record, with its boundary.
+    """
+
+    kind, state = "records", "reset for each record"
+    carries_state, pads = False, True
+
+    def __init__(
+        self,
+        ids: Tensor,
+        boundary: int,
+        batch_size: int,
+        *,
+        reader: _Reader = _Reader(),  # noqa: B008 - immutable
+    ):
+        self.ids, self.boundary, self.batch_size, self.reader = ids, boundary, batch_size, reader
+        ends = (ids == boundary).nonzero()[:, 0] + 1
+        self.starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        self.lengths = ends - self.starts
+        self.count, self.seq_len = len(ends), int(self.lengths.max())
+        self.steps_per_epoch = -(-self.count // batch_size)
+
+    def sequences(self, step: int) -> int:
+        """Return the number of records that all processes together read: fewer in an epoch's last step."""
+        return min(self.batch_size, self.count - step * self.batch_size)
+
+    def __getitem__(self, records: Tensor) -> Batch:
+        """Return the batch of the records numbered `records` (B,); T is the length of the longest."""
+        starts, lengths = self.starts[records, None], self.lengths[records, None]
+        steps = torch.arange(max(lengths.flatten().tolist(), default=1))
+        y = self.ids[(starts + steps).clamp(max=len(self.ids) - 1)].long()
+        y[steps >= lengths] = -1
+        x = torch.cat([y.new_full((len(y), 1), self.boundary), y[:, :-1]], 1)
+        return x.masked_fill(x < 0, self.boundary), y
+
+    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
+        """Return the batches of an epoch from step `start`."""
+        return _loader(self, self._order(seed, epoch, start))
+
+    def _order(self, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
+        size, together = self.batch_size, self.batch_size * _SORTED_TOGETHER
+        for first in range(start // _SORTED_TOGETHER * together, self.count, together):
+            numbers = torch.arange(first, min(first + together, self.count))
+            records = shuffled(numbers, self.count, seed, epoch)
+            batches = list(torch.split(records[self.lengths[records].argsort(stable=True)], size))
+            full = len(records) // size  # an epoch's last batch may have fewer records, and stays the last
+            order = shuffled(torch.arange(full), full, seed, mix(epoch, first))
+            batches[:full] = [batches[k] for k in order.tolist()]
+            self.reader.release()
+            for step, batch in enumerate(batches, first // size):
+                if step >= start:
+                    yield self.reader.own(batch)
 
 
 def shuffled(indices: Tensor, count: int, seed: int, epoch: int) -> Tensor:

@@ -64,14 +64,16 @@ class Learner:
         self.precision, self.precision_reason = choose_precision(config.train.precision, self.device)
         backward = config.model.direction == "backward"
         self.batches = make_batches(
-            corpus.train, config.batches, backward, corpus.release, group.rank, group.size
+            corpus.train, config.batches, backward, corpus.release, group.rank, group.size, corpus.boundary
         )
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         self.memory = ""
         if self.device.type == "cpu":
             implementation, _ = choose_implementation(config.model, self.device)
-            self.memory = check_memory(config, len(corpus.vocab), implementation, self.precision)
+            longest = config.batches.model_copy(update={"seq_len": self.batches.seq_len})  # of records
+            sized = config.model_copy(update={"batches": longest})
+            self.memory = check_memory(sized, len(corpus.vocab), implementation, self.precision)
         torch.manual_seed(group.seed(config.train.seed))  # dropout draws from torch's global generators
         model = make_model(len(corpus.vocab), config.model, self.device)
         model.initialise(config.train.seed)
@@ -124,7 +126,8 @@ class Learner:
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int, float]:
         """Take an optimiser step on a batch (B, T), of which this process has its slice.
 
-        If the loss or the gradient is not finite, the weights stay as they are and `skip_reason` is set.
+        An id of -1 in y is padding, which does not count in the loss. If the loss or the gradient is not
+        finite, the weights stay as they are and `skip_reason` is set.
 
         Returns the loss (nats per character), the number of characters, both over all processes, and the
         seconds, with those that `remaining_batches` took to make the batch.
@@ -133,11 +136,8 @@ class Learner:
         if self.plateau is None:
             factor = lr_factor(progress.step, train, self.total_steps, self.steps_per_epoch)
             set_lr(self.optimizer, train.lr * factor * 0.5**progress.rollbacks)
-        sequences = len(x)  # that all processes together read in this step
-        if self.group.size > 1:
-            sequences = self.batches.sequences(progress.step % self.steps_per_epoch)
-        weight = len(x) / sequences  # of this process in the mean over all processes' characters
-        if not weight:  # the other processes wait for its gradients, which count nothing
+        empty = not len(x)
+        if empty:  # the other processes wait for its gradients, which count nothing
             x = y = x.new_zeros(1, x.shape[1])
         x, y = x.to(self.device), y.to(self.device)
         state = self.carried or self.model.initial_state(len(x))
@@ -149,12 +149,15 @@ class Learner:
             logits, y, state = self.prediction(x, y, state, true_probability)
         if train.loss_on == "last":
             logits, y = logits[:, -1:], y[:, -1:]
+        characters, weight = self._share(y, empty)
+        if self.batches.pads and not (real := y >= 0).all():
+            logits, y = logits[real], y[real]
         loss = cross_entropy(logits, y)
         self.optimizer.zero_grad()
         # The processes take the mean of the gradients.
         (loss * (weight * self.group.size)).backward()  # type: ignore[no-untyped-call]
         norm = clip_gradients(self.model, train).item()
-        nats, characters = self.group.sum(self._nats(loss, y) * weight), sequences * y.shape[1]
+        nats = self.group.sum(self._nats(loss, y) * weight)
         finite = math.isfinite(nats) and math.isfinite(norm)
         self.skip_reason = None if finite else f"the loss is {nats:.4g}, the norm of the gradient {norm:.4g}"
         if finite:
@@ -176,9 +179,20 @@ class Learner:
         return nats, characters, seconds
 
     def _nats(self, loss: Tensor, y: Tensor) -> float:
-        """Return the mean of -ln p of the characters of y (B, T), of which `loss` predicts the ids."""
+        """Return the mean of -ln p of the characters of y (…), of which `loss` predicts the ids."""
         unknown = self.model.unknown  # its constant has no gradient
         return loss.item() + (float(unknown.nats(y).mean()) if unknown else 0.0)
+
+    def _share(self, y: Tensor, empty: bool) -> tuple[int, float]:
+        """Return the characters of a step and this process's share of them, from its targets y (B, T)."""
+        own = 0 if empty else int((y >= 0).sum()) if self.batches.pads else y.numel()
+        if self.group.size == 1:
+            return own, 1.0
+        if self.batches.pads:
+            characters = int(self.group.sum(own))
+        else:
+            characters = self.batches.sequences(self.progress.step % self.steps_per_epoch) * y.shape[1]
+        return characters, own / characters
 
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the training depends on; all processes must call this.
@@ -377,8 +391,9 @@ def refuse_changes(before: Config, after: Config, allow: bool) -> None:
             f"--resume would change {_shown(changed)}; allowed without --allow-changes: {', '.join(FREE)}; "
             "restore the old values or add --allow-changes"
         )
-    if impossible := [key for key in changed if key in _IMPOSSIBLE]:
-        reasons = ", ".join(f"{_shown({key: changed[key]})} ({_IMPOSSIBLE[key]})" for key in impossible)
+    why = _IMPOSSIBLE | ({"train.seed": "it shuffles the records"} if before.corpus.records else {})
+    if impossible := [key for key in changed if key in why]:
+        reasons = ", ".join(f"{_shown({key: changed[key]})} ({why[key]})" for key in impossible)
         raise ConfigError(f"--resume cannot change {reasons}; start a new run instead")
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from charlm import config as configuration
 from charlm.config import Config
 from charlm.errors import CharlmError, Interrupted, one_line
-from charlm.inference.evaluate import evaluate
-from charlm.inference.sample import Sampling, generate
+from charlm.inference.evaluate import evaluate_split
+from charlm.inference.sample import sample
 from charlm.metrics import Score, perplexity
 from charlm.nn.layers import choose_implementation
 from charlm.nn.model import CharLM, num_parameters
@@ -77,7 +77,6 @@ class Trainer:
         learner = self.learner
         files = f" ({len(corpus.files)} files)" if len(corpus.files) > 1 else ""
         sizes = f"train {len(corpus.train):,}, val {len(self.val):,}, test {len(corpus.test):,}"
-        state = "carried over" if learner.batches.carries_state else "reset for each window"
         implementation, reason = choose_implementation(model, learner.device)
         precision = str(learner.precision).removeprefix("torch.")
         processes = f"{self.group.size} processes × batch " if self.group.size > 1 else ""
@@ -89,8 +88,9 @@ class Trainer:
             f"model    {model.cell} {model.num_layers} × {model.hidden_size}, {model.direction}: "
             f"{num_parameters(learner.model):,} parameters",
             f"         {implementation} ({reason})",
-            f"batches  {batches.sampling}, {processes}{batches.batch_size} × {batches.seq_len}, "
-            f"state {state}; {learner.steps_per_epoch:,} steps per epoch, {learner.total_steps:,} in total",
+            f"batches  {learner.batches.kind}, {processes}{batches.batch_size} × {learner.batches.seq_len}, "
+            f"state {learner.batches.state}; {learner.steps_per_epoch:,} steps per epoch, "
+            f"{learner.total_steps:,} in total",
             f"device   {learner.device}, {precision} ({learner.precision_reason})",
             *([f"memory   {learner.memory}"] if learner.memory else []),
         ]
@@ -108,7 +108,9 @@ class Trainer:
 
     @property
     def suggested_prefix(self) -> str:
-        """A prefix to show how to generate: the first words of a line of the val split, and a space."""
+        """A prefix to show how to generate: words of a line of val and a space, or one character."""
+        if self.corpus.boundary is not None:
+            return self.corpus.vocab.decode(self.corpus.train[:1])
         ids = self.val if len(self.val) else self.corpus.train
         lines = self.corpus.vocab.decode(ids[:2000]).split("\n")
         # The split may start in the middle of a line.
@@ -219,10 +221,8 @@ class Trainer:
         if train.sample_chars and not self.kind and self.group.first:
             # A separate generator leaves the training unchanged.
             generator = torch.Generator().manual_seed(train.seed + progress.step)
-            vocab = self.corpus.vocab
-            start = vocab.encode("", "skip")
-            text = generate(learner.scored, vocab, start, train.sample_chars, Sampling(), generator)
-            row["sample"] = "".join(text)
+            vocab, boundary = self.corpus.vocab, self.corpus.boundary
+            row["sample"] = sample(learner.scored, vocab, boundary, train.sample_chars, generator)
         best = not val or loss < progress.best_loss
         if best:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -341,7 +341,8 @@ class Trainer:
         """
         if not len(ids):
             return None
-        return Score(*self.group.from_first(lambda: astuple(evaluate(self.learner.scored, ids))))
+        scored, boundary = self.learner.scored, self.corpus.boundary
+        return Score(*self.group.from_first(lambda: astuple(evaluate_split(scored, ids, boundary))))
 
     def _snapshot(self) -> dict[str, Any]:
         """Return the content of ``state.safetensors``: the learner's state and its figures at this step."""
@@ -386,7 +387,8 @@ class Trainer:
         progress, result = self.learner.progress, Result({}, None)
         if self.group.first:
             best = load_model(run.best, device=self.learner.device)
-            test = evaluate(best.model, self.corpus.test) if len(self.corpus.test) > 1 else None
+            split, boundary = self.corpus.test, self.corpus.boundary
+            test = evaluate_split(best.model, split, boundary) if len(split) > 1 else None
             if test:
                 row: Row = {"step": progress.step, "best_step": progress.best_step, "test_loss": test.loss}
                 row[f"test_{self.kind}perplexity"] = test.perplexity

@@ -22,6 +22,7 @@ from charlm.errors import CharlmError
 from charlm.files import write_atomically
 from charlm.inference.evaluate import text_surprisals
 from charlm.inference.novelty import SIZES, novelty, training_text
+from charlm.inference.sample import Sampling, sample
 from charlm.nn.model import num_parameters
 from charlm.storage.log import Row, curve, read
 from charlm.storage.model_file import Loaded, load_model
@@ -66,8 +67,9 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     model, vocab = LanguageModel(loaded), loaded.vocab
-    texts = {f"temperature {t}": model.generate(length=WRITTEN, temperature=t, seed=1) for t in TEMPERATURES}
-    copied = {title: novelty(vocab.encode(text), corpus.train) for title, text in texts.items()}
+    texts = {f"temperature {t}": _sample(model, t, corpus.boundary) for t in TEMPERATURES}
+    # A line end that follows a record can be none of the model's characters.
+    copied = {title: novelty(vocab.encode(text, "replace"), corpus.train) for title, text in texts.items()}
     if len(corpus.val):
         copied["held-out text"] = novelty(corpus.val[:WRITTEN], corpus.train)
     studied = corpus.val[:STUDIED] if len(corpus.val) else corpus.train[:STUDIED]
@@ -87,6 +89,14 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
         config=configuration.to_yaml(loaded.config),
         data=study(loaded, studied.long()),
     )
+
+
+def _sample(model: LanguageModel, temperature: float, boundary: int | None) -> str:
+    """Return a text of `WRITTEN` characters, with records one per line."""
+    if boundary is None:
+        return model.generate(length=WRITTEN, temperature=temperature, seed=1)
+    sampling, generator = Sampling(temperature=temperature), torch.Generator().manual_seed(1)
+    return sample(model.model, model.vocab, boundary, WRITTEN, generator, sampling)
 
 
 @torch.inference_mode()

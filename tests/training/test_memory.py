@@ -38,7 +38,7 @@ def test_estimate_is_near_the_memory_of_a_step(tmp_path):
         [sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     config = override(Config(), ["hidden_size=256", "batch_size=128"])
-    _, each = step_memory(config, 65, "fused", torch.float32)
+    _, each = step_memory(config, 65, 64, "fused", torch.float32)
     assert 0.5 < int(done.stdout) / (128 * each) < 1.5
 
 
@@ -47,14 +47,14 @@ def test_batch_that_is_too_large_is_refused_with_one_that_fits(monkeypatch, impl
     config = override(Config(), ["hidden_size=1024", "batch_size=4000", "seq_len=400"])
     monkeypatch.setattr(memory, "free_memory", lambda: 24 * 10**9)
     with pytest.raises(ConfigError, match=r"4,000 × 400 .*1,024 .* 24\.0 GB are free") as error:
-        check_memory(config, 65, implementation, torch.bfloat16)
+        check_memory(config, 65, 400, implementation, torch.bfloat16)
     (fits,) = re.findall(r"batch_size up to ([\d,]+)", str(error.value))
     fits = int(fits.replace(",", ""))
     assert 0 < fits < 4000
-    line = check_memory(override(config, [f"batch_size={fits}"]), 65, implementation, torch.bfloat16)
+    line = check_memory(override(config, [f"batch_size={fits}"]), 65, 400, implementation, torch.bfloat16)
     assert line.endswith("24.0 GB free")
     with pytest.raises(ConfigError):
-        check_memory(override(config, [f"batch_size={fits + 1}"]), 65, implementation, torch.bfloat16)
+        check_memory(override(config, [f"batch_size={fits + 1}"]), 65, 400, implementation, torch.bfloat16)
 
 
 def test_model_that_is_too_large_is_refused_before_it_is_made(monkeypatch, words):
@@ -76,4 +76,4 @@ def test_processes_of_torchrun_share_the_free_memory(monkeypatch):
 def test_unknown_free_memory_refuses_nothing(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: None)
     config = override(Config(), ["batch_size=1000000"])
-    assert check_memory(config, 65, "fused", torch.float32).endswith("for a step")
+    assert check_memory(config, 65, 64, "fused", torch.float32).endswith("for a step")

@@ -70,10 +70,8 @@ class Learner:
         self.total_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         self.memory = ""
         if self.device.type == "cpu":
-            implementation, _ = choose_implementation(config.model, self.device)
-            longest = config.batches.model_copy(update={"seq_len": self.batches.seq_len})  # of records
-            sized = config.model_copy(update={"batches": longest})
-            self.memory = check_memory(sized, len(corpus.vocab), implementation, self.precision)
+            how = choose_implementation(config.model, self.device)[0], self.precision
+            self.memory = check_memory(config, len(corpus.vocab), self.batches.seq_len, *how)
         torch.manual_seed(group.seed(config.train.seed))  # dropout draws from torch's global generators
         model = make_model(len(corpus.vocab), config.model, self.device)
         model.initialise(config.train.seed)

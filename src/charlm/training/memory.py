@@ -18,12 +18,16 @@ _PER_CLASS = 18
 _BFLOAT16 = {"fused": 0.6, "builtin": 0.75, "scratch": 0.75}
 
 
-def check_memory(config: Config, vocab_size: int, implementation: str, precision: torch.dtype) -> str:
+def check_memory(
+    config: Config, vocab_size: int, seq_len: int, implementation: str, precision: torch.dtype
+) -> str:
     """Return a line about the memory that a training step on the CPU needs, and the memory that is free.
+
+    seq_len: characters of the longest sequence.
 
     Raises `ConfigError` with the largest batch that fits if a step needs more than is free.
     """
-    fixed, each = step_memory(config, vocab_size, implementation, precision)
+    fixed, each = step_memory(config, vocab_size, seq_len, implementation, precision)
     needed, free = fixed + config.batches.batch_size * each, free_memory()
     if free is None:
         return f"{_size(needed)} for a step"
@@ -32,7 +36,7 @@ def check_memory(config: Config, vocab_size: int, implementation: str, precision
         fix = f"allowed with it: batches.batch_size up to {fits:,}" if fits > 0 else "use a smaller model"
         batches = config.batches
         raise ConfigError(
-            f"a step of {batches.batch_size:,} × {batches.seq_len:,} characters with "
+            f"a step of {batches.batch_size:,} × {seq_len:,} characters with "
             f"{config.model.hidden_size:,} hidden units needs {_size(needed)}, "
             f"and {_size(free)} are free; {fix}"
         )
@@ -40,18 +44,18 @@ def check_memory(config: Config, vocab_size: int, implementation: str, precision
 
 
 def step_memory(
-    config: Config, vocab_size: int, implementation: str, precision: torch.dtype
+    config: Config, vocab_size: int, seq_len: int, implementation: str, precision: torch.dtype
 ) -> tuple[float, float]:
-    """Return the bytes that the model and its optimiser need, and those of each sequence of a batch."""
+    """Return the bytes of the model and its optimiser, and those of each sequence of a batch."""
     model, train = config.model, config.train
     stacks = 2 if model.direction == "both" else 1
-    L, H, G, T = model.num_layers * stacks, model.hidden_size, cell_of(model).gates, config.batches.seq_len
-    E = model.embedding_size if model.input == "embedding" else vocab_size
+    L, H, G, T = model.num_layers * stacks, model.hidden_size, cell_of(model).gates, seq_len
+    embedded = model.input == "embedding"
+    E = model.embedding_size if embedded else vocab_size
     weights = stacks * (G * H * (E + H + 2) + (model.num_layers - 1) * G * H * (2 * H + 2))
-    weights += vocab_size * (stacks * H + 1 + E)
-    copies = (
-        3 + _OPTIMIZER_NUMBERS[train.optimizer] + bool(train.ema)
-    )  # with the gradient, and in a product's type
+    weights += vocab_size * (stacks * H + 1 + E * embedded)
+    # The weights, their gradients, and their copies in the type of products.
+    copies = 3 + _OPTIMIZER_NUMBERS[train.optimizer] + bool(train.ema)
     per_unit, per_gate = _PER_UNIT[implementation]
     share = _BFLOAT16[implementation] if precision == torch.bfloat16 else 1.0
     each = share * (L * H * (per_unit + per_gate * G) + _PER_CLASS * vocab_size)

@@ -80,8 +80,7 @@ class Trainer:
         implementation, reason = choose_implementation(model, learner.device)
         precision = str(learner.precision).removeprefix("torch.")
         processes = f"{self.group.size} processes × batch " if self.group.size > 1 else ""
-        unknown = corpus.vocab.unknown
-        rare = f", one of them for {unknown.kinds:,} rare characters" if unknown else ""
+        rare = f", one of them for {rare.kinds:,} rare characters" if (rare := corpus.vocab.unknown) else ""
         lines = [
             f"corpus   {self.config.corpus.source}{files}: {sizes} characters, "
             f"vocabulary of {len(corpus.vocab)}{rare}",
@@ -207,8 +206,7 @@ class Trainer:
 
         Without a val split, each model is the best.
         """
-        learner, train = self.learner, self.config.train
-        progress = learner.progress
+        learner, train, progress = self.learner, self.config.train, self.learner.progress
         val = self._scored(self.val)
         loss = val.loss if val else math.inf
         if val and not math.isfinite(loss):
@@ -221,8 +219,8 @@ class Trainer:
         if train.sample_chars and not self.kind and self.group.first:
             # A separate generator leaves the training unchanged.
             generator = torch.Generator().manual_seed(train.seed + progress.step)
-            vocab, boundary = self.corpus.vocab, self.corpus.boundary
-            row["sample"] = sample(learner.scored, vocab, boundary, train.sample_chars, generator)
+            arguments = self.corpus.vocab, self.corpus.boundary, train.sample_chars, generator
+            row["sample"] = sample(learner.scored, *arguments)
         best = not val or loss < progress.best_loss
         if best:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -387,8 +385,8 @@ class Trainer:
         progress, result = self.learner.progress, Result({}, None)
         if self.group.first:
             best = load_model(run.best, device=self.learner.device)
-            split, boundary = self.corpus.test, self.corpus.boundary
-            test = evaluate_split(best.model, split, boundary) if len(split) > 1 else None
+            split = self.corpus.test
+            test = evaluate_split(best.model, split, self.corpus.boundary) if len(split) > 1 else None
             if test:
                 row: Row = {"step": progress.step, "best_step": progress.best_step, "test_loss": test.loss}
                 row[f"test_{self.kind}perplexity"] = test.perplexity

@@ -112,7 +112,7 @@ def _hidden_size(characters: int, classes: int, seconds: float, speeds: Speeds) 
     """
     best = 0, 0.0
     for hidden in range(64, 1025, 64):
-        power = _interpolated(speeds, hidden)
+        power = interpolated(speeds, hidden)
         rate = power / (6 * (4 * hidden**2 + classes * hidden))
         if best[0] and (hidden > 384 * (power * seconds / 1.5e13) ** 0.2 or hidden > 0.64 * characters**0.5):
             break
@@ -127,7 +127,7 @@ def _dropout(epochs: float) -> float:
     return round(min(0.5, 0.1 + 0.3 * math.log(epochs / 4) / math.log(18 / 4)), 2)
 
 
-def _interpolated(speeds: Speeds, hidden: int) -> float:
+def interpolated(speeds: Speeds, hidden: int) -> float:
     """Return the operations per second for `hidden` units, along straight lines between the measured ones."""
     sizes = sorted(speeds)
     if hidden <= sizes[0]:

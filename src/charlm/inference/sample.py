@@ -123,7 +123,7 @@ def _next_ids(
             )
             uniforms = torch.stack([*drawn], 1).unbind()
         logits = logits.cpu()
-        if vocab.unknown:  # it is no character: it is never drawn
+        if vocab.unknown:  # never drawn: it is a class of characters
             logits = logits.index_select(1, vocab.writable)
         ids = choose(logits, uniforms[n % _RANDOM_BLOCK], sampling)
         if vocab.unknown:

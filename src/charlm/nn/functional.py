@@ -33,7 +33,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a b, (M, N), in `dtype` for a (M, K) and b (K, N), by the processor's fastest product."""
     found = _multiplies(a.dtype) if a.device.type == "cpu" else None
-    # torch is faster at long sums that are rounded: of the kernels, each is one piece.
+    # The kernels do not divide the sums of a rounded result into pieces that fit the cache; torch does.
     if found and (dtype == found.wide or a.shape[1] <= _LONG):
         return found.multiply(a, b, wide=dtype == found.wide).to(dtype)
     return (a @ b).to(dtype)

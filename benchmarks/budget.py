@@ -19,6 +19,7 @@ import yaml
 from common import heading
 
 from charlm.config import CorpusConfig
+from charlm.nn.kernels.native import keep_memory
 from charlm.study.budget import choose, interpolated, machine_speeds, text_size
 from charlm.study.compare import markdown
 
@@ -88,6 +89,7 @@ def main():
     arguments.add_argument("--seed", type=int, default=1)
     options = arguments.parse_args()
     heading("charlm train TEXT --minutes M")
+    keep_memory()
     generator, rows = random.Random(options.seed), []
     for text in (str(Path(name).absolute()) if Path(name).exists() else name for name in options.texts):
         for minutes in options.minutes:

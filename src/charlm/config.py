@@ -143,7 +143,7 @@ class CorpusConfig(Section):
 
     @property
     def has_val(self) -> bool:
-        """Whether there is a val split; without one, the last model is the best."""
+        """Whether there is a val split."""
         return self.split[1] > 0 or bool(self.val)
 
     @property

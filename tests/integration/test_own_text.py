@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from charlm.cli import main
 from charlm.config import from_data, read_yaml
 from charlm.nn.model import copy_weights, make_model
 from charlm.storage.model_file import load_model
+from charlm.study import budget
 from charlm.training.trainer import Trainer
 from conftest import configure, settings
 
@@ -238,3 +241,31 @@ def test_a_model_of_bytes_reads_and_writes_any_file(folder, capfdbinary):
     assert main(["generate", "--model", "n", "--num-samples", "2", "--length", "300", "-t", "2"]) == 0
     first, second = capfdbinary.readouterr().out.split(b"-" * 20 + b"\n")
     assert len(first) == len(second) == 300
+
+
+def test_minutes_choose_the_model_before_the_first_step(charlm, stdin, words, monkeypatch):
+    monkeypatch.setattr(budget, "machine_speeds", lambda *args: {64: 1e10, 1024: 1e11})
+    stdin(words)
+    small = [part for key in ("max_steps=2", "hidden_size=8") for part in ("--set", key)]
+    done = charlm("train", "-", "--minutes", "1", "--name", "n", *small)
+    assert done.code == 0 and "budget" in done.err
+    config = config_of("n")
+    assert (config.train.max_steps, config.model.hidden_size) == (2, 8), "--set overrides the choice"
+    assert config.batches.sampling == "contiguous" and config.train.time_limit
+    assert config.corpus.source == "runs/n/text.txt"
+    again = charlm("train", "--config", "runs/n/config.yaml", "--name", "again")
+    assert again.code == 0
+    logs = [Path(f"runs/{name}/model.safetensors").read_bytes()[-1000:] for name in ("n", "again")]
+    assert logs[0] == logs[1], "the configuration repeats the run"
+    for wrong in (["--config", "lstm"], ["--from", "n"], ["--resume", "n"]):
+        refused = charlm("train", "--minutes", "1", *wrong)
+        assert refused.code == 2 and "--minutes" in refused.err
+
+
+def test_minutes_refuse_a_text_that_can_be_read_once(charlm):
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=lambda: Path("pipe").write_text("text\n" * 50), daemon=True)
+    writer.start()
+    refused = charlm("train", "pipe", "--minutes", "1")
+    assert refused.code == 2 and "pipe" in refused.err and not Path("runs").exists()
+    writer.join()

@@ -73,7 +73,6 @@ def test_chosen_settings_train(folder, words):
 
 def test_speeds_are_measured_once_for_each_kind_of_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(budget, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(budget, "keep_memory", lambda: None)
     measured = []
     monkeypatch.setattr(budget, "training_rate", lambda learner, seconds: measured.append(seconds) or 7.0)
     lines = []

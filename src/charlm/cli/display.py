@@ -1,4 +1,4 @@
-"""What a training shows on the terminal: a bar, a line for each evaluation, the result."""
+"""`TrainingDisplay`: the progress bar, the evaluations and the result of a training, on the terminal."""
 
 import contextlib
 import math
@@ -108,7 +108,7 @@ class TrainingDisplay:
         useless = val is not None and val > self.guessing
         self.say()
         if val is None:
-            self.say(f"result   the last model, at epoch {best['epoch']:g}; there is no val split")
+            self.say(f"result   the last model, at epoch {best['epoch']:g} (no val split)")
         else:
             title = "result" if useless else "best"
             self.say(f"{title:<9}val {_metrics(val, kind)}, at epoch {best['epoch']:g}")

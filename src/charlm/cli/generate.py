@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from charlm.cli.options import corpus_option, json_option, load, model_options, stdin_for_dash, unknown_option
-from charlm.cli.records import print_record_novelty, write_records
+from charlm.cli.records import of_bytes, print_record_novelty, write_records
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import json_text
 from charlm.inference.sampling import Sampling, value_type
@@ -148,7 +148,7 @@ def generate(
     if writer.config.corpus.records:
         written = write_records(writer, num_samples, seed, unique, new, trained_on, **options)
     elif num_samples == 1:
-        written = [print_parts(writer.stream(seed=seed, **options), _of_bytes(writer))]
+        written = [print_parts(writer.stream(seed=seed, **options), of_bytes(writer))]
     else:
         written = _print_batches(writer, num_samples, seed, **options)
     if novelty and trained_on:
@@ -162,10 +162,6 @@ def _check_interactive(interactive: bool, other: object) -> None:
             "--interactive reads the prefixes from a prompt and writes one text for each: "
             "leave out --prefix, --num-samples, --novelty, --unique and --new"
         )
-
-
-def _of_bytes(model: "LanguageModel") -> bool:
-    return model.config.corpus.encoding == "bytes"
 
 
 def print_parts(parts: Iterable[str], raw: bool = False) -> str:
@@ -190,7 +186,7 @@ def _print_batches(writer: "LanguageModel", count: int, seed: int | None, **opti
         for text in writer.generate_batch(min(_BATCH, count - first), seed=batch_seed, **options):
             if written:
                 click.echo("-" * 20)
-            written.append(print_parts([text], _of_bytes(writer)))
+            written.append(print_parts([text], of_bytes(writer)))
     return written
 
 
@@ -280,7 +276,7 @@ def _write(model: "LanguageModel", prefix: str, settings: dict[str, Any]) -> Non
 
     parts = model.stream(prefix, **settings)
     with caught_signals() as caught:  # an exception raised in the middle of a step could be lost
-        print_parts(itertools.takewhile(lambda _: not caught, parts), _of_bytes(model))
+        print_parts(itertools.takewhile(lambda _: not caught, parts), of_bytes(model))
     if caught:
         signal.raise_signal(caught[0])
 

@@ -48,7 +48,7 @@ def write_records(
             seen.add(text)
         if len(written) == count:
             break
-    if writer.config.corpus.records != "line" and not _of_bytes(writer):
+    if writer.config.corpus.records != "line" and not of_bytes(writer):
         click.echo()
     if len(written) < count:
         others = " or ".join(["written already"] * unique + ["in the training text"] * new)
@@ -72,10 +72,11 @@ def _print_record(writer: "LanguageModel", text: str, first: bool) -> None:
     """Print a record, with a line end after it or the delimiter before it."""
     records = writer.config.corpus.records
     whole = f"{text}\n" if records == "line" else text if first else f"{records}{text}"
-    click.echo(whole.encode("latin-1") if _of_bytes(writer) else whole, nl=False)
+    click.echo(whole.encode("latin-1") if of_bytes(writer) else whole, nl=False)
 
 
-def _of_bytes(writer: "LanguageModel") -> bool:
+def of_bytes(writer: "LanguageModel") -> bool:
+    """Return whether the characters of `writer` are bytes."""
     return writer.config.corpus.encoding == "bytes"
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,63 +65,61 @@ def train(
 
     --minutes chooses the hidden size, the batches, dropout, learning rate and number of steps from the length
     of the text, its alphabet and the speed of this machine; --set overrides any of it.
-
     --from continues from another model: its sizes and characters are kept, and new characters are added.
 
     torchrun --nproc-per-node 2 -m charlm train ... trains with two processes, each on its slice of the data.
     """
-    _check_resume(
-        resume, at is not None or allow_changes, bool(texts or recipe or initial or name or minutes)
-    )
-    if minutes and (recipe or initial):
-        raise ConfigError(
-            f"--minutes chooses what {'--config' if recipe else '--from'} sets; leave out one of them"
-        )
-    from charlm import config as configuration
+    _check_resume(resume, at is not None or allow_changes, texts or recipe or minutes or initial or name)
     from charlm.nn.kernels.native import keep_memory
     from charlm.storage import run as runs
     from charlm.training.distributed import joined
 
     keep_memory()
     with joined() as group, contextlib.ExitStack() as held:
-        budget: list[str] = []
         state: dict[str, Any] | None = None
+        budget: list[str] = []  # lines of the header
         if group.first and resume:
             run = runs.find_run(resume)
             if not dry_run:  # before anything in it is read: another process may be writing
                 held.enter_context(runs.lock(run))
             config, state = _load_run(run, overrides, at, allow_changes, group.size)
         elif group.first:
-            config = _new_config(texts, recipe, initial, overrides)
-            config, run = _new_run(config, texts, recipe, name, dry_run, held)
+            chosen = _new_config(texts, recipe, minutes, initial, overrides)
+            config, run = _new_run(chosen, texts, recipe, name, dry_run, held)
             if minutes:
                 config, budget = _for_minutes(config, overrides, minutes, threads)
-                if "-" in texts and not dry_run:
-                    runs.save_config(run, config)
-        data, folder = group.from_first(lambda: (config.model_dump(mode="json"), str(run.folder)))
-        config, run = configuration.from_data(data, ""), runs.Run(Path(folder))
+        config, run = _shared(group, lambda: (config, run))
         display = TrainingDisplay(silent=not group.first)
         trainer, lines = _make_trainer(config, run, group, threads, display)
         lines += budget
         if dry_run:
-            if group.first:
-                _print_plan(config, run, lines)
+            _print_plan(config, run, lines, group)
             return
         display.say("\n".join(lines))
         if resume:
             _restore(trainer, run, config, at, state, display)
             del state  # the training does not need the memory twice
         else:
-            if "-" not in texts:  # for a text on stdin, the folder exists already
-                run = _created(run, config, name is None, group)
-            if group.first:
-                held.enter_context(runs.lock(run))
+            run = _created(run, config, texts, name, group, held)
         result = trainer.train(run, display)
         if group.first:
             display.finished(result, run.folder, trainer.suggested_prefix)
 
 
-def _check_resume(resume: str | None, only_resuming: bool, only_new: bool) -> None:
+def _shared(group: "Group", chosen: Callable[[], tuple["Config", "Run"]]) -> tuple["Config", "Run"]:
+    """Return in all processes the configuration and the run that `chosen` returns in the first."""
+    from charlm import config as configuration
+    from charlm.storage.run import Run
+
+    def as_data() -> tuple[Any, str]:
+        config, run = chosen()
+        return config.model_dump(mode="json"), str(run.folder)
+
+    data, folder = group.from_first(as_data)
+    return configuration.from_data(data, ""), Run(Path(folder))
+
+
+def _check_resume(resume: str | None, only_resuming: bool, only_new: object) -> None:
     """Raise `ConfigError` for options that are for resumed runs only, or for new ones only."""
     if not resume and only_resuming:
         raise ConfigError("--at and --allow-changes need --resume RUN")
@@ -131,11 +130,27 @@ def _check_resume(resume: str | None, only_resuming: bool, only_new: bool) -> No
         )
 
 
-def _created(run: "Run", config: "Config", rename: bool, group: "Group") -> "Run":
-    """Make the folder of a new run in the first process, and return the run in all of them."""
+def _created(
+    run: "Run",
+    config: "Config",
+    texts: tuple[str, ...],
+    name: str | None,
+    group: "Group",
+    held: contextlib.ExitStack,
+) -> "Run":
+    """Make the folder of a new run in the first process and lock it; return the run in all of them."""
     from charlm.storage import run as runs
 
-    return runs.Run(Path(group.from_first(lambda: str(runs.create(run, config, rename).folder))))
+    def create() -> str:
+        if "-" in texts:  # for a text on stdin, the folder exists already
+            runs.save_config(run, config)
+            return str(run.folder)
+        return str(runs.create(run, config, name is None).folder)
+
+    created = runs.Run(Path(group.from_first(create)))
+    if group.first:
+        held.enter_context(runs.lock(created))
+    return created
 
 
 def _make_trainer(
@@ -159,10 +174,12 @@ def _make_trainer(
     return trainer, [*trainer.describe(), f"threads  {count} ({reason})"]
 
 
-def _print_plan(config: "Config", run: "Run", lines: list[str]) -> None:
-    """Print what --dry-run shows: the configuration, the header, and the files of the run."""
+def _print_plan(config: "Config", run: "Run", lines: list[str], group: "Group") -> None:
+    """Print what --dry-run shows, in the first process: the configuration, the header, the run's files."""
     from charlm import config as configuration
 
+    if not group.first:
+        return
     click.echo(configuration.to_yaml(config))
     click.echo("\n".join(lines))
     click.echo(
@@ -194,9 +211,17 @@ def _restore(
 
 
 def _new_config(
-    texts: tuple[str, ...], recipe: str | None, initial: str | None, overrides: tuple[str, ...]
+    texts: tuple[str, ...],
+    recipe: str | None,
+    minutes: float | None,
+    initial: str | None,
+    overrides: tuple[str, ...],
 ) -> "Config":
-    """Return the configuration of a new run."""
+    """Return the configuration of a new run, before `_for_minutes`."""
+    if minutes and (recipe or initial):
+        raise ConfigError(
+            f"--minutes chooses what {'--config' if recipe else '--from'} sets; leave out one of them"
+        )
     from charlm import config as configuration
     from charlm.storage.header import read_header
     from charlm.storage.run import find_model

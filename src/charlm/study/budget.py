@@ -17,7 +17,6 @@ from charlm import __version__
 from charlm.config import Config, CorpusConfig, override
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import cache_folder, write_atomically
-from charlm.nn.kernels.native import keep_memory
 from charlm.storage.vocabulary import read_vocabulary
 from charlm.study.bench import machine, make_learner, operations, training_rate
 from charlm.text.corpus import IN_MEMORY, Corpus
@@ -140,9 +139,14 @@ def interpolated(speeds: Speeds, hidden: int) -> float:
 def text_size(config: CorpusConfig) -> Size:
     """Return the size of the text; of a long text that has no records an estimate.
 
-    Raises `CharlmError` for a text that cannot be read.
+    Raises `CharlmError` for a text that cannot be read, and `ConfigError` for a pipe, which cannot be read
+    again.
     """
     files = [TextFile(path, encoding=config.encoding) for path in find_files(config.source).files]
+    if pipes := [file.path for file in files if not file.regular]:
+        raise ConfigError(
+            f"--minutes reads the text twice, and {pipes[0]} can be read once: give - for stdin"
+        )
     total = sum(file.stat.st_size * (3 if file.compressed else 1) for file in files)
     if total <= IN_MEMORY or config.records:
         corpus = Corpus.load(config, known=read_vocabulary(config))
@@ -162,7 +166,8 @@ def text_size(config: CorpusConfig) -> Size:
 def machine_speeds(device: str = "auto", report: Callable[[str], object] = lambda line: None) -> Speeds:
     """Return the operations per second of trainings on this machine, measured once in some seconds.
 
-    They are remembered in the cache folder, by processor, number of threads, device and versions.
+    They are remembered in the cache folder, by processor, number of threads, device and versions. The caller
+    has called `native.keep_memory`, as a training does.
     """
     kind = f"{machine().rpartition(',')[0]}, {device}, charlm {__version__}"
     folder = cache_folder()
@@ -173,7 +178,6 @@ def machine_speeds(device: str = "auto", report: Callable[[str], object] = lambd
             if tuple(found) == _SIZES and all(speed > 0 and math.isfinite(speed) for speed in found.values()):
                 return found
     report("measuring the speed of this machine, once")
-    keep_memory()
     speeds = {}
     state = torch.get_rng_state()
     for size in _SIZES:

@@ -89,13 +89,19 @@ class _Reader(NamedTuple):
         return sequences[:, :-1], sequences[:, 1:]
 
 
-def _loader(dataset: Dataset[Batch], order: Iterator[Any]) -> "DataLoader[Batch]":
-    """Return the batches of `dataset` in `order`."""
-    # With its own generator: a DataLoader draws from the global one otherwise, each time it begins.
-    return DataLoader(dataset, batch_size=None, sampler=order, generator=torch.Generator())
+class _Batches(Dataset[Batch]):
+    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
+        """Return the batches of an epoch from step `start`."""
+        order = self._order(seed, epoch, start)
+        # With its own generator: a DataLoader draws from the global one otherwise, each time it begins.
+        return DataLoader(self, batch_size=None, sampler=order, generator=torch.Generator())
+
+    def _order(self, seed: int, epoch: int, start: int) -> Iterator[Any]:
+        """Yield what `__getitem__` takes for each batch from step `start`."""
+        raise NotImplementedError
 
 
-class SlidingWindows(Dataset[Batch]):
+class SlidingWindows(_Batches):
     """Windows of T + 1 characters, `stride` apart, in random order; the state is reset for each.
 
     ids: the encoded text, (N,).
@@ -134,10 +140,6 @@ class SlidingWindows(Dataset[Batch]):
         """Return the batch of the windows numbered `windows` (B,)."""
         return self.reader.read(self.ids, windows * self.stride, self.seq_len)
 
-    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """Return the batches of an epoch from step `start`."""
-        return _loader(self, self._order(seed, epoch, start))
-
     def _order(self, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
         size = self.batch_size
         together = max(_SHUFFLED_AT_ONCE // size, 1) * size
@@ -153,7 +155,7 @@ class SlidingWindows(Dataset[Batch]):
                 yield batch
 
 
-class ContiguousStreams(Dataset[Batch]):
+class ContiguousStreams(_Batches):
     """The text cut into B parallel streams, read in order, T characters per step; the state is carried.
 
     Up to B·T + T - 1 characters do not fill a step. Each epoch skips a random number of them at its start,
@@ -198,10 +200,6 @@ class ContiguousStreams(Dataset[Batch]):
         starts = begin + self.steps_per_epoch * self.seq_len * self.streams
         return self.reader.read(self.ids, starts, end - begin)
 
-    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """Return the batches of an epoch from step `start`."""
-        return _loader(self, self._order(seed, epoch, start))
-
     def _order(self, seed: int, epoch: int, start: int) -> Iterator[tuple[int, int]]:
         T, steps = self.seq_len, self.steps_per_epoch
         slack = len(self.ids) - 1 - steps * self.batch_size * T
@@ -221,7 +219,7 @@ class ContiguousStreams(Dataset[Batch]):
                 begin = end
 
 
-class Records(Dataset[Batch]):
+class Records(_Batches):
     """Whole records, each read from the boundary before it to its own, in random order.
 
     x is the boundary and the record, y the record and the boundary; the state is reset for each. Records of
@@ -262,10 +260,6 @@ class Records(Dataset[Batch]):
         y[steps >= lengths] = -1
         x = torch.cat([y.new_full((len(y), 1), self.boundary), y[:, :-1]], 1)
         return x.masked_fill(x < 0, self.boundary), y
-
-    def loader(self, seed: int, epoch: int, start: int = 0) -> "DataLoader[Batch]":
-        """Return the batches of an epoch from step `start`."""
-        return _loader(self, self._order(seed, epoch, start))
 
     def _order(self, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
         size, together = self.batch_size, self.batch_size * _SORTED_TOGETHER

@@ -26,7 +26,7 @@ class Pieces:
 
     @property
     def blank(self) -> bool:
-        """Whether the text is empty or only white space."""
+        """Whether the text has no characters other than white space."""
         return not any(piece.strip() for piece in self.pieces)
 
 

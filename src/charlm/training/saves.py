@@ -102,6 +102,6 @@ def _is_best(model: Path, progress: Progress) -> bool:
 
 
 def _of_best(figures: dict[str, Any], progress: Progress) -> bool:
-    """Return whether `figures` are of the best step; without a val split there is no loss."""
+    """Return whether `figures` belong to the best step; without a val split they have no `val_loss`."""
     loss = figures.get("val_loss", math.inf)
     return bool((figures.get("step"), loss) == (progress.best_step, progress.best_loss))

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from charlm.config import TrainConfig
-from charlm.training.optim import clip_gradients, lr_factor, make_optimizer, make_plateau, update_average
+from charlm.nn.kernels.native import kernels
+from charlm.training import optim
+from charlm.training.optim import gradient_norm, lr_factor, make_optimizer, make_plateau, update
 
 
 def factors(total=100, per_epoch=10, **options):
@@ -69,38 +71,105 @@ def test_weight_decay_excludes_biases():
     assert decays == {(2, 3): 0.3, (2,): 0.0}
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def way(request, monkeypatch):
+    """Both ways to clip gradients and to update weights."""
+    if request.param == "torch":
+        monkeypatch.setattr(optim, "_kernels", lambda tensors: None)
+    elif not kernels(torch.float32):
+        pytest.skip("no C compiler here")
+
+
+def step(gradient, **options):
+    """Return the weights after an update with a gradient, and the norm of the gradient."""
+    gradient = torch.tensor(gradient)
+    model = nn.Linear(*reversed(gradient.shape), bias=False)
+    nn.init.zeros_(model.weight)
+    model.weight.grad = gradient
+    config = TrainConfig(**{"weight_decay": 0.0, "lr": 1.0, **options})
+    norm = gradient_norm(model)
+    update(model, make_optimizer(model, config), config, norm, model, 0)
+    return model.weight.detach(), norm
+
+
 @pytest.mark.parametrize(
-    ("clip", "expected"), [("norm", [[0.6, -0.8]]), ("value", [[1.0, -1.0]]), ("none", [[3.0, -4.0]])]
+    ("clip", "gradient", "expected"),
+    [
+        ("norm", [[3.0, -4.0]], [[0.6, -0.8]]),
+        ("value", [[3.0, -4.0]], [[1.0, -1.0]]),
+        ("none", [[3.0, -4.0]], [[3.0, -4.0]]),
+        ("norm", [[0.3, -0.4]], [[0.3, -0.4]]),
+    ],
 )
-def test_clipping_limits_large_gradients_only(clip, expected):
-    model = nn.Linear(2, 1, bias=False)
-    model.weight.grad = torch.tensor([[3.0, -4.0]])
-    assert clip_gradients(model, TrainConfig(clip=clip, clip_value=1.0)) == 5
-    assert torch.allclose(model.weight.grad, torch.tensor(expected))
-    model.weight.grad = torch.tensor([[0.3, -0.4]])
-    clip_gradients(model, TrainConfig(clip=clip))
-    assert torch.equal(model.weight.grad, torch.tensor([[0.3, -0.4]])), "small gradients do not change"
+def test_clipping_limits_large_gradients_only(clip, gradient, expected):
+    weights, norm = step(gradient, optimizer="sgd", momentum=0.0, clip=clip, clip_value=1.0)
+    assert norm == pytest.approx(math.hypot(*gradient[0]))
+    assert torch.allclose(weights, -torch.tensor(expected))
 
 
-@pytest.mark.parametrize(("clip", "expected"), [("value", [[1.0, -0.5]]), ("none", [[1e30, -0.5]])])
-def test_gradients_whose_squares_overflow_stay_finite(clip, expected):
-    model = nn.Linear(2, 1, bias=False)
-    model.weight.grad = torch.tensor([[1e30, -0.5]])
-    assert clip_gradients(model, TrainConfig(clip=clip, clip_value=1.0)).item() == pytest.approx(1e30)
-    assert torch.equal(model.weight.grad, torch.tensor(expected))
+@pytest.mark.usefixtures("way")
+def test_gradients_whose_squares_overflow_stay_finite():
+    weights, norm = step([[1e30, -0.5]], clip="value", clip_value=1.0)
+    assert norm == pytest.approx(1e30)
+    assert torch.allclose(weights, torch.tensor([[-1.0, 1.0]])), "the first step of Adam: the sign times lr"
 
 
-@pytest.mark.parametrize(("decay", "steps"), [(0.5, 30), (0.999, 30)])
-def test_average_is_that_of_all_weights_so_far(decay, steps):
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("clip", ["norm", "value", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_and_the_average_follow_their_equations(clip, dtype):
+    """A naive reference: Loshchilov & Hutter 2019, algorithm 2, number by number."""
     torch.manual_seed(0)
-    model, average = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
-    expected = average.weight.tolist()
-    for n in range(steps):
-        nn.init.normal_(model.weight)
-        update_average(average, model, decay, n)
-        d = min(decay, (1 + n) / (10 + n))
-        for i, row in enumerate(model.weight.tolist()):
-            for j, weight in enumerate(row):
-                expected[i][j] = d * expected[i][j] + (1 - d) * weight
-    assert torch.allclose(average.weight, torch.tensor(expected, dtype=torch.double), atol=1e-12)
-    assert torch.allclose(average.bias, model.bias, atol=1e-6), "the initial weights are forgotten"
+    model, average = nn.Linear(7, 5).to(dtype), nn.Linear(7, 5).to(dtype)
+    config = TrainConfig(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9), clip=clip, clip_value=0.5, ema=0.5)
+    optimizer = make_optimizer(model, config)
+    w = torch.cat([each.detach().double().flatten() for each in model.parameters()])
+    mean = torch.cat([each.detach().double().flatten() for each in average.parameters()])
+    decay = torch.cat([torch.full((35,), 0.1), torch.zeros(5)]).double()
+    m = v = torch.zeros(40, dtype=torch.double)
+    for n in range(20):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        g = torch.cat([each.grad.double().flatten() for each in model.parameters()])
+        norm = gradient_norm(model)
+        update(model, optimizer, config, norm, average, n)
+        assert norm == pytest.approx(g.square().sum().sqrt().item(), rel=1e-6)
+        if clip == "norm":
+            g = g * min(1.0, 0.5 / norm)
+        elif clip == "value":
+            g = g.clamp(-0.5, 0.5)
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        w = w - 0.01 * (decay * w + m / (1 - 0.8 ** (n + 1)) / ((v / (1 - 0.9 ** (n + 1))).sqrt() + 1e-8))
+        d = min(0.5, (1 + n) / (10 + n))
+        mean = d * mean + (1 - d) * w
+    for module, expected in ((model, w), (average, mean)):
+        found = torch.cat([each.detach().double().flatten() for each in module.parameters()])
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6 if dtype == torch.float32 else 1e-7)
+
+
+@pytest.mark.skipif(not kernels(torch.float32), reason="no C compiler here")
+def test_updates_do_not_depend_on_the_number_of_threads(threads):
+    found = []
+    for count in (1, 2):
+        torch.manual_seed(0)
+        model = nn.Linear(300, 301)
+        threads(count)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        config, norm = TrainConfig(), gradient_norm(model)
+        update(model, make_optimizer(model, config), config, norm, model, 0)
+        found.append((norm, model.weight.detach().clone()))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.usefixtures("way")
+def test_initial_weights_are_forgotten_by_the_average():
+    torch.manual_seed(0)
+    model, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    config = TrainConfig(ema=0.999, lr=1e-12)
+    optimizer = make_optimizer(model, config)
+    for n in range(30):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        update(model, optimizer, config, gradient_norm(model), average, n)
+    assert torch.allclose(average.weight, model.weight, atol=1e-5)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from charlm.config import BatchesConfig, Config, ModelConfig, TrainConfig, override
 from charlm.errors import ConfigError
@@ -39,7 +38,7 @@ _PARTS = {  # of a training step: regular expressions of the names that torch's 
     "other products": "multiply|aten::(add)?mm",
     "loss": "_CrossEntropy|aten::(_log_softmax|nll_loss).*",
     "dropout": "_Dropped",
-    "optimiser": "Optimizer.*|aten::(_fused_adam|_foreach_|linalg_vector_norm).*",
+    "optimiser": "norm|adamw|Optimizer.*|aten::(_fused_adam|_foreach_|linalg_vector_norm).*",
 }
 _PROFILED = 10  # steps; the profiler is slow to sort its records
 
@@ -158,7 +157,7 @@ def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
     training_rate(learner, 0.0)  # compiles
     parts = dict.fromkeys((*_PARTS, "head", "batches"), 0.0)
     loader = iter(learner.batches.loader(seed=1, epoch=0))
-    with _named_products(), torch.profiler.profile(record_shapes=True) as recorded:
+    with _named_kernels(), torch.profiler.profile(record_shapes=True) as recorded:
         for _ in range(_PROFILED):
             before = time.perf_counter()
             x, y = next(loader)
@@ -187,19 +186,25 @@ def profile(config: Config, seconds: float) -> tuple[dict[str, float], float]:
 
 
 @contextmanager
-def _named_products() -> Iterator[None]:
-    """Show torch's profiler each product of the kernels, as "multiply M K N"."""
-    multiply = Kernels.multiply
+def _named_kernels() -> Iterator[None]:
+    """Show torch's profiler the kernels that no operation of torch calls; products as "multiply M K N"."""
 
-    def named(self: Kernels, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.profiler.record_function(f"multiply {a.shape[0]} {a.shape[1]} {b.shape[1]}"):
-            return multiply(self, a, b, *args, **kwargs)
+    def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Kernels, *args: Any, **kwargs: Any) -> Any:
+            sizes = (*args[0].shape, args[1].shape[1]) if name == "multiply" else ()
+            with torch.profiler.record_function(" ".join(map(str, (name, *sizes)))):
+                return function(self, *args, **kwargs)
 
-    Kernels.multiply = named  # type: ignore[method-assign]
+        return call
+
+    before = {name: getattr(Kernels, name) for name in ("multiply", "norm", "adamw")}
+    for name, function in before.items():
+        setattr(Kernels, name, named(name, function))
     try:
         yield
     finally:
-        Kernels.multiply = multiply  # type: ignore[method-assign]
+        for name, function in before.items():
+            setattr(Kernels, name, function)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:

@@ -28,13 +28,13 @@ from charlm.text.corpus import Corpus
 from charlm.training.distributed import ALONE, Group
 from charlm.training.memory import check_memory
 from charlm.training.optim import (
-    clip_gradients,
+    gradient_norm,
     load_optimizer,
     lr_factor,
     make_optimizer,
     make_plateau,
     set_lr,
-    update_average,
+    update,
 )
 from charlm.training.progress import Progress, Sums
 
@@ -154,14 +154,12 @@ class Learner:
         self.optimizer.zero_grad()
         # The processes take the mean of the gradients.
         (loss * (weight * self.group.size)).backward()  # type: ignore[no-untyped-call]
-        norm = clip_gradients(self.model, train).item()
+        norm = gradient_norm(self.model)
         nats = self.group.sum(self._nats(loss, y) * weight)
         finite = math.isfinite(nats) and math.isfinite(norm)
         self.skip_reason = None if finite else f"the loss is {nats:.4g}, the norm of the gradient {norm:.4g}"
         if finite:
-            self.optimizer.step()
-            if train.ema:
-                update_average(self.scored, self.model, train.ema, progress.step)
+            update(self.model, self.optimizer, train, norm, self.scored, progress.step)
             progress.grad_norm = norm
         if self.batches.carries_state:
             self.carried = tuple(tensor.detach().float() for tensor in state) if finite else None

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from charlm.config import TrainConfig
 from charlm.errors import one_line
+from charlm.nn.kernels.native import Kernels, kernels
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -99,33 +100,102 @@ def _half_cosine(done: float, start: float, end: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
-def clip_gradients(model: nn.Module, config: TrainConfig) -> Tensor:
-    """Clip the gradients according to ``train.clip``; return their norm before, a tensor of shape ().
-
-    norm: g ← min(1, clip_value / ‖g‖) g over all parameters together (Pascanu et al. 2013).
-    value: each element to [-clip_value, clip_value].
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+def gradient_norm(model: nn.Module) -> float:
+    """Return the norm of the gradients of all parameters together."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if found := _kernels(gradients):
+        return found.norm([each.contiguous() for each in gradients])
     norm = nn.utils.get_total_norm(gradients)
     if not norm.isfinite():  # the squares overflow in float32 long before the gradients do
         norm = nn.utils.get_total_norm([gradient.cpu().double() for gradient in gradients])
-    if config.clip == "norm":
-        nn.utils.clip_grads_with_norm_(parameters, config.clip_value, norm)
-    elif config.clip == "value":
-        nn.utils.clip_grad_value_(parameters, config.clip_value)
-    return norm
+    return norm.item()
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float, n: int) -> None:
-    """Update `average`, an exponential moving average w̄ of the weights w of `model` after n updates.
+def update(
+    model: nn.Module, optimizer: Optimizer, config: TrainConfig, norm: float, average: nn.Module, n: int
+) -> None:
+    """Clip the gradients, whose norm is `norm`, take the optimiser's step and update `average`.
 
-    w̄ ← d w̄ + (1 - d) w, d = min(decay, (1 + n) / (10 + n))
+    ``train.clip``:
+    norm: g ← min(1, clip_value / ‖g‖) g over all parameters together (Pascanu et al. 2013).
+    value: each element to [-clip_value, clip_value].
 
-    Averaging the weights is due to Polyak & Juditsky (1992). A d that starts at 1/10, so that the initial
+    With ``train.ema`` = d, `average` is an exponential moving average w̄ of the weights w after n updates:
+
+    w̄ ← d' w̄ + (1 - d') w, d' = min(d, (1 + n) / (10 + n))
+
+    Averaging the weights is due to Polyak & Juditsky (1992). A d' that starts at 1/10, so that the initial
     weights are soon forgotten, comes from TensorFlow's ``tf.train.ExponentialMovingAverage``
     (``num_updates``).
+
+    On the CPU the kernels do all of it for AdamW in one pass over the weights.
     """
-    d = min(decay, (1 + n) / (10 + n))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - d)
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    share = 1 - min(config.ema, (1 + n) / (10 + n)) if config.ema else 0.0
+    averages = dict(zip(model.parameters(), average.parameters(), strict=True)) if share else {}
+    found = _kernels(parameters)
+    if found and config.optimizer == "adamw":
+        _adamw(found, optimizer, config, norm, averages, share)
+        return
+    if config.clip == "norm":
+        nn.utils.clip_grads_with_norm_(parameters, config.clip_value, torch.tensor(norm))
+    elif config.clip == "value":
+        nn.utils.clip_grad_value_(parameters, config.clip_value)
+    optimizer.step()
+    if averages:
+        torch._foreach_lerp_(list(averages.values()), list(averages), share)
+
+
+def _adamw(
+    found: Kernels,
+    optimizer: Optimizer,
+    config: TrainConfig,
+    norm: float,
+    averages: dict[nn.Parameter, nn.Parameter],
+    share: float,
+) -> None:
+    """Do the work of `update` with torch's state of AdamW (Loshchilov & Hutter 2019)."""
+    weights: list[tuple[Tensor | None, ...]] = []
+    decays = []
+    step = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(parameter),
+                    torch.zeros_like(parameter),
+                )
+            state["step"] += 1
+            step = int(state["step"])
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            weights.append((parameter, parameter.grad.contiguous(), *moments, averages.get(parameter)))
+            decays.append(group["lr"] * group["weight_decay"])
+    beta1, beta2 = config.betas
+    group = optimizer.param_groups[0]
+    found.adamw(
+        weights,
+        decays,
+        scale=min(1.0, config.clip_value / (norm + 1e-6)) if config.clip == "norm" else 1.0,
+        limit=config.clip_value if config.clip == "value" else math.inf,
+        rate=group["lr"] / (1 - beta1**step),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        correction=1 / (1 - beta2**step),
+        share=share,
+    )
+
+
+def _kernels(tensors: list[Any]) -> Kernels | None:
+    """Return the kernels for all `tensors`, or None where there are none."""
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors}
+    if len(kinds) != 1:
+        return None
+    ((device, dtype),) = kinds
+    found = kernels(dtype) if device == "cpu" else None
+    return found if found and found.writes else None

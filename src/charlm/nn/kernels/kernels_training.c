@@ -133,3 +133,61 @@ EXPORT void cross_entropy(int64_t threads, int64_t M, int64_t V, const store *lo
         d[m * V + targets[m]] = keep(exp_(target) * scale - (real)1 / M);
     }
 }
+
+#if STORE != bf16 /* the weights are not rounded */
+/* Weights w (n,), their gradient g, Adam's moments m and v of it, and their average or NULL. */
+typedef struct {
+    int64_t n;
+    real *w;
+    const real *g;
+    real *m, *v, *average;
+    double decay; /* what a step takes away of w: the learning rate times the weight decay */
+} weights;
+
+#define PARTS 64 /* of the sum over a tensor */
+
+/* The sum of the squares of all gradients. Its order does not depend on the number of threads; `sums` has room for
+ * `count * PARTS` numbers. */
+EXPORT double squares(int64_t threads, int64_t count, int64_t total, const weights *all, double *sums) {
+#pragma omp parallel for num_threads((int)threads) if (total > 8 * ENOUGH) /* of equal parts */
+    for (int64_t i = 0; i < count * PARTS; i++) {
+        const int64_t n = all[i / PARTS].n, first = n * (i % PARTS) / PARTS, end = n * (i % PARTS + 1) / PARTS;
+        const real *g = all[i / PARTS].g;
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = first; j < end; j++) sum += (double)g[j] * g[j];
+        sums[i] = sum;
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < count * PARTS; i++) sum += sums[i];
+    return sum;
+}
+
+/* A step of AdamW with the gradients times `scale` and then limited to ±limit; the average moves by its share. */
+typedef struct {
+    double scale, limit, rate, beta1, beta2, eps; /* rate: the learning rate, corrected for m */
+    double correction;                            /* of v */
+    double share;
+} adamw_options;
+
+EXPORT void adamw(int64_t threads, int64_t count, int64_t total, const weights *all, const adamw_options *options) {
+    const real scale = (real)options->scale, limit = (real)options->limit, rate = (real)options->rate;
+    const real up1 = (real)(1 - options->beta1), up2 = (real)(1 - options->beta2), eps = (real)options->eps;
+    const real correction = (real)options->correction, share = (real)options->share;
+#pragma omp parallel num_threads((int)threads) if (total > 8 * ENOUGH)
+    for (int64_t k = 0; k < count; k++) {
+        const int64_t n = all[k].n;
+        real *w = all[k].w, *m = all[k].m, *v = all[k].v, *average = all[k].average;
+        const real *g = all[k].g, kept = (real)(1 - all[k].decay);
+#pragma omp for simd nowait schedule(static)
+        for (int64_t i = 0; i < n; i++) {
+            real clipped = g[i] * scale;
+            clipped = clipped > limit ? limit : clipped < -limit ? -limit : clipped;
+            m[i] += up1 * (clipped - m[i]);
+            v[i] += up2 * (clipped * clipped - v[i]);
+            w[i] = w[i] * kept - rate * m[i] / ((real)sqrt((double)(v[i] * correction)) + eps);
+            if (average) average[i] += share * (w[i] - average[i]);
+        }
+    }
+}
+#endif

@@ -42,7 +42,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # the types of the result and 
     "drop": (None, [_COUNT] * 2 + [_REAL, ctypes.c_uint64] + [_POINTER] * 2),
     "cross_entropy": (None, [_COUNT] * 3 + [_POINTER] * 4),
 }
-_WRITING: dict[str, tuple[Any, list[Any]]] = {  # not in bfloat16
+_UNROUNDED: dict[str, tuple[Any, list[Any]]] = {  # not in bfloat16
+    "squares": (_REAL, [_COUNT] * 3 + [_POINTER] * 2),
+    "adamw": (None, [_COUNT] * 3 + [_POINTER] * 2),
     "laid_size": (_COUNT, [_COUNT] * 2),
     "lay": (None, [_COUNT] * 3 + [_POINTER] * 2),
     "step": (_FLAG, [_POINTER, _COUNT] + [_POINTER] * 7),
@@ -71,6 +73,18 @@ class Multiplication(ctypes.Structure):
         *_fields(_COUNT, "threads", "M", "N", "K", "a_row", "a_column", "b_row", "b_column"),
         *_fields(_POINTER, "a", "b", "bias", "packed", "sums", "out"),
     )
+
+
+class Weights(ctypes.Structure):
+    """Weights, their gradient, moments and average; kernels_training.c says what the fields are."""
+
+    _fields_ = (("n", _COUNT), *_fields(_POINTER, "w", "g", "m", "v", "average"), ("decay", _REAL))
+
+
+class AdamW(ctypes.Structure):
+    """The numbers of a step of AdamW; kernels_training.c says what they are."""
+
+    _fields_ = _fields(_REAL, "scale", "limit", "rate", "beta1", "beta2", "eps", "correction", "share")
 
 
 class Matrix(ctypes.Structure):
@@ -104,14 +118,14 @@ class Kernels:
     """The functions of `kernels.c` for one type of number, over contiguous CPU tensors.
 
     wide: the type of arithmetic, sums and states: float32 for bfloat16.
-    writes: whether they write text too, which they do not in bfloat16.
+    writes: whether they write text and update weights too, which they do not in bfloat16.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         self.dtype, self.library = dtype, library
         self.wide = torch.float32 if dtype == torch.bfloat16 else dtype
         self.writes = dtype != torch.bfloat16
-        for name, (result, arguments) in {**_FUNCTIONS, **(_WRITING if self.writes else {})}.items():
+        for name, (result, arguments) in {**_FUNCTIONS, **(_UNROUNDED if self.writes else {})}.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
 
@@ -162,6 +176,24 @@ class Kernels:
         pointers = (each if each is None else each.data_ptr() for each in (logits, targets, losses, d))
         self.library.cross_entropy(torch.get_num_threads(), M, V, *pointers)
         return losses
+
+    def norm(self, tensors: list[Tensor]) -> float:
+        """Return the norm of all numbers of contiguous `tensors` in self.dtype, summed in float64."""
+        rows = (Weights * len(tensors))(*(Weights(n=each.numel(), g=each.data_ptr()) for each in tensors))
+        sums = torch.empty(64 * len(rows), dtype=torch.float64)  # PARTS in kernels_training.c
+        total = sum(row.n for row in rows)
+        threads = torch.get_num_threads()
+        return float(self.library.squares(threads, len(rows), total, rows, sums.data_ptr()) ** 0.5)
+
+    def adamw(self, weights: list[tuple[Tensor | None, ...]], decays: list[float], **options: float) -> None:
+        """Take a step with each (w, g, m, v, average or None), contiguous, of one shape and in self.dtype."""
+        rows = (Weights * len(weights))()
+        for row, tensors, decay in zip(rows, weights, decays, strict=True):
+            assert tensors[0] is not None
+            pointers = (each if each is None else each.data_ptr() for each in tensors)
+            row.__init__(tensors[0].numel(), *pointers, decay)
+        total = sum(row.n for row in rows)
+        self.library.adamw(torch.get_num_threads(), len(rows), total, rows, ctypes.byref(AdamW(**options)))
 
     def draw(self, logits: Tensor, uniforms: Tensor, options: DrawOptions) -> Tensor | None:
         """Draw ids (B,) from logits (B, V), sorted in descending order where `options` has a filter.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from charlm.cli import main
 from charlm.config import from_data, read_yaml
@@ -243,8 +244,15 @@ def test_a_model_of_bytes_reads_and_writes_any_file(folder, capfdbinary):
     assert len(first) == len(second) == 300
 
 
-def test_minutes_choose_the_model_before_the_first_step(charlm, stdin, words, monkeypatch):
+@pytest.fixture
+def speeds(monkeypatch):
+    """The speed of the machine, not measured."""
     monkeypatch.setattr(budget, "machine_speeds", lambda *args: {64: 1e10, 1024: 1e11})
+    monkeypatch.setattr(budget, "_measured", lambda *args: 2000.0)
+
+
+@pytest.mark.usefixtures("speeds")
+def test_minutes_choose_the_model_before_the_first_step(charlm, stdin, words):
     stdin(words)
     small = [part for key in ("max_steps=2", "hidden_size=8") for part in ("--set", key)]
     done = charlm("train", "-", "--minutes", "1", "--name", "n", *small)
@@ -257,15 +265,56 @@ def test_minutes_choose_the_model_before_the_first_step(charlm, stdin, words, mo
     assert again.code == 0
     logs = [Path(f"runs/{name}/model.safetensors").read_bytes()[-1000:] for name in ("n", "again")]
     assert logs[0] == logs[1], "the configuration repeats the run"
-    for wrong in (["--config", "lstm"], ["--from", "n"], ["--resume", "n"]):
-        refused = charlm("train", "--minutes", "1", *wrong)
-        assert refused.code == 2 and "--minutes" in refused.err
+    refused = charlm("train", "--minutes", "1", "--resume", "n")
+    assert refused.code == 2 and "--minutes" in refused.err
 
 
-def test_minutes_refuse_a_text_that_can_be_read_once(charlm):
+@pytest.mark.usefixtures("speeds")
+def test_minutes_choose_what_a_recipe_or_a_model_leaves_open(charlm, trained):
+    Path("r.yaml").write_text(
+        "model: {cell: gru, hidden_size: 10, dropout: 0.3}\ntrain: {lr: 0.5, epochs: 999}\n"
+    )
+
+    def planned(*more):
+        done = charlm("train", "corpus.txt", "--dry-run", *more)
+        assert done.code == 0, done.err
+        shown, _, header = done.out.partition("\ncorpus ")
+        return from_data(yaml.safe_load(shown), ""), header
+
+    config, header = planned("--config", "r.yaml", "--minutes", "0.2")
+    assert (config.model.cell, config.model.hidden_size, config.model.dropout) == ("gru", 10, 0.3)
+    assert config.train.lr == 0.5 and config.train.max_steps and "at 2,000 characters a second" in header
+    longer = planned("--config", "r.yaml", "--minutes", "0.3")[0]
+    assert longer.train.max_steps > config.train.max_steps
+    assert planned("--config", "r.yaml")[0].train.epochs == 999
+    config, header = planned("--from", "tiny", "--minutes", "0.3")
+    assert config.model.hidden_size == load_model(trained / "model.safetensors").config.model.hidden_size
+    assert config.train.lr == 4e-3 and config.train.max_steps and "so dropout" in header
+
+
+@pytest.mark.usefixtures("speeds")
+def test_text_alone_is_trained_for_five_minutes_unless_its_end_is_given(charlm):
+    assert "budget   5 minutes" in charlm("train", "corpus.txt", "--dry-run").out
+    for end in ("epochs=1", "train.max_steps=3", "time_limit=9min"):
+        assert "budget" not in charlm("train", "corpus.txt", "--dry-run", "--set", end).out
+
+
+def test_pipes_are_kept_in_the_run(charlm, words):
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=lambda: Path("pipe").write_text(words), daemon=True)
+    writer.start()
+    done = charlm("train", "corpus.txt", "pipe", "--name", "n", *settings("train.max_steps=1"))
+    assert done.code == 0, done.err
+    writer.join()
+    assert config_of("n").corpus.source == ["corpus.txt", "runs/n/text1.txt"]
+    assert Path("runs/n/text1.txt").read_text() == words
+    assert charlm("train", "--resume", "n", "--set", "train.max_steps=2").code == 0
+
+
+def test_minutes_refuse_a_text_of_the_configuration_that_can_be_read_once(charlm):
     os.mkfifo("pipe")
     writer = threading.Thread(target=lambda: Path("pipe").write_text("text\n" * 50), daemon=True)
     writer.start()
-    refused = charlm("train", "pipe", "--minutes", "1")
+    refused = charlm("train", "--set", "corpus.source=pipe", "--minutes", "1")
     assert refused.code == 2 and "pipe" in refused.err and not Path("runs").exists()
     writer.join()

@@ -54,6 +54,12 @@ def test_records_are_scored_with_their_boundaries(charlm, names):
     assert total["bits_per_character"] == pytest.approx(sum(line["bits"] for line in lines) / 12, rel=1e-5)
 
 
+def test_training_goes_on_from_a_model_of_records(charlm, names):
+    Path("more.txt").write_text("\n".join(name[::-1] for name in NAMES))
+    done = charlm("train", "more.txt", "--from", "names", "--name", "more", "--set", "max_steps=2")
+    assert done.code == 0 and "reset for each record" in done.err
+
+
 def test_whole_records_are_written(charlm, names):
     common = ("generate", "--num-samples", "9", "--seed", "3", "-t", "1")
     done = charlm(*common, "--prefix", "b", "--novelty")

@@ -3,7 +3,6 @@
 import contextlib
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 # The learning rate with --from: half the default. From a model of Don Quijote, the val loss of the bundled
 # corpus is 1.481, 1.464, 1.456 and 1.455 with 1e-3, 2e-3, 4e-3 and 5e-3.
 _LR_FROM = 4e-3
+_MINUTES = 5.0  # of a training of TEXT alone
 
 
 @click.command()
@@ -34,7 +34,7 @@ _LR_FROM = 4e-3
     "--minutes",
     type=click.FloatRange(min=0, min_open=True, max=10**5),
     metavar="M",
-    help="Choose the model and its training for this text, this machine and M minutes.",
+    help="Choose the model and its training for this text, this machine and M minutes.  [default: 5]",
 )
 @click.option("--from", "initial", metavar="MODEL", help="Start from the weights of a run or a model file.")
 @click.option("--name", metavar="RUN", help="The run's name under runs/.  [default: TEXT-DATE-TIME]")
@@ -64,7 +64,9 @@ def train(
     stops at once.
 
     --minutes chooses the hidden size, the batches, dropout, learning rate and number of steps from the length
-    of the text, its alphabet and the speed of this machine; --set overrides any of it.
+    of the text, its alphabet and the speed of this machine; --set overrides any of it. With --config it
+    chooses the number of steps only. A TEXT alone is trained on for 5 minutes, unless --set gives epochs,
+    max_steps or time_limit.
     --from continues from another model: its sizes and characters are kept, and new characters are added.
 
     torchrun --nproc-per-node 2 -m charlm train ... trains with two processes, each on its slice of the data.
@@ -84,10 +86,10 @@ def train(
                 held.enter_context(runs.lock(run))
             config, state = _load_run(run, overrides, at, allow_changes, group.size)
         elif group.first:
-            chosen = _new_config(texts, recipe, minutes, initial, overrides)
+            chosen = _new_config(texts, recipe, initial, overrides)
             config, run = _new_run(chosen, texts, recipe, name, dry_run, held)
-            if minutes:
-                config, budget = _for_minutes(config, overrides, minutes, threads)
+            if budgeted := minutes or _default_minutes(texts, recipe, overrides):
+                config, budget = _for_minutes(config, budgeted, recipe, initial, overrides, threads)
         config, run = _shared(group, lambda: (config, run))
         display = TrainingDisplay(silent=not group.first)
         trainer, lines = _make_trainer(config, run, group, threads, display)
@@ -142,7 +144,7 @@ def _created(
     from charlm.storage import run as runs
 
     def create() -> str:
-        if "-" in texts:  # for a text on stdin, the folder exists already
+        if any(map(_once, texts)):  # the folder exists already
             runs.save_config(run, config)
             return str(run.folder)
         return str(runs.create(run, config, name is None).folder)
@@ -211,17 +213,9 @@ def _restore(
 
 
 def _new_config(
-    texts: tuple[str, ...],
-    recipe: str | None,
-    minutes: float | None,
-    initial: str | None,
-    overrides: tuple[str, ...],
+    texts: tuple[str, ...], recipe: str | None, initial: str | None, overrides: tuple[str, ...]
 ) -> "Config":
     """Return the configuration of a new run, before `_for_minutes`."""
-    if minutes and (recipe or initial):
-        raise ConfigError(
-            f"--minutes chooses what {'--config' if recipe else '--from'} sets; leave out one of them"
-        )
     from charlm import config as configuration
     from charlm.storage.header import read_header
     from charlm.storage.run import find_model
@@ -230,7 +224,7 @@ def _new_config(
     if initial is not None:
         path = find_model(initial)
         before = read_header(path).config
-        values["corpus"] = before.corpus.cleaning
+        values["corpus"] = {**before.corpus.cleaning, "records": before.corpus.records}
         if before.corpus.encoding == "bytes":
             values["corpus"] = {"encoding": "bytes"}
         values["model"] = {**before.model.model_dump(mode="json"), "implementation": "auto"}
@@ -242,27 +236,42 @@ def _new_config(
     return configuration.load(recipe, overrides, values)
 
 
+def _default_minutes(texts: tuple[str, ...], recipe: str | None, overrides: tuple[str, ...]) -> float | None:
+    """Return the minutes of a training without --minutes, or None if the configuration says when it ends."""
+    ends = {"epochs", "max_steps", "time_limit"}
+    return None if recipe or not texts or ends & {_key(text) for text in overrides} else _MINUTES
+
+
+def _key(override: str) -> str:
+    """Return the key of KEY=VALUE without its section."""
+    return override.partition("=")[0].strip().rpartition(".")[2]
+
+
 def _for_minutes(
-    config: "Config", overrides: tuple[str, ...], minutes: float, threads: int | None
+    config: "Config",
+    minutes: float,
+    recipe: str | None,
+    initial: str | None,
+    overrides: tuple[str, ...],
+    threads: int | None,
 ) -> tuple["Config", list[str]]:
-    """Return `config` with what a training of this many minutes needs, and two lines about the choice."""
-    import torch
+    """Return `config` with what a training of this many minutes needs, and two lines about the choice.
 
-    from charlm import config as configuration
-    from charlm.study.budget import choose, machine_speeds, text_size
+    What a recipe, a model to start from, or --set give is not chosen.
+    """
+    from charlm.config import find_key
+    from charlm.study.budget import plan
 
-    if threads:
-        torch.set_num_threads(threads)
-    say = lambda line: click.echo(line, err=True)
-    speeds = machine_speeds(config.train.device, say)
-    choice = choose(text_size(config.corpus), 60 * minutes, speeds, config.corpus.has_val)
-    keys = {text.partition("=")[0].strip().rpartition(".")[2] for text in overrides}
-    if "epochs" in keys:
-        del choice.values["train"]["max_steps"]
-    data = config.model_dump(mode="json")
-    for section, values in choice.values.items():
-        data[section] |= values
-    return configuration.from_data(data, "", overrides), choice.lines
+    given = {find_key(text.partition("=")[0].strip()) for text in overrides}
+    if recipe:
+        keys = {f"{section}.{key}" for section, values in config for key in type(values).model_fields}
+        given |= keys - {"train.epochs", "train.max_steps", "train.eval_every", "train.time_limit"}
+    elif initial:
+        given |= {f"model.{key}" for key in type(config.model).model_fields} | {"train.lr"}
+        given -= {"model.dropout", "model.weight_dropout"}
+    if "train.epochs" in given:
+        given.add("train.max_steps")
+    return plan(config, given, 60 * minutes, threads, lambda line: click.echo(line, err=True))
 
 
 def _new_run(
@@ -278,13 +287,26 @@ def _new_run(
 
     stem = re.sub(r"[^\w.+=-]+|^[^\w]+", "-", Path(texts[0]).stem).strip("-")[:60] if texts else ""
     run = runs.new_run(name, stem or (Path(recipe).stem if recipe else config.model.cell))
-    return _with_stdin(config, run, name is None, dry_run, held) if "-" in texts else (config, run)
+    if any(map(_once, texts)):
+        return _with_copies(config, run, texts, name is None, dry_run, held)
+    return config, run
 
 
-def _with_stdin(
-    config: "Config", run: "Run", rename: bool, dry_run: bool, held: contextlib.ExitStack
+def _once(text: str) -> bool:
+    """Return whether a text can be read once: stdin, or a pipe such as <(zcat book.gz)."""
+    path = Path(text)
+    return text == "-" or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def _with_copies(
+    config: "Config",
+    run: "Run",
+    texts: tuple[str, ...],
+    rename: bool,
+    dry_run: bool,
+    held: contextlib.ExitStack,
 ) -> tuple["Config", "Run"]:
-    """Write the text on stdin into the folder of `run`, from which the run can be resumed.
+    """Copy the texts that can be read once into the folder of `run`, from which it can be resumed.
 
     The folder is removed at the end if the training has not begun.
     """
@@ -297,15 +319,16 @@ def _with_stdin(
         run = runs.create(run, config, rename)
         held.callback(runs.discard, run)
         folder = run.folder
+    names = []
+    for k, text in enumerate(texts):
+        names.append(str(folder / f"text{k or ''}.txt") if _once(text) else text)
+        if _once(text):
 
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+            def write(path: Path, text: str = text) -> None:
+                with click.open_file(text, "rb") as source, path.open("wb") as file:
+                    shutil.copyfileobj(source, file)
 
-    write_atomically(folder / "text.txt", write)
-    source = config.corpus.source
-    names = [source] if isinstance(source, str) else source
-    names = [str(folder / "text.txt") if name == "-" else name for name in names]
+            write_atomically(Path(names[-1]), write)
     corpus = config.corpus.model_copy(update={"source": names if len(names) > 1 else names[0]})
     config = config.model_copy(update={"corpus": corpus})
     if not dry_run:

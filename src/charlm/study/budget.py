@@ -7,21 +7,25 @@ arguments are the text's size and alphabet and the machine's speed, which is mea
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 
 from charlm import __version__
-from charlm.config import Config, CorpusConfig, override
+from charlm.config import Config, CorpusConfig, from_data, override
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import cache_folder, write_atomically
+from charlm.nn.device import choose_threads
 from charlm.storage.vocabulary import read_vocabulary
 from charlm.study.bench import machine, make_learner, operations, training_rate
 from charlm.text.corpus import IN_MEMORY, Corpus
 from charlm.text.read import TextFile, find_files, strip_pieces
 
+Report = Callable[[str], object]
 Speeds = dict[int, float]  # floating-point operations per second of a training, by hidden size
 
 _SIZES = (64, 128, 256, 512, 1024)  # whose speed is measured
@@ -53,32 +57,79 @@ class Choice(NamedTuple):
     lines: list[str]
 
 
-def choose(size: Size, seconds: float, speeds: Speeds, val: bool = True) -> Choice:
+def plan(
+    config: Config, given: Collection[str], seconds: float, threads: int | None = None, report: Report = print
+) -> tuple[Config, list[str]]:
+    """Return `config` with what a training of so many seconds needs, and two lines about the choice.
+
+    given: the keys, as section.key, that keep their values. threads: as for `choose_threads`.
+
+    The speed of the chosen model is measured in a second, because that of the machine changes.
+
+    Raises `CharlmError` for a text that cannot be read, and `ConfigError` for a time too short to start in.
+    """
+    started = time.perf_counter()
+    size, speeds = text_size(config.corpus), machine_speeds(config.train.device, report)
+    config = _with(config, choose(size, seconds, speeds, config, given))
+    rate = _measured(config, size, threads)
+    seconds -= time.perf_counter() - started
+    choice = choose(size, seconds, speeds, config, {*given, "model.hidden_size"}, rate)
+    return _with(config, choice), choice.lines
+
+
+def _with(config: Config, choice: Choice) -> Config:
+    data = config.model_dump(mode="json")
+    for section, values in choice.values.items():
+        data[section] |= values
+    return from_data(data, "")
+
+
+def choose(
+    size: Size,
+    seconds: float,
+    speeds: Speeds,
+    config: Config | None = None,
+    given: Collection[str] = (),
+    rate: float | None = None,
+) -> Choice:
     """Return the choice for a text of this size and a time.
 
-    val: whether there is a val split. It and the test split are smaller than by default where scoring them
-        would take too long.
+    config: what is set before. given: its keys, as section.key, that keep their values.
+    rate: the characters per second of the training, if it is known better than by `speeds`.
+
+    Without a val split no training ends early. The val and test splits are smaller than by default where
+    scoring them would take too long.
 
     Raises `ConfigError` for a time that is too short to start in.
     """
+    config = config or Config()
     characters, classes, record = size
-    available = (seconds - _START - characters / _READ) * _STEPS_SHARE
+    start = _START + characters / _READ
+    available = (seconds - start) * _STEPS_SHARE
     if available < 1:
         raise ConfigError(
             f"--minutes is {seconds / 60:g}, too short for {characters:,} characters on this machine; "
-            f"allowed here: {math.ceil(10 * (_START + characters / _READ + 2) / 60) / 10:g} or more"
+            f"allowed here: {math.ceil(10 * (start + 2) / 60) / 10:g} or more"
         )
-    hidden, rate = _hidden_size(characters, classes, available, speeds)
+    if "model.hidden_size" in given:
+        hidden = config.model.hidden_size
+        rate = rate or _rate(speeds, hidden, classes, config.model.num_layers)
+    else:
+        hidden, rate = _hidden_size(characters, classes, available, speeds)
     part = min(0.05, _SCORED * seconds * _FORWARD * rate / characters)
-    train = characters * (1 - 2 * part)
+    own_split = "corpus.split" in given or config.corpus.val or config.corpus.test
+    train = characters * (config.corpus.split[0] if own_split else 1 - 2 * part)
     epochs = min(available * rate / train, _MAX_EPOCHS)
-    length = 64 if epochs < 6 else 96
-    batch = max(1, min(_BATCH, int(train) // (4 * length)))
-    if record:
-        batch = max(1, min(64, int(train / (4 * record))))
-    steps = max(int(epochs * train / (batch * (record or length))), 1)
+    length = config.batches.seq_len if "batches.seq_len" in given else 64 if epochs < 6 else 96
+    width = record or length  # characters of a sequence
+    batch = max(1, min(64 if record else _BATCH, int(train / (4 * width))))
+    if "batches.batch_size" in given:
+        batch = config.batches.batch_size
+    steps = max(int(epochs * train / (batch * width)), 1)
     dropout = _dropout(epochs)
-    values: dict[str, dict[str, Any]] = {
+    lr = float(f"{9e-3 * min(1, 384 / hidden) ** 1.36:.2g}")
+    sections: dict[str, dict[str, Any]] = {
+        "corpus": {} if own_split or part == 0.05 else {"split": [1 - 2 * part, part, part]},
         "batches": {
             "sampling": "sliding" if record else "contiguous", "batch_size": batch, "seq_len": length,
         },
@@ -87,21 +138,30 @@ def choose(size: Size, seconds: float, speeds: Speeds, val: bool = True) -> Choi
             "dropout": dropout, "weight_dropout": round(dropout / 2, 2) if dropout >= 0.2 else 0.0,
         },
         "train": {
-            "max_steps": steps, "lr": float(f"{9e-3 * min(1, 384 / hidden) ** 1.36:.2g}"),
+            "max_steps": steps, "lr": lr,
             "weight_decay": 0.1, "schedule": "one_cycle", "warmup": 0.15,
             "ema": 0.999 if steps >= 8000 else None, "eval_every": max(steps // _EVALUATIONS, 1),
-            "early_stopping": _PATIENCE if val and epochs > 10 else None,
-            "time_limit": f"{max(int(seconds - _START - characters / _READ), 1)}s",
+            "early_stopping": _PATIENCE if config.corpus.has_val and epochs > 10 else None,
+            "time_limit": f"{max(int(seconds - start), 1)}s",
         },
     }  # fmt: skip
-    if part < 0.05:
-        values["corpus"] = {"split": [1 - 2 * part, part, part]}
+    values = {
+        section: {key: value for key, value in chosen.items() if f"{section}.{key}" not in given}
+        for section, chosen in sections.items()
+    }
+    names = {"hidden_size": f"{hidden} hidden units", "dropout": f"dropout {dropout:g}", "lr": f"lr {lr:g}"}
+    chosen = [text for key, text in names.items() if any(key in each for each in values.values())]
     lines = [
-        f"budget   {seconds / 60:g} minutes at {rate:,.0f} characters a second: {epochs:.3g} epochs of "
+        f"budget   {seconds / 60:.3g} minutes at {rate:,.0f} characters a second: {epochs:.3g} epochs of "
         f"{train:,.0f} characters, {steps:,} steps",
-        f"         so {hidden} hidden units, dropout {dropout:g}, lr {values['train']['lr']:g}",
+        *([f"         so {', '.join(chosen)}"] if chosen else []),
     ]
     return Choice(values, lines)
+
+
+def _rate(speeds: Speeds, hidden: int, classes: int, layers: int = 1) -> float:
+    """Return the characters per second of the training of an LSTM."""
+    return interpolated(speeds, hidden) / (6 * (4 * hidden**2 * (2 * layers - 1) + classes * hidden))
 
 
 def _hidden_size(characters: int, classes: int, seconds: float, speeds: Speeds) -> tuple[int, float]:
@@ -112,7 +172,7 @@ def _hidden_size(characters: int, classes: int, seconds: float, speeds: Speeds) 
     best = 0, 0.0
     for hidden in range(64, 1025, 64):
         power = interpolated(speeds, hidden)
-        rate = power / (6 * (4 * hidden**2 + classes * hidden))
+        rate = _rate(speeds, hidden, classes)
         if best[0] and (hidden > 384 * (power * seconds / 1.5e13) ** 0.2 or hidden > 0.64 * characters**0.5):
             break
         best = hidden, rate
@@ -144,9 +204,7 @@ def text_size(config: CorpusConfig) -> Size:
     """
     files = [TextFile(path, encoding=config.encoding) for path in find_files(config.source).files]
     if pipes := [file.path for file in files if not file.regular]:
-        raise ConfigError(
-            f"--minutes reads the text twice, and {pipes[0]} can be read once: give - for stdin"
-        )
+        raise ConfigError(f"--minutes reads the text twice, and {pipes[0]} can be read once: give it as TEXT")
     total = sum(file.stat.st_size * (3 if file.compressed else 1) for file in files)
     if total <= IN_MEMORY or config.records:
         corpus = Corpus.load(config, known=read_vocabulary(config))
@@ -163,7 +221,22 @@ def text_size(config: CorpusConfig) -> Size:
     return Size(min(config.max_chars or characters, characters), max(len(set(sample)), 1))
 
 
-def machine_speeds(device: str = "auto", report: Callable[[str], object] = lambda line: None) -> Speeds:
+def _measured(config: Config, size: Size, threads: int | None) -> float:
+    """Return the characters per second of the training of `config`, measured on random text."""
+    torch.set_num_threads(choose_threads(threads, config.model, config.batches.batch_size)[0])
+    if size.record:
+        config = override(config, ["sampling=contiguous", f"seq_len={max(round(size.record), 1)}"])
+    state = torch.get_rng_state()
+    learner = make_learner(config)
+    training_rate(learner, 0.0)  # compiles
+    rate = statistics.median(training_rate(learner, _MEASURED / 2) for _ in range(5))
+    torch.set_rng_state(state)
+    known = operations(learner.model)
+    more = (size.classes - len(learner.corpus.vocab)) * learner.model.head.in_features
+    return rate * known / (known + 6 * more)
+
+
+def machine_speeds(device: str = "auto", report: Report = lambda line: None) -> Speeds:
     """Return the operations per second of trainings on this machine, measured once in some seconds.
 
     They are remembered in the cache folder, by processor, number of threads, device and versions. The caller

@@ -1,15 +1,18 @@
 """A text of records from the training to the written records."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from charlm import load
 from charlm.errors import CharlmError
-from charlm.inference.evaluate import evaluate
+from charlm.inference.evaluate import evaluate, record_surprisals
 from charlm.metrics import Score
 from charlm.storage.model_file import load_model
+from charlm.study.report.page import study
 from charlm.text.corpus import Corpus
 from conftest import settings
 
@@ -52,6 +55,21 @@ def test_records_are_scored_with_their_boundaries(charlm, names):
     total = json.loads(charlm("eval", "some.txt", "--json").out)["total"]
     assert total["characters"] == 12
     assert total["bits_per_character"] == pytest.approx(sum(line["bits"] for line in lines) / 12, rel=1e-5)
+
+
+def test_the_report_reads_each_record_alone(charlm, names):
+    assert charlm("report", "names").code == 0
+    loaded = load_model(Path("runs/names/model.safetensors"))
+    ids = loaded.vocab.encode("ban\nala\nban\n")
+    boundary = int(ids[-1])
+    data = study(loaded, ids, boundary)
+    expected = torch.cat(record_surprisals(loaded.model, [ids[:3], ids[4:7], ids[8:11]], boundary))
+    assert data["bits"] == pytest.approx((expected / math.log(2)).tolist(), abs=1e-3)
+    assert data["guesses"][:4] == data["guesses"][8:] and all(data["guesses"])
+    for k, guesses in enumerate(data["guesses"]):  # the probabilities are those of the surprisals
+        for char, p in guesses:
+            if char == "ban\nala\nban\n"[k]:
+                assert p == pytest.approx(2 ** -data["bits"][k], abs=1e-3)
 
 
 def test_training_goes_on_from_a_model_of_records(charlm, names):

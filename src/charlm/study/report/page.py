@@ -9,21 +9,23 @@ T characters of text, H hidden units, F features.
 import base64
 import hashlib
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
+from torch.nn import functional as F
 
 from charlm import config as configuration
 from charlm.api import LanguageModel
 from charlm.errors import CharlmError
 from charlm.files import write_atomically
-from charlm.inference.evaluate import text_surprisals
+from charlm.inference.evaluate import record_surprisals, text_surprisals
 from charlm.inference.novelty import SIZES, novelty, training_text
 from charlm.inference.sample import Sampling, sample
-from charlm.nn.model import num_parameters
+from charlm.nn.model import CharLM, num_parameters
 from charlm.storage.log import Row, curve, read
 from charlm.storage.model_file import Loaded, load_model
 from charlm.storage.run import Run
@@ -72,7 +74,11 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
     copied = {title: novelty(vocab.encode(text, "replace"), corpus.train) for title, text in texts.items()}
     if len(corpus.val):
         copied["held-out text"] = novelty(corpus.val[:WRITTEN], corpus.train)
-    studied = corpus.val[:STUDIED] if len(corpus.val) else corpus.train[:STUDIED]
+    studied, end = corpus.val if len(corpus.val) else corpus.train, STUDIED
+    if corpus.boundary is not None:  # whole records, at least one
+        ends = (studied == corpus.boundary).nonzero()[:, 0] + 1
+        end = int(ends[max(int((ends <= STUDIED).sum()) - 1, 0)])
+    studied = studied[:end].long()
     return environment.get_template("page.html").render(
         title=name,
         script=script,
@@ -87,7 +93,7 @@ def make_page(name: str, loaded: Loaded, corpus: Corpus, log: list[Row], rows: l
         sizes=SIZES,
         studied=len(studied),
         config=configuration.to_yaml(loaded.config),
-        data=study(loaded, studied.long()),
+        data=study(loaded, studied, corpus.boundary),
     )
 
 
@@ -100,8 +106,10 @@ def _sample(model: LanguageModel, temperature: float, boundary: int | None) -> s
 
 
 @torch.inference_mode()
-def study(loaded: Loaded, ids: Tensor) -> dict[str, Any]:
+def study(loaded: Loaded, ids: Tensor, boundary: int | None = None) -> dict[str, Any]:
     """Return the data of the page's script for a text `ids` (T,); its first `PASSAGE` characters are shown.
+
+    boundary: the id of the character that follows each record, if the text is a list of records.
 
     passage: the characters shown. bits: their surprisals, None without a prediction. guesses: the most
     probable characters at each place, with their probabilities. units: the numbers of the units shown.
@@ -109,22 +117,17 @@ def study(loaded: Loaded, ids: Tensor) -> dict[str, Any]:
     each feature, with r.
     """
     model, vocab = loaded.model, loaded.vocab
-    backward = loaded.config.model.direction == "backward"
-    inputs = model.embed((ids.flip(0) if backward else ids)[None])
-    y, _ = model.recurrent(inputs, model.initial_state(1))  # (1, T, H)
-    states = y[0].flip(0) if backward else y[0]
+    before, states, nats = _read(model, ids) if boundary is None else _read_records(model, ids, boundary)
     shown = min(PASSAGE, len(ids))
-    # A character is predicted from the state at the one that was read before it.
-    before = states[1 : shown + 1] if backward else states[: shown - 1]
-    probabilities, best = model.head(before).softmax(-1).topk(min(_GUESSES, len(vocab)))
+    probabilities, best = model.head(before[:shown]).softmax(-1).topk(min(_GUESSES, len(vocab)))
     guesses: list[Any] = [
         [[vocab.characters[i], round(p, 4)] for i, p in zip(row, row_probabilities, strict=True)]
         for row, row_probabilities in zip(best.tolist(), probabilities.tolist(), strict=True)
     ]
-    if len(guesses) < shown:
-        guesses.insert(shown if backward else 0, None)
-    nats = text_surprisals(model, ids)[:shown].tolist()
-    bits = [round(value / math.log(2), 3) if math.isfinite(value) else None for value in nats]
+    bits = [
+        round(value / math.log(2), 3) if math.isfinite(value) else None for value in nats[:shown].tolist()
+    ]
+    guesses = [each if value is not None else None for each, value in zip(guesses, bits, strict=True)]
     found = correlate(features(vocab.decode(ids)), states)
     units = _units(found, states.shape[1], shown)
     part = states[:shown, units]
@@ -138,6 +141,31 @@ def study(loaded: Loaded, ids: Tensor) -> dict[str, Any]:
         "activations": base64.b64encode(bytes(values.view(torch.uint8).flatten().tolist())).decode(),
         "features": found,
     }
+
+
+def _read(model: CharLM, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Read a text (T,); return the outputs (T, H) before and after each character, and its nats (T,).
+
+    The first character read is not predicted; the output before it is that after it.
+    """
+    backward = model.config.direction == "backward"
+    y, _ = model.recurrent(model.embed((ids.flip(0) if backward else ids)[None]), model.initial_state(1))
+    before = torch.cat([y[0, :1], y[0, :-1]])
+    outputs = (before.flip(0), y[0].flip(0)) if backward else (before, y[0])
+    return *outputs, text_surprisals(model, ids)
+
+
+def _read_records(model: CharLM, ids: Tensor, boundary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Read each record of `ids` (T,) alone, between two boundaries; return the same as `_read`."""
+    ends = ((ids == boundary).nonzero()[:, 0] + 1).tolist()
+    records = [ids[start:end] for start, end in pairwise([0, *ends])]
+    outputs = [
+        model.recurrent(model.embed(F.pad(each, (1, 0), value=boundary)[None]), model.initial_state(1))[0][0]
+        for each in records
+    ]
+    before, after = (torch.cat([y[part] for y in outputs]) for part in (slice(-1), slice(1, None)))
+    nats = record_surprisals(model, [each[:-1] for each in records], boundary)
+    return before, after, torch.cat(nats)
 
 
 def _units(found: dict[str, list[tuple[int, float]]], hidden_size: int, shown: int) -> list[int]:

@@ -289,7 +289,7 @@ def test_minutes_choose_what_a_recipe_or_a_model_leaves_open(charlm, trained):
     assert planned("--config", "r.yaml")[0].train.epochs == 999
     config, header = planned("--from", "tiny", "--minutes", "0.3")
     assert config.model.hidden_size == load_model(trained / "model.safetensors").config.model.hidden_size
-    assert config.train.lr == 4e-3 and config.train.max_steps and "so dropout" in header
+    assert config.train.lr == 4e-3 and config.train.max_steps and "dropout" in header
 
 
 @pytest.mark.usefixtures("speeds")

@@ -1,12 +1,13 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlm.config import CorpusConfig, from_data
+from charlm.config import Config, CorpusConfig, from_data, override
 from charlm.errors import ConfigError
 from charlm.study import budget
 from charlm.study.budget import Size, choose, machine_speeds, text_size
@@ -69,6 +70,21 @@ def test_chosen_settings_train(folder, words):
     learner = Learner(from_data({**values, "train": {**values["train"], "device": "cpu"}}, ""), corpus)
     x, y = next(learner.remaining_batches())
     assert math.isfinite(learner.step(x, y)[0])
+
+
+@pytest.mark.parametrize("more", [[], ["records=line"], ["cell=gru", "num_layers=2"], ["hidden_size=8"]])
+def test_steps_follow_from_the_measured_speed_of_the_chosen_model(folder, words, monkeypatch, more):
+    monkeypatch.setattr(budget, "_MEASURED", 0.0)
+    monkeypatch.setattr(budget, "machine_speeds", lambda *args: SPEEDS)
+    Path("corpus.txt").write_text("\n".join(words.split()))
+    config = override(Config(), ["source=corpus.txt", "device=cpu", *more])
+    planned, lines = budget.plan(config, {"model.hidden_size"}, 600, threads=1)
+    measured = float(re.search("at ([0-9,]+) characters", lines[0])[1].replace(",", ""))
+    assert planned.train.max_steps and measured > 0
+    assert planned.model.hidden_size == config.model.hidden_size
+    monkeypatch.setattr(budget, "training_rate", lambda learner, seconds: 2.0)
+    slow, _ = budget.plan(config, {"model.hidden_size"}, 600, threads=1)
+    assert slow.train.max_steps < planned.train.max_steps
 
 
 def test_speeds_are_measured_once_for_each_kind_of_machine(monkeypatch, tmp_path):

@@ -82,14 +82,12 @@ def train(
         budget: list[str] = []  # lines of the header
         if group.first and resume:
             run = runs.find_run(resume)
-            if not dry_run:  # before anything in it is read: another process may be writing
-                held.enter_context(runs.lock(run))
-            config, state = _load_run(run, overrides, at, allow_changes, group.size)
+            config, state = _load_run(run, overrides, at, allow_changes, group.size, dry_run, held)
         elif group.first:
             chosen = _new_config(texts, recipe, initial, overrides)
             config, run = _new_run(chosen, texts, recipe, name, dry_run, held)
-            if budgeted := minutes or _default_minutes(texts, recipe, overrides):
-                config, budget = _for_minutes(config, budgeted, recipe, initial, overrides, threads)
+            minutes = minutes or _default_minutes(texts, recipe, overrides)
+            config, budget = _for_minutes(config, minutes, recipe, initial, overrides, threads)
         config, run = _shared(group, lambda: (config, run))
         display = TrainingDisplay(silent=not group.first)
         trainer, lines = _make_trainer(config, run, group, threads, display)
@@ -249,7 +247,7 @@ def _key(override: str) -> str:
 
 def _for_minutes(
     config: "Config",
-    minutes: float,
+    minutes: float | None,
     recipe: str | None,
     initial: str | None,
     overrides: tuple[str, ...],
@@ -259,6 +257,8 @@ def _for_minutes(
 
     What a recipe, a model to start from, or --set give is not chosen.
     """
+    if not minutes:
+        return config, []
     from charlm.config import find_key
     from charlm.study.budget import plan
 
@@ -337,12 +337,21 @@ def _with_copies(
 
 
 def _load_run(
-    run: "Run", overrides: tuple[str, ...], at: int | None, allow_changes: bool, processes: int
+    run: "Run",
+    overrides: tuple[str, ...],
+    at: int | None,
+    allow_changes: bool,
+    processes: int,
+    dry_run: bool,
+    held: contextlib.ExitStack,
 ) -> tuple["Config", dict[str, Any] | None]:
-    """Return the configuration to resume `run` with, and the state saved last or at step `at`, if any."""
+    """Lock `run`; return the configuration to resume it with, and the state saved last or at step `at`."""
     from charlm import config as configuration
+    from charlm.storage.run import lock
     from charlm.training.learner import refuse_changes
 
+    if not dry_run:  # before anything in it is read: another process may be writing
+        held.enter_context(lock(run))
     before, state = run.load_config(), None
     if run.was_saved:
         source = run if at is None else run.saved_checkpoint(at)

@@ -72,8 +72,8 @@ def plan(
     size, speeds = text_size(config.corpus), machine_speeds(config.train.device, report)
     config = _with(config, choose(size, seconds, speeds, config, given))
     rate = _measured(config, size, threads)
-    seconds -= time.perf_counter() - started
-    choice = choose(size, seconds, speeds, config, {*given, "model.hidden_size"}, rate)
+    spent = time.perf_counter() - started
+    choice = choose(size, seconds, speeds, config, {*given, "model.hidden_size"}, rate, spent)
     return _with(config, choice), choice.lines
 
 
@@ -91,11 +91,13 @@ def choose(
     config: Config | None = None,
     given: Collection[str] = (),
     rate: float | None = None,
+    spent: float = 0.0,
 ) -> Choice:
     """Return the choice for a text of this size and a time.
 
     config: what is set before. given: its keys, as section.key, that keep their values.
     rate: the characters per second of the training, if it is known better than by `speeds`.
+    spent: seconds that have passed.
 
     Without a val split no training ends early. The val and test splits are smaller than by default where
     scoring them would take too long.
@@ -104,59 +106,78 @@ def choose(
     """
     config = config or Config()
     characters, classes, record = size
-    start = _START + characters / _READ
-    available = (seconds - start) * _STEPS_SHARE
-    if available < 1:
+    left = seconds - spent - _START - characters / _READ
+    if left < 1:
+        least = math.ceil(10 * (seconds - left + 2) / 60) / 10
         raise ConfigError(
             f"--minutes is {seconds / 60:g}, too short for {characters:,} characters on this machine; "
-            f"allowed here: {math.ceil(10 * (start + 2) / 60) / 10:g} or more"
+            f"allowed here: {least:g} or more"
         )
-    if "model.hidden_size" in given:
-        hidden = config.model.hidden_size
-        rate = rate or _rate(speeds, hidden, classes, config.model.num_layers)
-    else:
-        hidden, rate = _hidden_size(characters, classes, available, speeds)
+    hidden = config.model.hidden_size
+    if "model.hidden_size" not in given:
+        hidden = _hidden_size(characters, classes, left * _STEPS_SHARE, speeds)
+    rate = rate or _rate(speeds, hidden, classes, config.model.num_layers)
     part = min(0.05, _SCORED * seconds * _FORWARD * rate / characters)
-    own_split = "corpus.split" in given or config.corpus.val or config.corpus.test
-    train = characters * (config.corpus.split[0] if own_split else 1 - 2 * part)
-    epochs = min(available * rate / train, _MAX_EPOCHS)
+    split = None if part == 0.05 else (1 - 2 * part, part, part)
+    if "corpus.split" in given or config.corpus.val or config.corpus.test:
+        split = config.corpus.split
+    train = characters * (split or Config().corpus.split)[0]
+    epochs = min(left * _STEPS_SHARE * rate / train, _MAX_EPOCHS)
     length = config.batches.seq_len if "batches.seq_len" in given else 64 if epochs < 6 else 96
     width = record or length  # characters of a sequence
     batch = max(1, min(64 if record else _BATCH, int(train / (4 * width))))
     if "batches.batch_size" in given:
         batch = config.batches.batch_size
     steps = max(int(epochs * train / (batch * width)), 1)
-    dropout = _dropout(epochs)
-    lr = float(f"{9e-3 * min(1, 384 / hidden) ** 1.36:.2g}")
     sections: dict[str, dict[str, Any]] = {
-        "corpus": {} if own_split or part == 0.05 else {"split": [1 - 2 * part, part, part]},
+        "corpus": {"split": split} if split else {},
         "batches": {
-            "sampling": "sliding" if record else "contiguous", "batch_size": batch, "seq_len": length,
+            "sampling": "sliding" if record else "contiguous",
+            "batch_size": batch,
+            "seq_len": length,
         },
-        "model": {
-            "hidden_size": hidden, "num_layers": 1, "init": "orthogonal",
-            "dropout": dropout, "weight_dropout": round(dropout / 2, 2) if dropout >= 0.2 else 0.0,
-        },
-        "train": {
-            "max_steps": steps, "lr": lr,
-            "weight_decay": 0.1, "schedule": "one_cycle", "warmup": 0.15,
-            "ema": 0.999 if steps >= 8000 else None, "eval_every": max(steps // _EVALUATIONS, 1),
-            "early_stopping": _PATIENCE if config.corpus.has_val and epochs > 10 else None,
-            "time_limit": f"{max(int(seconds - start), 1)}s",
-        },
-    }  # fmt: skip
+        "model": _model(hidden, epochs),
+        "train": _training(hidden, epochs, steps, left, config.corpus.has_val),
+    }
     values = {
         section: {key: value for key, value in chosen.items() if f"{section}.{key}" not in given}
         for section, chosen in sections.items()
     }
-    names = {"hidden_size": f"{hidden} hidden units", "dropout": f"dropout {dropout:g}", "lr": f"lr {lr:g}"}
-    chosen = [text for key, text in names.items() if any(key in each for each in values.values())]
+    dropout, lr = (
+        values["model"].get("dropout", config.model.dropout),
+        values["train"].get("lr", config.train.lr),
+    )
     lines = [
         f"budget   {seconds / 60:.3g} minutes at {rate:,.0f} characters a second: {epochs:.3g} epochs of "
         f"{train:,.0f} characters, {steps:,} steps",
-        *([f"         so {', '.join(chosen)}"] if chosen else []),
+        f"         so {hidden} hidden units, dropout {dropout:g}, lr {lr:g}",
     ]
     return Choice(values, lines)
+
+
+def _model(hidden: int, epochs: float) -> dict[str, Any]:
+    dropout = _dropout(epochs)
+    return {
+        "hidden_size": hidden,
+        "num_layers": 1,
+        "init": "orthogonal",
+        "dropout": dropout,
+        "weight_dropout": round(dropout / 2, 2) if dropout >= 0.2 else 0.0,
+    }
+
+
+def _training(hidden: int, epochs: float, steps: int, seconds: float, val: bool) -> dict[str, Any]:
+    return {
+        "max_steps": steps,
+        "lr": float(f"{9e-3 * min(1, 384 / hidden) ** 1.36:.2g}"),
+        "weight_decay": 0.1,
+        "schedule": "one_cycle",
+        "warmup": 0.15,
+        "ema": 0.999 if steps >= 8000 else None,
+        "eval_every": max(steps // _EVALUATIONS, 1),
+        "early_stopping": _PATIENCE if val and epochs > 10 else None,
+        "time_limit": f"{max(int(seconds), 1)}s",
+    }
 
 
 def _rate(speeds: Speeds, hidden: int, classes: int, layers: int = 1) -> float:
@@ -164,18 +185,17 @@ def _rate(speeds: Speeds, hidden: int, classes: int, layers: int = 1) -> float:
     return interpolated(speeds, hidden) / (6 * (4 * hidden**2 * (2 * layers - 1) + classes * hidden))
 
 
-def _hidden_size(characters: int, classes: int, seconds: float, speeds: Speeds) -> tuple[int, float]:
-    """Return the number of hidden units, and the characters per second of their training.
+def _hidden_size(characters: int, classes: int, seconds: float, speeds: Speeds) -> int:
+    """Return the number of hidden units.
 
     The units grow with the fifth root of the operations, and their square not faster than the text.
     """
-    best = 0, 0.0
+    best = 0
     for hidden in range(64, 1025, 64):
         power = interpolated(speeds, hidden)
-        rate = _rate(speeds, hidden, classes)
-        if best[0] and (hidden > 384 * (power * seconds / 1.5e13) ** 0.2 or hidden > 0.64 * characters**0.5):
+        if best and (hidden > 384 * (power * seconds / 1.5e13) ** 0.2 or hidden > 0.64 * characters**0.5):
             break
-        best = hidden, rate
+        best = hidden
     return best
 
 
@@ -225,7 +245,8 @@ def _measured(config: Config, size: Size, threads: int | None) -> float:
     """Return the characters per second of the training of `config`, measured on random text."""
     torch.set_num_threads(choose_threads(threads, config.model, config.batches.batch_size)[0])
     if size.record:
-        config = override(config, ["sampling=contiguous", f"seq_len={max(round(size.record), 1)}"])
+        length = f"seq_len={max(round(size.record), 1)}"
+        config = override(config, ["records=null", "sampling=contiguous", length])
     state = torch.get_rng_state()
     learner = make_learner(config)
     training_rate(learner, 0.0)  # compiles

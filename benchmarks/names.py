@@ -99,7 +99,9 @@ def main():
             for kind in ("transformer", "gru") if options.makemore and seed == options.seeds[0] else ():
                 results[f"makemore {kind}"] = theirs(options.makemore, kind, *parts, minutes, seed)
             for name, (loss, parameters, seconds) in results.items():
-                rows.append([name, f"{minutes:g}", seed, f"{loss:.4f}", f"{parameters:,}", f"{seconds:.0f}"])
+                rows.append(
+                    [name, f"{minutes:g}", f"{seed}", f"{loss:.4f}", f"{parameters:,}", f"{seconds:.0f}"]
+                )
                 print(*rows[-1], sep=" | ", flush=True)
     print("\n" + markdown(["model", "minutes", "seed", "nats a character", "parameters", "seconds"], rows))
 

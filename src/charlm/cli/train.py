@@ -86,8 +86,7 @@ def train(
         elif group.first:
             chosen = _new_config(texts, recipe, initial, overrides)
             config, run = _new_run(chosen, texts, recipe, name, dry_run, held)
-            minutes = minutes or _default_minutes(texts, recipe, overrides)
-            config, budget = _for_minutes(config, minutes, recipe, initial, overrides, threads)
+            config, budget = _for_minutes(config, texts, minutes, recipe, initial, overrides, threads)
         config, run = _shared(group, lambda: (config, run))
         display = TrainingDisplay(silent=not group.first)
         trainer, lines = _make_trainer(config, run, group, threads, display)
@@ -247,6 +246,7 @@ def _key(override: str) -> str:
 
 def _for_minutes(
     config: "Config",
+    texts: tuple[str, ...],
     minutes: float | None,
     recipe: str | None,
     initial: str | None,
@@ -257,6 +257,7 @@ def _for_minutes(
 
     What a recipe, a model to start from, or --set give is not chosen.
     """
+    minutes = minutes or _default_minutes(texts, recipe, overrides)
     if not minutes:
         return config, []
     from charlm.config import find_key

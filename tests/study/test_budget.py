@@ -28,7 +28,7 @@ def test_choice_is_a_configuration_whose_steps_fit_the_time(characters, classes,
     try:
         values = choose(Size(characters, classes), seconds, speeds).values
     except ConfigError:
-        assert characters / 50e6 + 6 > seconds
+        assert 0.1 * seconds + 6 > seconds
         return
     config = from_data(values, "")
     H, batches, split = config.model.hidden_size, config.batches, config.corpus.split
@@ -36,6 +36,7 @@ def test_choice_is_a_configuration_whose_steps_fit_the_time(characters, classes,
     rate = speed / (6 * (4 * H * H + classes * H))  # characters per second, or less for small models
     assert read <= max(rate * seconds, batches.batch_size * batches.seq_len)
     assert read <= 41 * characters
+    characters = config.corpus.max_chars or characters
     assert batches.batch_size * batches.seq_len < split[0] * characters
     assert config.train.time_limit_seconds <= seconds
 
@@ -56,6 +57,7 @@ def test_tiny_text_gets_a_small_model_that_stops_early_and_an_enormous_one_less_
     assert tiny["train"]["early_stopping"] and not large["train"]["early_stopping"]
     assert large["train"]["max_steps"] * 24 * 96 < 4 * 10**9
     assert large["corpus"]["split"][1] < 0.01
+    assert large["corpus"]["max_chars"] == 3 * 10**9, "what can be read in a tenth of the time"
 
 
 def test_too_short_a_time_is_refused_with_one_that_is_not():

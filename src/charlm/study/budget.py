@@ -33,6 +33,7 @@ _MEASURED = 0.5  # seconds for each of them
 _BATCH = 24
 _START = 4.0  # seconds from the command to the first step
 _READ = 50e6  # characters that are read in a second
+_READ_SHARE = 0.1  # the largest share of the time for reading the text
 _STEPS_SHARE = 0.92  # of the remaining time; the rest goes to evaluations and saves
 _FORWARD = 3.0  # how much faster than a training a text is scored
 _SCORED = 0.02  # the largest share of the time for one scoring of val, or of test
@@ -99,13 +100,15 @@ def choose(
     rate: the characters per second of the training, if it is known better than by `speeds`.
     spent: seconds that have passed.
 
-    Without a val split no training ends early. The val and test splits are smaller than by default where
-    scoring them would take too long.
+    Without a val split no training ends early. Of a text that takes too long to read, the beginning is used;
+    the val and test splits are smaller than by default where scoring them would take too long.
 
     Raises `ConfigError` for a time that is too short to start in.
     """
     config = config or Config()
     characters, classes, record = size
+    if "corpus.max_chars" not in given:
+        characters = min(characters, int(_READ_SHARE * seconds * _READ))
     left = seconds - spent - _START - characters / _READ
     if left < 1:
         least = math.ceil(10 * (seconds - left + 2) / 60) / 10
@@ -130,7 +133,10 @@ def choose(
         batch = config.batches.batch_size
     steps = max(int(epochs * train / (batch * width)), 1)
     sections: dict[str, dict[str, Any]] = {
-        "corpus": {"split": split} if split else {},
+        "corpus": {
+            **({"split": split} if split else {}),
+            **({"max_chars": characters} if characters < size.characters else {}),
+        },
         "batches": {
             "sampling": "sliding" if record else "contiguous",
             "batch_size": batch,

@@ -175,7 +175,7 @@ def _model(hidden: int, epochs: float) -> dict[str, Any]:
 def _training(hidden: int, epochs: float, steps: int, seconds: float, val: bool) -> dict[str, Any]:
     return {
         "max_steps": steps,
-        "lr": float(f"{9e-3 * min(1, 384 / hidden) ** 1.36:.2g}"),
+        "lr": float(f"{9e-3 * (384 / hidden) ** (1.36 if hidden > 384 else 0.68):.2g}"),
         "weight_decay": 0.1,
         "schedule": "one_cycle",
         "warmup": 0.15,
@@ -199,7 +199,7 @@ def _hidden_size(characters: int, classes: int, seconds: float, speeds: Speeds) 
     best = 0
     for hidden in range(64, 1025, 64):
         power = interpolated(speeds, hidden)
-        if best and (hidden > 384 * (power * seconds / 1.5e13) ** 0.2 or hidden > 0.64 * characters**0.5):
+        if best and hidden > min(384 * (power * seconds / 1.5e13) ** 0.2, 0.9 * characters**0.5):
             break
         best = hidden
     return best

@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 from common import heading
 
-from charlm.config import CorpusConfig
+from charlm.config import Config, override
 from charlm.nn.kernels.native import keep_memory
 from charlm.study.budget import choose, interpolated, machine_speeds, text_size
 from charlm.study.compare import markdown
@@ -99,10 +99,7 @@ def tasks(options):
         str(Path(name).absolute()) if os.sep in name or Path(name).exists() else name
         for name in options.texts
     ):
-        config = yaml.safe_load(
-            yaml.safe_dump({"source": text, **dict(each.split("=") for each in options.set)})
-        )
-        size = text_size(CorpusConfig(**config))
+        size = text_size(override(Config(), [f"source={json.dumps(text)}", *options.set]).corpus)
         for minutes in options.minutes:
             values = choose(size, 60 * minutes, speeds).values
             common = [f"--set={each}" for each in options.set]

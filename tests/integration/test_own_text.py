@@ -265,6 +265,9 @@ def test_minutes_choose_the_model_before_the_first_step(charlm, stdin, words):
     assert again.code == 0
     logs = [Path(f"runs/{name}/model.safetensors").read_bytes()[-1000:] for name in ("n", "again")]
     assert logs[0] == logs[1], "the configuration repeats the run"
+    Path("r.yaml").write_text("train: {eval_every: 1}\n")
+    assert charlm("train", "--config", "r.yaml", "--minutes", "1", "--name", "e", *small).code == 0
+    assert config_of("e").train.eval_every == 1
     refused = charlm("train", "--minutes", "1", "--resume", "n")
     assert refused.code == 2 and "--minutes" in refused.err
 

@@ -76,6 +76,19 @@ def test_training_goes_on_from_a_model_of_records(charlm, names):
     Path("more.txt").write_text("\n".join(name[::-1] for name in NAMES))
     done = charlm("train", "more.txt", "--from", "names", "--name", "more", "--set", "max_steps=2")
     assert done.code == 0 and "reset for each record" in done.err
+    of_bytes = ("--name", "bytes", *settings(*RECORDS, "encoding=bytes", "train.max_steps=1"))
+    assert charlm("train", "names.txt", *of_bytes).code == 0
+    dry = charlm("train", "more.txt", "--from", "bytes", "--dry-run", "--set", "max_steps=2")
+    assert "encoding: bytes" in dry.out and "records: line" in dry.out
+
+
+def test_delimiters_are_found_in_cleaned_text_and_added_to_a_fixed_vocabulary(charlm):
+    Path("t.txt").write_text("Ab<END>ba<END>bb<END>aab<END>" * 9)
+    Path("v.txt").write_text("abn<>ed")
+    fixed = ("lowercase=true", "records=<END>", "vocabulary=v.txt", "max_steps=1", "batch_size=4")
+    done = charlm("train", "t.txt", "--name", "n", *(f"--set={each}" for each in fixed))
+    assert done.code == 0, done.err
+    assert load_model(Path("runs/n/last.safetensors")).vocab.characters == "abn<>ed\x1e"
 
 
 def test_whole_records_are_written(charlm, names):

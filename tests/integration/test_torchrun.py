@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_run_of_two_processes_continues_with_one(folder, charlm):
 
 
 def test_resumed_run_keeps_the_sequences_of_its_steps(trained):
-    config, state = _load_run(Run(trained), (), None, False, 2)
+    config, _, state = _load_run("tiny", (), None, False, 2, True, ExitStack())
     assert config.batches.batch_size == 2 and state["sequences"] == 4
     with pytest.raises(ConfigError, match="4 sequences a step.*3 processes"):
-        _load_run(Run(trained), (), None, False, 3)
+        _load_run("tiny", (), None, False, 3, True, ExitStack())

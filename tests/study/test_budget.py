@@ -18,7 +18,7 @@ SPEEDS = {64: 5e9, 128: 2e10, 256: 6e10, 512: 1e11, 1024: 1.2e11}
 
 
 @given(
-    characters=st.integers(200, 10**10),
+    characters=st.integers(40, 10**10),
     classes=st.integers(1, 10**4),
     seconds=st.floats(10, 10**6),
     speed=st.floats(1e8, 1e13),
@@ -64,6 +64,30 @@ def test_too_short_a_time_is_refused_with_one_that_is_not():
     with pytest.raises(ConfigError, match="allowed here: 0.2 or more"):
         choose(Size(1000, 65), 2, SPEEDS)
     choose(Size(1000, 65), 12, SPEEDS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.direction", "both"), ("batches.stride", 8), ("batches.max_train_windows", 100)]
+)
+def test_what_needs_windows_gets_windows(key, value):
+    config = override(Config(), [f"{key}={value}"])
+    values = choose(Size(10**6, 65), 60, SPEEDS, config, {key}).values
+    assert values["batches"]["sampling"] == "sliding"
+    stride = values["batches"].get("stride", config.batches.stride)
+    read = values["train"]["max_steps"] * values["batches"]["batch_size"] * stride
+    streams = choose(Size(10**6, 65), 60, SPEEDS).values
+    batches, steps = streams["batches"], streams["train"]["max_steps"]
+    assert read == pytest.approx(steps * batches["batch_size"] * batches["seq_len"], rel=0.01)
+
+
+@pytest.mark.parametrize("end", ["max_steps=50", "epochs=2"])
+def test_given_end_is_that_of_the_header_and_of_the_other_choices(end):
+    config = override(Config(), [end])
+    choice = choose(Size(10**6, 65), 600, SPEEDS, config, {"train.max_steps", "train.epochs"})
+    steps = int(re.search(r"([\d,]+) steps", choice.lines[0])[1].replace(",", ""))
+    batches = choice.values["batches"]
+    assert steps == (50 if "50" in end else round(2 * 900_000 / (batches["batch_size"] * batches["seq_len"])))
+    assert choice.values["train"]["eval_every"] == max(steps // 20, 1)
 
 
 def test_chosen_settings_train(folder, words):
@@ -112,6 +136,11 @@ def test_size_of_a_text_is_counted_or_estimated(folder, words, monkeypatch, limi
     monkeypatch.setattr(budget, "IN_MEMORY", limit)
     characters, classes, _ = text_size(CorpusConfig(source="corpus.txt"))
     assert characters == pytest.approx(len(words), abs=2) and classes == pytest.approx(len(set(words)), abs=2)
+    Path("folder").mkdir()
+    Path("folder/a.txt").touch()
+    Path("folder/b.txt").write_text("ana\nbo\n" * 50)
+    size = text_size(CorpusConfig(source="folder", records="line"))
+    assert size == pytest.approx((350, 4, 3.5), abs=2), "an empty file comes first"
 
 
 def test_records_are_read_whole(folder, words):

@@ -137,7 +137,7 @@ def test_repeated_files_and_val_inside_train_are_noted(folder, words):
     corpus = Corpus.load(CorpusConfig(source=["a.txt", "b.txt"]))
     assert any("b.txt has the same content as a.txt" in note for note in corpus.notes)
     corpus = Corpus.load(CorpusConfig(source=["a.txt", "b.txt"], split=(0.5, 0.5, 0.0)))
-    assert any("val stands in train" in note for note in corpus.notes)
+    assert any("val is in train" in note for note in corpus.notes)
     assert Corpus.load(CorpusConfig(source="a.txt", split=(0.4, 0.6, 0.0))).notes == ()
 
 

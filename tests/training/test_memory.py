@@ -47,14 +47,14 @@ def test_batch_that_is_too_large_is_refused_with_one_that_fits(monkeypatch, impl
     config = override(Config(), ["hidden_size=1024", "batch_size=4000", "seq_len=400"])
     monkeypatch.setattr(memory, "free_memory", lambda: 24 * 10**9)
     with pytest.raises(ConfigError, match=r"4,000 × 400 .*1,024 .* 24\.0 GB are free") as error:
-        check_memory(config, 65, 400, implementation, torch.bfloat16)
+        check_memory(config, 65, config.batches.batch_size, 400, implementation, torch.bfloat16)
     (fits,) = re.findall(r"batch_size up to ([\d,]+)", str(error.value))
     fits = int(fits.replace(",", ""))
     assert 0 < fits < 4000
-    line = check_memory(override(config, [f"batch_size={fits}"]), 65, 400, implementation, torch.bfloat16)
+    line = check_memory(config, 65, fits, 400, implementation, torch.bfloat16)
     assert line.endswith("24.0 GB free")
     with pytest.raises(ConfigError):
-        check_memory(override(config, [f"batch_size={fits + 1}"]), 65, 400, implementation, torch.bfloat16)
+        check_memory(config, 65, fits + 1, 400, implementation, torch.bfloat16)
 
 
 def test_model_that_is_too_large_is_refused_before_it_is_made(monkeypatch, words):
@@ -64,6 +64,11 @@ def test_model_that_is_too_large_is_refused_before_it_is_made(monkeypatch, words
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_step_has_no_more_sequences_than_the_text(words):
+    config = configure("batches.batch_size=1000000000", "train.device=cpu")
+    assert " MB for a step" in Learner(config, Corpus.from_text(words)).memory
+
+
 def test_processes_of_torchrun_share_the_free_memory(monkeypatch):
     alone = free_memory()
     assert alone
@@ -76,4 +81,4 @@ def test_processes_of_torchrun_share_the_free_memory(monkeypatch):
 def test_unknown_free_memory_refuses_nothing(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: None)
     config = override(Config(), ["batch_size=1000000"])
-    assert check_memory(config, 65, 64, "fused", torch.float32).endswith("for a step")
+    assert check_memory(config, 65, 32, 64, "fused", torch.float32).endswith("for a step")

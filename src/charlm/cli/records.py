@@ -51,7 +51,7 @@ def write_records(
     if writer.config.corpus.records != "line" and not of_bytes(writer):
         click.echo()
     if len(written) < count:
-        others = " or ".join(["written already"] * unique + ["in the training text"] * new)
+        others = " or ".join(["empty", *["written already"] * unique, *["in the training text"] * new])
         raise CharlmError(
             f"{len(written):,} of {count:,} records in {limit:,} attempts: the others are {others}; "
             "use a higher --temperature or a smaller --num-samples"

@@ -224,11 +224,14 @@ def _read_records(
     clean = itertools.chain(read.read_clean(pieces, corpus.cleaning), [corpus.separator])
     size: Callable[[str], int] = len if corpus.encoding == "bytes" else _num_bytes
     held, num_bytes, num_unknown = [torch.empty(0, dtype=torch.int32, device="cpu")], 0, 0
-    for begin, record in itertools.chain.from_iterable(in_records(clean, corpus)):
-        record += corpus.boundary
-        held.append(vocab.encode(record, unknown, str(path), begin=begin))
-        num_bytes += size(record if unknown == "error" else vocab.decode(held[-1]))
-        num_unknown += vocab.count_unknown(record)
+    for found in in_records(clean, corpus):
+        text = "".join(f"{record}{corpus.boundary}" for _, record in found)
+        missing = vocab.count_unknown(text)
+        for begin, record in found if missing and unknown == "error" else ():
+            vocab.encode(record, unknown, str(path), begin=begin)  # names the place of the first in the file
+        held.append(vocab.encode(text, unknown, str(path)))
+        num_bytes += size(text if unknown == "error" else vocab.decode(held[-1]))
+        num_unknown += missing
     ids = torch.cat(held)
     return _Text(str(path), ids, len(ids), num_bytes, num_unknown)
 

@@ -55,10 +55,13 @@ def show_cache(clear: bool) -> None:
         else:
             used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
             click.echo(f"{entry.kind:<8} {_size(entry.size):>9}  {used}  {entry.path.relative_to(folder)}")
-    texts, kernels = ([each.size for each in entries if each.kind == kind] for kind in ("text", "kernels"))
+    texts, kernels, speeds = (
+        [each.size for each in entries if each.kind == kind] for kind in ("text", "kernels", "speeds")
+    )
     click.echo(
         f"{'removed from ' if clear else ''}{folder}: {len(texts)} texts, {_size(sum(texts))}"
         f"{'' if clear else f' of at most {_size(limit)}'}; {len(kernels)} kernels, {_size(sum(kernels))}"
+        f"; {len(speeds)} speeds"
     )
 
 

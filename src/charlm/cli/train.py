@@ -73,7 +73,6 @@ def train(
     """
     _check_resume(resume, at is not None or allow_changes, texts or recipe or minutes or initial or name)
     from charlm.nn.kernels.native import keep_memory
-    from charlm.storage import run as runs
     from charlm.training.distributed import joined
 
     keep_memory()
@@ -81,20 +80,20 @@ def train(
         state: dict[str, Any] | None = None
         budget: list[str] = []  # lines of the header
         if group.first and resume:
-            run = runs.find_run(resume)
-            config, state = _load_run(run, overrides, at, allow_changes, group.size, dry_run, held)
+            config, run, state = _load_run(resume, overrides, at, allow_changes, group.size, dry_run, held)
         elif group.first:
             chosen = _new_config(texts, recipe, initial, overrides)
             config, run = _new_run(chosen, texts, recipe, name, dry_run, held)
-            config, budget = _for_minutes(config, texts, minutes, recipe, initial, overrides, threads)
+            config, budget = _for_minutes(
+                config, texts, minutes, recipe, initial, overrides, threads, group.size
+            )
         config, run = _shared(group, lambda: (config, run))
         display = TrainingDisplay(silent=not group.first)
         trainer, lines = _make_trainer(config, run, group, threads, display)
-        lines += budget
         if dry_run:
-            _print_plan(config, run, lines, group)
+            _print_plan(config, run, lines + budget, group)
             return
-        display.say("\n".join(lines))
+        display.say("\n".join(lines + budget))
         if resume:
             _restore(trainer, run, config, at, state, display)
             del state  # the training does not need the memory twice
@@ -221,9 +220,8 @@ def _new_config(
     if initial is not None:
         path = find_model(initial)
         before = read_header(path).config
-        values["corpus"] = {**before.corpus.cleaning, "records": before.corpus.records}
-        if before.corpus.encoding == "bytes":
-            values["corpus"] = {"encoding": "bytes"}
+        read = {"encoding": "bytes"} if before.corpus.encoding == "bytes" else before.corpus.cleaning
+        values["corpus"] = {**read, "records": before.corpus.records}
         values["model"] = {**before.model.model_dump(mode="json"), "implementation": "auto"}
         values["train"] = {"init_from": str(path), **({} if recipe else {"lr": _LR_FROM})}
     if texts:
@@ -231,17 +229,6 @@ def _new_config(
             raise ConfigError("the text is given twice, as TEXT and with --set corpus.source")
         values["corpus"]["source"] = texts[0] if len(texts) == 1 else [*texts]
     return configuration.load(recipe, overrides, values)
-
-
-def _default_minutes(texts: tuple[str, ...], recipe: str | None, overrides: tuple[str, ...]) -> float | None:
-    """Return the minutes of a training without --minutes, or None if the configuration says when it ends."""
-    ends = {"epochs", "max_steps", "time_limit"}
-    return None if recipe or not texts or ends & {_key(text) for text in overrides} else _MINUTES
-
-
-def _key(override: str) -> str:
-    """Return the key of KEY=VALUE without its section."""
-    return override.partition("=")[0].strip().rpartition(".")[2]
 
 
 def _for_minutes(
@@ -252,27 +239,40 @@ def _for_minutes(
     initial: str | None,
     overrides: tuple[str, ...],
     threads: int | None,
+    processes: int,
 ) -> tuple["Config", list[str]]:
     """Return `config` with what a training of this many minutes needs, and two lines about the choice.
 
-    What a recipe, a model to start from, or --set give is not chosen.
+    Without `minutes`, a text alone is trained on for `_MINUTES` by one process, and otherwise nothing is
+    chosen. The values of a recipe, of a model to start from, and of --set are kept.
+
+    Raises `ConfigError` for several processes, whose speed is not measured.
     """
-    minutes = minutes or _default_minutes(texts, recipe, overrides)
-    if not minutes:
-        return config, []
+    import torch
+
     from charlm.config import find_key
     from charlm.study.budget import plan
 
     given = {find_key(text.partition("=")[0].strip()) for text in overrides}
+    ends = {"train.epochs", "train.max_steps", "train.time_limit"}
+    if not minutes and (recipe or not texts or ends & given or processes > 1):
+        return config, []
+    if processes > 1:
+        raise ConfigError("--minutes measures one process; with torchrun, use --set time_limit or max_steps")
     if recipe:
-        keys = {f"{section}.{key}" for section, values in config for key in type(values).model_fields}
-        given |= keys - {"train.epochs", "train.max_steps", "train.eval_every", "train.time_limit"}
+        chosen = ends if config.train.eval_every else {*ends, "train.eval_every"}
+        given |= {
+            f"{section}.{key}" for section, values in config for key in type(values).model_fields
+        } - chosen
     elif initial:
         given |= {f"model.{key}" for key in type(config.model).model_fields} | {"train.lr"}
         given -= {"model.dropout", "model.weight_dropout"}
     if "train.epochs" in given:
         given.add("train.max_steps")
-    return plan(config, given, 60 * minutes, threads, lambda line: click.echo(line, err=True))
+    if threads:
+        torch.set_num_threads(threads)
+    seconds = 60 * (minutes or _MINUTES)
+    return plan(config, given, seconds, threads, lambda line: click.echo(line, err=True))
 
 
 def _new_run(
@@ -338,19 +338,20 @@ def _with_copies(
 
 
 def _load_run(
-    run: "Run",
+    name: str,
     overrides: tuple[str, ...],
     at: int | None,
     allow_changes: bool,
     processes: int,
     dry_run: bool,
     held: contextlib.ExitStack,
-) -> tuple["Config", dict[str, Any] | None]:
-    """Lock `run`; return the configuration to resume it with, and the state saved last or at step `at`."""
+) -> tuple["Config", "Run", dict[str, Any] | None]:
+    """Lock a run; return the configuration to resume it with, the run, and its last state or that at `at`."""
     from charlm import config as configuration
-    from charlm.storage.run import lock
+    from charlm.storage.run import find_run, lock
     from charlm.training.learner import refuse_changes
 
+    run = find_run(name)
     if not dry_run:  # before anything in it is read: another process may be writing
         held.enter_context(lock(run))
     before, state = run.load_config(), None
@@ -368,4 +369,4 @@ def _load_run(
         before = configuration.override(before, [f"batches.batch_size={sequences // processes}"])
     config = configuration.override(before, overrides)
     refuse_changes(before, config, allow_changes)
-    return config, state
+    return config, run, state

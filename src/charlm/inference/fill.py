@@ -18,10 +18,9 @@ def fill(
     """Return the most probable characters for the blanks between `parts`, with probabilities, best first.
 
     The probabilities for a single blank are the model's distribution over the vocabulary, whose unknown class
-    is not an answer. Several blanks are
-    filled by a beam search from left to right that leaves out the blanks not yet filled; the candidates found
-    are then scored whole, each blank given all other characters, and the probabilities are relative to these
-    candidates.
+    is not an answer. Several blanks are filled by a beam search from left to right that leaves out the blanks
+    not yet filled; the candidates found are then scored whole, each blank given all other characters, and the
+    probabilities are relative to these candidates.
 
     parts: the text, cleaned and split at its blanks.
     Raises `CharlmError` for a model of another direction and for a text without blanks.

@@ -1,4 +1,4 @@
-"""The model and the vocabulary that a training starts from, where they are files."""
+"""Read the model and the vocabulary that a training starts from."""
 
 import contextlib
 from pathlib import Path
@@ -20,7 +20,7 @@ def read_vocabulary(config: CorpusConfig) -> Vocab | None:
     appearance; line ends are read as LF, and nothing else is changed. A model file or a run gives its
     vocabulary, with its unknown class.
 
-    Raises `ConfigError` for a name of neither, and `CharlmError` for a file that is empty or cannot be read.
+    Raises `ConfigError` for another name, and `CharlmError` for a file that is empty or cannot be read.
     """
     if config.vocabulary is None:
         return None
@@ -48,8 +48,8 @@ def read_vocabulary(config: CorpusConfig) -> Vocab | None:
 def read_initial(config: Config, run: Run) -> tuple[CharLM | None, Vocab | None]:
     """Return the model from which a training in `run` starts, and the vocabulary that it begins with, if any.
 
-    The vocabulary of a run that was saved is in its last model, whatever has become of the files that it was
-    made from; its weights are restored from its state.
+    The vocabulary of a run that was saved is read from its last model, so that the files it was made from are
+    no longer needed; its weights are restored from its state.
     """
     if (config.train.init_from or config.corpus.vocabulary) and run.last.is_file():
         return None, _of_model(run.last)

@@ -130,9 +130,14 @@ def make_learner(config: Config, steps: int = 1) -> Learner:
 
 
 def training_rate(learner: Learner, seconds: float) -> float:
-    """Return the characters per second of `Learner.step`, repeated on one batch."""
+    """Return the characters per second that `Learner.step` reads, repeated on one batch."""
     x, y = next(iter(learner.batches.loader(seed=1, epoch=0)))
-    return rate(lambda: learner.step(x, y)[1], seconds)
+
+    def step() -> int:
+        learner.step(x, y)
+        return math.prod(x.shape)
+
+    return rate(step, seconds)
 
 
 def writing_rate(learner: Learner, seconds: float) -> float:

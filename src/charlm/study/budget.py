@@ -1,7 +1,7 @@
 """Choose a model and its training for a text, this machine and a time: `charlm train --minutes`.
 
 The rule interpolates between the best configurations found for one text and time (docs/budget.md). Its
-arguments are the text's size and alphabet and the machine's speed, which is measured once and remembered.
+arguments are the text's size and alphabet and the machine's speed, which is measured.
 """
 
 import hashlib
@@ -9,7 +9,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -19,11 +20,14 @@ from charlm import __version__
 from charlm.config import Config, CorpusConfig, from_data, override
 from charlm.errors import CharlmError, ConfigError
 from charlm.files import cache_folder, write_atomically
-from charlm.nn.device import choose_threads
+from charlm.nn.device import choose_device, choose_threads
+from charlm.nn.layers import choose_implementation
 from charlm.storage.vocabulary import read_vocabulary
 from charlm.study.bench import machine, make_learner, operations, training_rate
 from charlm.text.corpus import IN_MEMORY, Corpus
+from charlm.text.encode import Split
 from charlm.text.read import TextFile, find_files, strip_pieces
+from charlm.text.records import in_records
 
 Report = Callable[[str], object]
 Speeds = dict[int, float]  # floating-point operations per second of a training, by hidden size
@@ -31,6 +35,7 @@ Speeds = dict[int, float]  # floating-point operations per second of a training,
 _SIZES = (64, 128, 256, 512, 1024)  # whose speed is measured
 _MEASURED = 0.5  # seconds for each of them
 _BATCH = 24
+_OF_WINDOWS = ("stride", "shuffle", "max_train_windows")
 _START = 4.0  # seconds from the command to the first step
 _READ = 50e6  # characters that are read in a second
 _READ_SHARE = 0.1  # the largest share of the time for reading the text
@@ -59,7 +64,11 @@ class Choice(NamedTuple):
 
 
 def plan(
-    config: Config, given: Collection[str], seconds: float, threads: int | None = None, report: Report = print
+    config: Config,
+    given: AbstractSet[str],
+    seconds: float,
+    threads: int | None = None,
+    report: Report = print,
 ) -> tuple[Config, list[str]]:
     """Return `config` with what a training of so many seconds needs, and two lines about the choice.
 
@@ -90,7 +99,7 @@ def choose(
     seconds: float,
     speeds: Speeds,
     config: Config | None = None,
-    given: Collection[str] = (),
+    given: AbstractSet[str] = frozenset(),
     rate: float | None = None,
     spent: float = 0.0,
 ) -> Choice:
@@ -120,45 +129,65 @@ def choose(
     if "model.hidden_size" not in given:
         hidden = _hidden_size(characters, classes, left * _STEPS_SHARE, speeds)
     rate = rate or _rate(speeds, hidden, classes, config.model.num_layers)
-    part = min(0.05, _SCORED * seconds * _FORWARD * rate / characters)
-    split = None if part == 0.05 else (1 - 2 * part, part, part)
-    if "corpus.split" in given or config.corpus.val or config.corpus.test:
-        split = config.corpus.split
-    train = characters * (split or Config().corpus.split)[0]
+    split = _split(characters, _SCORED * seconds * _FORWARD * rate, config, given)
+    train = characters * split[0]
     epochs = min(left * _STEPS_SHARE * rate / train, _MAX_EPOCHS)
-    length = config.batches.seq_len if "batches.seq_len" in given else 64 if epochs < 6 else 96
-    width = record or length  # characters of a sequence
-    batch = max(1, min(64 if record else _BATCH, int(train / (4 * width))))
-    if "batches.batch_size" in given:
-        batch = config.batches.batch_size
-    steps = max(int(epochs * train / (batch * width)), 1)
+    batches, read = _batches(train, record, epochs, config, given)
+    steps = max(int(epochs * train / read), 1)
+    if "train.max_steps" in given:  # or epochs
+        steps = config.train.max_steps or round(config.train.epochs * train / read)
+        epochs = steps * read / train
     sections: dict[str, dict[str, Any]] = {
-        "corpus": {
-            **({"split": split} if split else {}),
-            **({"max_chars": characters} if characters < size.characters else {}),
-        },
-        "batches": {
-            "sampling": "sliding" if record else "contiguous",
-            "batch_size": batch,
-            "seq_len": length,
-        },
+        "corpus": {"split": split},
+        "batches": batches,
         "model": _model(hidden, epochs),
         "train": _training(hidden, epochs, steps, left, config.corpus.has_val),
     }
+    if characters < size.characters:
+        sections["corpus"]["max_chars"] = characters
     values = {
         section: {key: value for key, value in chosen.items() if f"{section}.{key}" not in given}
         for section, chosen in sections.items()
     }
-    dropout, lr = (
-        values["model"].get("dropout", config.model.dropout),
-        values["train"].get("lr", config.train.lr),
-    )
-    lines = [
+    return Choice(values, [
         f"budget   {seconds / 60:.3g} minutes at {rate:,.0f} characters a second: {epochs:.3g} epochs of "
         f"{train:,.0f} characters, {steps:,} steps",
-        f"         so {hidden} hidden units, dropout {dropout:g}, lr {lr:g}",
-    ]
-    return Choice(values, lines)
+        f"         with {', '.join(_shown(key, values, config) for key in ('hidden_size', 'dropout', 'lr'))}",
+    ])  # fmt: skip
+
+
+def _shown(key: str, values: dict[str, dict[str, Any]], config: Config) -> str:
+    """Return the name and the value, chosen or set before, of a key of model or train."""
+    section = "model" if key in type(config.model).model_fields else "train"
+    return f"{key} {values[section].get(key, getattr(getattr(config, section), key)):g}"
+
+
+def _split(characters: int, scored: float, config: Config, given: AbstractSet[str]) -> Split:
+    """Return the split: that of `config`, or parts for val and test of at most `scored` characters."""
+    if "corpus.split" in given or config.corpus.val or config.corpus.test:
+        return config.corpus.split
+    part = min(scored / characters, config.corpus.split[1])
+    return 1 - 2 * part, part, part
+
+
+def _batches(
+    train: float, record: float | None, epochs: float, config: Config, given: AbstractSet[str]
+) -> tuple[dict[str, Any], float]:
+    """Return the batches for a train split of `train` characters, and the characters that a step reads.
+
+    record: the mean length of the records, if any.
+    """
+    # Windows for what needs them: records, models that fill in blanks, and settings of windows.
+    windows = record or config.model.direction == "both" or given & {f"batches.{key}" for key in _OF_WINDOWS}
+    length = min(64 if epochs < 6 else 96, max(int(train / 4), 1))
+    if "batches.seq_len" in given:
+        length = config.batches.seq_len
+    size = max(1, min(64 if record else _BATCH, int(train / (4 * (record or length)))))
+    values: dict[str, Any] = {"sampling": "sliding" if windows else "contiguous"}
+    values |= {"batch_size": size, "seq_len": length, **({"stride": length} if windows else {})}
+    values |= {key: getattr(config.batches, key) for key in values if f"batches.{key}" in given}
+    width = record or (values["stride"] if values["sampling"] == "sliding" else length)
+    return values, values["batch_size"] * width
 
 
 def _model(hidden: int, epochs: float) -> dict[str, Any]:
@@ -223,7 +252,7 @@ def interpolated(speeds: Speeds, hidden: int) -> float:
 
 
 def text_size(config: CorpusConfig) -> Size:
-    """Return the size of the text; of a long text that has no records an estimate.
+    """Return the size of the text, of a long one an estimate from its beginning.
 
     Raises `CharlmError` for a text that cannot be read, and `ConfigError` for a pipe, which cannot be read
     again.
@@ -232,32 +261,37 @@ def text_size(config: CorpusConfig) -> Size:
     if pipes := [file.path for file in files if not file.regular]:
         raise ConfigError(f"--minutes reads the text twice, and {pipes[0]} can be read once: give it as TEXT")
     total = sum(file.stat.st_size * (3 if file.compressed else 1) for file in files)
-    if total <= IN_MEMORY or config.records:
+    if total <= IN_MEMORY:
         corpus = Corpus.load(config, known=read_vocabulary(config))
         characters = sum(map(len, (corpus.train, corpus.val, corpus.test)))
         ends = corpus.train == corpus.boundary if corpus.boundary is not None else None
         return Size(characters, len(corpus.vocab), None if ends is None else len(ends) / int(ends.sum()))
     sample = ""
-    for piece in strip_pieces(files[0].pieces):
+    for piece in (piece for file in files for piece in strip_pieces(file.pieces)):
         sample += piece or ""
         if len(sample) >= _SAMPLE:
             break
     size = len(sample.encode(config.encoding if config.encoding != "bytes" else "latin-1", "replace"))
-    characters = int(total * len(sample) / max(size, 1))
-    return Size(min(config.max_chars or characters, characters), max(len(set(sample)), 1))
+    characters = max(int(total * len(sample) / max(size, 1)), 1)
+    record = None
+    if config.separator:
+        records = [record for found in in_records([sample, config.separator], config) for _, record in found]
+        record = sum(map(len, records)) / max(len(records), 1) + 1
+    return Size(min(config.max_chars or characters, characters), max(len(set(sample)), 1), record)
 
 
 def _measured(config: Config, size: Size, threads: int | None) -> float:
     """Return the characters per second of the training of `config`, measured on random text."""
-    torch.set_num_threads(choose_threads(threads, config.model, config.batches.batch_size)[0])
     if size.record:
         length = f"seq_len={max(round(size.record), 1)}"
         config = override(config, ["records=null", "sampling=contiguous", length])
-    state = torch.get_rng_state()
+    state, before = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(choose_threads(threads, config.model, config.batches.batch_size)[0])
     learner = make_learner(config)
     training_rate(learner, 0.0)  # compiles
     rate = statistics.median(training_rate(learner, _MEASURED / 2) for _ in range(5))
     torch.set_rng_state(state)
+    torch.set_num_threads(before)
     known = operations(learner.model)
     more = (size.classes - len(learner.corpus.vocab)) * learner.model.head.in_features
     return rate * known / (known + 6 * more)
@@ -266,10 +300,11 @@ def _measured(config: Config, size: Size, threads: int | None) -> float:
 def machine_speeds(device: str = "auto", report: Report = lambda line: None) -> Speeds:
     """Return the operations per second of trainings on this machine, measured once in some seconds.
 
-    They are remembered in the cache folder, by processor, number of threads, device and versions. The caller
-    has called `native.keep_memory`, as a training does.
+    They are remembered in the cache folder, by processor, number of threads, device, implementation and
+    versions. The caller has called `native.keep_memory`, as a training does.
     """
-    kind = f"{machine().rpartition(',')[0]}, {device}, charlm {__version__}"
+    implementation = choose_implementation(Config().model, choose_device(device))[0]
+    kind = f"{machine().rpartition(',')[0]}, {device}, {implementation}, charlm {__version__}"
     folder = cache_folder()
     path = folder and folder / f"speeds-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.json"
     if path:

@@ -164,7 +164,7 @@ class ContiguousStreams(_Batches):
     ids: the encoded text, (N,).
     batch_size: streams, of all processes together.
     random_length: move the end of each step by up to T/2 at random: the gradient is cut after T characters on
-        average, at another distance each time.
+        average and 2 T - 1 at most, at another distance each time.
     Raises `CharlmError` for a text too short for one step of every stream.
     """
 

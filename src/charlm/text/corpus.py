@@ -40,7 +40,7 @@ class Corpus:
     """Encoded splits: contiguous stretches of the clean text, in its order, or whole records.
 
     train, val, test: ids of shape (N,), in the smallest integer type that holds the vocabulary.
-    boundary: with records, the id of the character that follows each of them and is in none; else None.
+    boundary: with records, the id of the character that ends each of them; else None.
     unseen, fingerprint: as in `Encoded`.
     files: those that the text was read from. notes: lines for the user about them.
     release: frees the memory that reading a mapped text has taken; can be called at any time.
@@ -87,6 +87,9 @@ class Corpus:
         fixed = config.vocabulary is not None
         if fixed and not known:
             raise ConfigError("corpus.vocabulary needs the argument known, which read_vocabulary returns")
+        if fixed and known and config.boundary and config.boundary not in known.characters:
+            kinds = known.unknown.kinds if known.unknown else 0
+            known = Vocab(known.characters + config.boundary, kinds)
         settings = config.model_dump(mode="json", exclude={"source", "val", "test", "vocabulary"})
         counts = [len(each.files) for each in found]
         settings |= {"known": known and (known.characters, known.unknown), "fixed": fixed, "own": counts[:2]}
@@ -147,7 +150,7 @@ class Corpus:
         parts = torch.split(ids, [encoded.sizes[k] for k in encoded.order])
         train, val, test = (parts[encoded.order.index(k)] for k in range(3))
         if _copied(val, train):
-            notes += ("most of val stands in train too: its loss is not that of a new text",)
+            notes += ("most of val is in train too: its loss is not that of a new text",)
         beginning = encoded.vocab.decode(train[:_SORTED])
         if config.boundary is None and not config.val and len(val) and _in_order(beginning):
             notes += (
@@ -243,8 +246,9 @@ def _add_split(
     val, test, source = records
     if len(source) < 2:
         raise CharlmError(
-            f"corpus.records={config.records!r} splits the clean text into {len(source)}, and 2 records or "
-            'more are needed; allowed: line, or a delimiter that occurs in it, as "\\n\\n" in double quotes'
+            f"corpus.records={config.records!r} splits the text into {len(source)}, and 2 records or more "
+            'are needed; allowed: line, or a delimiter that occurs in it, as "\\n\\n" in double quotes, and '
+            "that corpus.keep and corpus.normalize do not change"
         )
     source = [source[k] for k in shuffled(torch.arange(len(source)), len(source), seed, 0).tolist()]
     train_part, val_part, _ = _without(config.split, bool(val), bool(test))

@@ -39,10 +39,18 @@ def in_records(pieces: Iterable[str], config: CorpusConfig) -> Iterator[list[tup
     """
     separator, boundary = config.separator, config.boundary
     assert separator and boundary
-    held, begin = "", 0  # the text of the next record, and its position
+    if config.lowercase:  # as the text
+        separator = separator.lower()
+    held, begin = list[str](), 0  # the text of the next record in pieces, and its position
+    end_of_held = ""  # the characters with which a separator can begin
     for piece in pieces:
-        text, found, start = held + piece, list[tuple[int, str]](), 0
-        end = text.find(separator, max(len(held) - len(separator) + 1, 0))
+        held.append(piece)
+        if separator not in end_of_held + piece:
+            end_of_held = (end_of_held + piece)[-len(separator) :]
+            yield []
+            continue
+        text, found, start = "".join(held), list[tuple[int, str]](), 0
+        end = text.find(separator)
         while end >= 0:
             record, place = text[start:end], begin + start
             if config.records != "line":
@@ -52,5 +60,6 @@ def in_records(pieces: Iterable[str], config: CorpusConfig) -> Iterator[list[tup
                 found.append((place, record))
             start = end + len(separator)
             end = text.find(separator, start)
-        held, begin = text[start:], begin + start
+        held, begin = [text[start:]], begin + start
+        end_of_held = held[0][-len(separator) :]
         yield found

@@ -25,17 +25,9 @@ from charlm.nn.model import CharLM, copy_weights, make_model
 from charlm.storage.model_file import load_weights
 from charlm.text.batches import make_batches, mix, rank_slice
 from charlm.text.corpus import Corpus
+from charlm.training import optim
 from charlm.training.distributed import ALONE, Group
 from charlm.training.memory import check_memory
-from charlm.training.optim import (
-    gradient_norm,
-    load_optimizer,
-    lr_factor,
-    make_optimizer,
-    make_plateau,
-    set_lr,
-    update,
-)
 from charlm.training.progress import Progress, Sums
 
 
@@ -71,7 +63,13 @@ class Learner:
         self.memory = ""
         if self.device.type == "cpu":
             how = choose_implementation(config.model, self.device)[0], self.precision
-            self.memory = check_memory(config, len(corpus.vocab), self.batches.seq_len, *how)
+            self.memory = check_memory(
+                config,
+                len(corpus.vocab),
+                -(-self.batches.sequences(0) // group.size),
+                self.batches.seq_len,
+                *how,
+            )
         torch.manual_seed(group.seed(config.train.seed))  # dropout draws from torch's global generators
         model = make_model(len(corpus.vocab), config.model, self.device)
         model.initialise(config.train.seed)
@@ -86,8 +84,8 @@ class Learner:
         self.model = model.to(self.device)
         self.prediction = group.parallel(Prediction(self.model))
         self.scored = copy.deepcopy(self.model).to(self.device) if config.train.ema else self.model
-        self.optimizer = make_optimizer(self.model, config.train)
-        self.plateau = make_plateau(self.optimizer, config.train)
+        self.optimizer = optim.make_optimizer(self.model, config.train)
+        self.plateau = optim.make_plateau(self.optimizer, config.train)
         self.progress = Progress()
         self.carried: State | None = None
         self.skip_reason: str | None = None
@@ -132,8 +130,8 @@ class Learner:
         """
         started, progress, train = time.perf_counter(), self.progress, self.config.train
         if self.plateau is None:
-            factor = lr_factor(progress.step, train, self.total_steps, self.steps_per_epoch)
-            set_lr(self.optimizer, train.lr * factor * 0.5**progress.rollbacks)
+            factor = optim.lr_factor(progress.step, train, self.total_steps, self.steps_per_epoch)
+            optim.set_lr(self.optimizer, train.lr * factor * 0.5**progress.rollbacks)
         empty = not len(x)
         if empty:  # the other processes wait for its gradients, which count nothing
             x = y = x.new_zeros(1, x.shape[1])
@@ -154,12 +152,12 @@ class Learner:
         self.optimizer.zero_grad()
         # The processes take the mean of the gradients.
         (loss * (weight * self.group.size)).backward()  # type: ignore[no-untyped-call]
-        norm = gradient_norm(self.model)
+        norm = optim.gradient_norm(self.model)
         nats = self.group.sum(self._nats(loss, y) * weight)
         finite = math.isfinite(nats) and math.isfinite(norm)
         self.skip_reason = None if finite else f"the loss is {nats:.4g}, the norm of the gradient {norm:.4g}"
         if finite:
-            update(self.model, self.optimizer, train, norm, self.scored, progress.step)
+            optim.update(self.model, self.optimizer, train, norm, self.scored, progress.step)
             progress.grad_norm = norm
         if self.batches.carries_state:
             self.carried = tuple(tensor.detach().float() for tensor in state) if finite else None
@@ -234,7 +232,7 @@ class Learner:
         load_weights(self.model, state["weights"])
         if self.config.train.ema:
             load_weights(self.scored, state["average"] or state["weights"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        optim.load_optimizer(self.optimizer, state["optimizer"])
         if self.plateau and state["plateau"]:
             own = self.plateau.state_dict()
             _check_types(state["plateau"], {key: own[key] for key in own.keys() & state["plateau"]})
@@ -242,7 +240,7 @@ class Learner:
             self.plateau.load_state_dict({**state["plateau"], **settings})
         if changed & {"train.lr", "train.schedule"}:  # the new rate, without the halvings of rollbacks
             self.progress.rollbacks = 0
-            set_lr(self.optimizer, self.config.train.lr)
+            optim.set_lr(self.optimizer, self.config.train.lr)
         self._load_processes(state)
         if changed & REORDERING or state["steps_per_epoch"] != self.steps_per_epoch:
             # The step counts other batches: go to the beginning of its epoch, counted in these.

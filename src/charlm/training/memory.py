@@ -19,24 +19,23 @@ _BFLOAT16 = {"fused": 0.6, "builtin": 0.75, "scratch": 0.75}
 
 
 def check_memory(
-    config: Config, vocab_size: int, seq_len: int, implementation: str, precision: torch.dtype
+    config: Config, vocab_size: int, sequences: int, seq_len: int, implementation: str, precision: torch.dtype
 ) -> str:
     """Return a line about the memory that a training step on the CPU needs, and the memory that is free.
 
-    seq_len: characters of the longest sequence.
+    sequences: of a step. seq_len: characters of the longest one.
 
     Raises `ConfigError` with the largest batch that fits if a step needs more than is free.
     """
     fixed, each = step_memory(config, vocab_size, seq_len, implementation, precision)
-    needed, free = fixed + config.batches.batch_size * each, free_memory()
+    needed, free = fixed + sequences * each, free_memory()
     if free is None:
         return f"{_size(needed)} for a step"
     if needed > free:
         fits = int((free - fixed) // each)
         fix = f"allowed with it: batches.batch_size up to {fits:,}" if fits > 0 else "use a smaller model"
-        batches = config.batches
         raise ConfigError(
-            f"a step of {batches.batch_size:,} × {seq_len:,} characters with "
+            f"a step of {sequences:,} × {seq_len:,} characters with "
             f"{config.model.hidden_size:,} hidden units needs {_size(needed)}, "
             f"and {_size(free)} are free; {fix}"
         )
@@ -59,7 +58,7 @@ def step_memory(
     per_unit, per_gate = _PER_UNIT[implementation]
     share = _BFLOAT16[implementation] if precision == torch.bfloat16 else 1.0
     each = share * (L * H * (per_unit + per_gate * G) + _PER_CLASS * vocab_size)
-    longest = T + T // 2 if config.batches.truncation == "random" else T
+    longest = 2 * T - 1 if config.batches.truncation == "random" else T  # both ends move by (T - 1) / 2
     return 4 * copies * weights, longest * each
 
 

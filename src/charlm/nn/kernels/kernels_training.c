@@ -141,7 +141,7 @@ typedef struct {
     real *w;
     const real *g;
     real *m, *v, *average;
-    double decay; /* what a step takes away of w: the learning rate times the weight decay */
+    double decay; /* the learning rate times the weight decay */
 } weights;
 
 #define PARTS 64 /* of the sum over a tensor */

@@ -127,7 +127,7 @@ def choose(
         )
     hidden = config.model.hidden_size
     if "model.hidden_size" not in given:
-        hidden = _hidden_size(characters, classes, left * _STEPS_SHARE, speeds)
+        hidden = _hidden_size(characters, left * _STEPS_SHARE, speeds)
     rate = rate or _rate(speeds, hidden, classes, config.model.num_layers)
     split = _split(characters, _SCORED * seconds * _FORWARD * rate, config, given)
     train = characters * split[0]
@@ -197,14 +197,14 @@ def _model(hidden: int, epochs: float) -> dict[str, Any]:
         "num_layers": 1,
         "init": "orthogonal",
         "dropout": dropout,
-        "weight_dropout": round(dropout / 2, 2) if dropout >= 0.2 else 0.0,
+        "weight_dropout": round(min(0.25, 0.7 * dropout), 2) if dropout >= 0.1 else 0.0,
     }
 
 
 def _training(hidden: int, epochs: float, steps: int, seconds: float, val: bool) -> dict[str, Any]:
     return {
         "max_steps": steps,
-        "lr": float(f"{9e-3 * (384 / hidden) ** (1.36 if hidden > 384 else 0.68):.2g}"),
+        "lr": float(f"{9e-3 * (384 / hidden) ** (1 if hidden > 384 else 0.68):.2g}"),
         "weight_decay": 0.1,
         "schedule": "one_cycle",
         "warmup": 0.15,
@@ -220,25 +220,25 @@ def _rate(speeds: Speeds, hidden: int, classes: int, layers: int = 1) -> float:
     return interpolated(speeds, hidden) / (6 * (4 * hidden**2 * (2 * layers - 1) + classes * hidden))
 
 
-def _hidden_size(characters: int, classes: int, seconds: float, speeds: Speeds) -> int:
-    """Return the number of hidden units.
+def _hidden_size(characters: int, seconds: float, speeds: Speeds) -> int:
+    """Return the number of hidden units, a multiple of 64.
 
-    The units grow with the fifth root of the operations, and their square not faster than the text.
+    The units grow with the operations to the power of 0.27, and their square not faster than the text.
     """
-    best = 0
-    for hidden in range(64, 1025, 64):
-        power = interpolated(speeds, hidden)
-        if best and hidden > min(384 * (power * seconds / 1.5e13) ** 0.2, 0.9 * characters**0.5):
+    best = 64
+    for hidden in range(128, 1025, 64):
+        wanted = 350 * (interpolated(speeds, hidden) * seconds / 1.3e13) ** 0.27
+        if hidden > min(wanted, characters**0.5) + 32:
             break
         best = hidden
     return best
 
 
 def _dropout(epochs: float) -> float:
-    """Return the dropout probability: 0 for less than an epoch, 0.1 for 4 and 0.4 for 18."""
+    """Return the dropout probability: 0 for less than an epoch, 0.05 for 4, 0.17 for 9 and 0.5 for 34."""
     if epochs < 4:
-        return round(0.1 * max(0.0, (epochs - 1) / 3), 2)
-    return round(min(0.5, 0.1 + 0.3 * math.log(epochs / 4) / math.log(18 / 4)), 2)
+        return round(0.05 * max(0.0, (epochs - 1) / 3), 2)
+    return round(min(0.5, max(0.05 + 0.148 * math.log(epochs / 4), 0.17 + 0.25 * math.log(epochs / 9))), 2)
 
 
 def interpolated(speeds: Speeds, hidden: int) -> float:

@@ -53,9 +53,9 @@ def test_more_time_gives_larger_models_and_more_dropout():
 def test_tiny_text_gets_a_small_model_that_stops_early_and_an_enormous_one_less_than_an_epoch():
     tiny, large = (choose(Size(size, 65), 600, SPEEDS).values for size in (30_000, 4 * 10**9))
     assert tiny["model"]["hidden_size"] < 256 < large["model"]["hidden_size"]
-    assert tiny["model"]["dropout"] == 0.5 and large["model"]["dropout"] == 0
+    assert tiny["model"]["dropout"] > 0.4 and large["model"]["dropout"] == 0
     assert tiny["train"]["early_stopping"] and not large["train"]["early_stopping"]
-    assert large["train"]["max_steps"] * 24 * 96 < 4 * 10**9
+    assert large["train"]["max_steps"] * 24 * 64 < 4 * 10**9
     assert large["corpus"]["split"][1] < 0.01
     assert large["corpus"]["max_chars"] == 3 * 10**9, "what can be read in a tenth of the time"
 

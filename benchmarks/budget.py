@@ -1,12 +1,14 @@
-"""Measure what `charlm train TEXT --minutes M` reaches, against a random search in the same time.
+r"""Measure what `charlm train TEXT --minutes M` reaches, against a random search in the same time.
 
     python benchmarks/budget.py quijote.txt tinyshakespeare.txt --minutes 1 3 --search 6
     python benchmarks/budget.py names.txt --set records=line
+    BENCH_RECORD=benchmarks/results/quality.json python benchmarks/budget.py tinyshakespeare.txt \
+        --minutes 3 10 --set "split=[0.9, 0.1, 0]"
 
-Each configuration of the search is a random change of the chosen one that takes the same time: units, batch,
-length, dropouts, learning rate, weight decay, averaging. "seconds" is the whole command. With --jobs N, N
-trainings run at a time, each with one thread: the steps are those of M minutes with all threads, however long
-they take.
+The last one stores the figures. Each configuration of the search is a random change of the chosen one that
+takes the same time: units, batch, length, dropouts, learning rate, weight decay, averaging. "seconds" is the
+whole command. With --jobs N, N trainings run at a time, each with one thread: the steps are those of M
+minutes with all threads, however long they take.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
-from common import heading
+from common import heading, record
 
 from charlm.config import Config, override
 from charlm.nn.kernels.native import keep_memory
@@ -136,6 +138,8 @@ def main():
         text, minutes, name, settings = task
         found = row(text, minutes, name, train(text, settings))
         print(*found, sep=" | ", flush=True)
+        if name == "chosen" and not options.jobs:
+            record(**{f"nats {found[0]} {found[1]}": float(found[3])})
         return found
 
     with ThreadPoolExecutor(max(options.jobs, 1)) as pool:

@@ -133,7 +133,8 @@ class CorpusConfig(Section):
             raise ValueError(
                 "encoding: bytes needs lowercase: false, keep: null, min_count: 1 and vocabulary: null"
             )
-        if self.records is not None and (not self.records or "\r" in self.records):
+        too_high = self.encoding == "bytes" and self.records and max(self.records) > "\xff"
+        if self.records is not None and (not self.records or "\r" in self.records or too_high):
             raise ValueError(f"records is {self.records!r}; allowed: {_FORMS['corpus.records']}")
         if not self.source or (isinstance(self.source, list) and not all(self.source)):
             raise ValueError(

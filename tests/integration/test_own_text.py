@@ -75,6 +75,8 @@ def test_empty_stdin_leaves_no_run(charlm, stdin, more):
         (["corpus.txt", "--set", "source=other.txt"], "given twice"),
         (["corpus.txt", "--resume", "n"], "leave out TEXT"),
         (["--from", "none"], "'none'"),
+        (["corpus.txt", "--minutes", "nan"], "--minutes is nan"),
+        (["corpus.txt", "--set", "encoding=bytes", "--set", "records=—"], "records is '—'"),
         (["--epochs", "3"], "--set epochs=VALUE"),
         (["--learning-rate", "3"], "No such option"),
         (["--corpus", "x"], "charlm train book.txt"),

@@ -72,6 +72,13 @@ def test_the_report_reads_each_record_alone(charlm, names):
                 assert p == pytest.approx(2 ** -data["bits"][k], abs=1e-3)
 
 
+def test_records_of_val_that_are_in_train_are_noted(charlm, names):
+    assert "in train too" not in names.err
+    Path("twice.txt").write_text(4 * "".join(f"{name}\n" for name in NAMES))
+    done = charlm("train", "twice.txt", *settings(*RECORDS, "train.max_steps=1"))
+    assert "most of val is in train too" in done.err
+
+
 def test_training_goes_on_from_a_model_of_records(charlm, names):
     Path("more.txt").write_text("\n".join(name[::-1] for name in NAMES))
     done = charlm("train", "more.txt", "--from", "names", "--name", "more", "--set", "max_steps=2")

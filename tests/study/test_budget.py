@@ -67,17 +67,42 @@ def test_too_short_a_time_is_refused_with_one_that_is_not():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("model.direction", "both"), ("batches.stride", 8), ("batches.max_train_windows", 100)]
+    ("key", "value"),
+    [
+        ("model.direction", "both"),
+        ("batches.stride", 8),
+        ("batches.max_train_windows", 100),
+        ("batches.sampling", "sliding"),
+    ],
 )
 def test_what_needs_windows_gets_windows(key, value):
     config = override(Config(), [f"{key}={value}"])
     values = choose(Size(10**6, 65), 60, SPEEDS, config, {key}).values
-    assert values["batches"]["sampling"] == "sliding"
+    assert (config if "sampling" in key else from_data(values, "")).batches.sampling == "sliding"
     stride = values["batches"].get("stride", config.batches.stride)
     read = values["train"]["max_steps"] * values["batches"]["batch_size"] * stride
     streams = choose(Size(10**6, 65), 60, SPEEDS).values
     batches, steps = streams["batches"], streams["train"]["max_steps"]
     assert read == pytest.approx(steps * batches["batch_size"] * batches["seq_len"], rel=0.01)
+
+
+def test_texts_of_val_and_test_are_not_trained_on(folder, words):
+    Path("val.txt").write_text(9 * words)
+    config = CorpusConfig(source="corpus.txt", val="val.txt", test="val.txt")
+    size = text_size(config)
+    assert size.characters == pytest.approx(len(words), abs=2)
+    choice = choose(size, 60, SPEEDS, Config(corpus=config))
+    assert f"epochs of {size.characters:,} characters" in choice.lines[0]
+
+
+def test_long_records_are_read_few_at_a_time():
+    chosen = [choose(Size(10**6, 65, length), 60, SPEEDS).values for length in (7.0, 500.0, 8000.0)]
+    assert [values["batches"]["batch_size"] for values in chosen] == [64, 8, 1]
+
+
+def test_other_optimizers_keep_their_learning_rate():
+    config = override(Config(), ["optimizer=sgd"])
+    assert "lr" not in choose(Size(10**6, 65), 60, SPEEDS, config, {"train.optimizer"}).values["train"]
 
 
 @pytest.mark.parametrize("end", ["max_steps=50", "epochs=2"])

@@ -33,7 +33,7 @@ def test_a_text_survives_encoding(content):
 def test_unknown_characters_are_skipped_replaced_or_refused(known, content):
     vocab = vocabulary(known)
     kept = "".join(char for char in content if char in known)
-    stand_in = " " if " " in known else vocab.characters[0]
+    stand_in = vocab.replacement
     assert vocab.decode(vocab.encode(content, "skip")) == kept
     replaced = "".join(char if char in known else stand_in for char in content)
     assert vocab.decode(vocab.encode(content, "replace")) == replaced
@@ -74,3 +74,9 @@ def test_an_empty_text_has_no_ids_and_no_vocabulary():
     assert Vocab("ab").encode("").dtype == torch.int32
     with pytest.raises(CharlmError, match="empty"):
         vocabulary("")
+
+
+def test_unknown_characters_are_not_replaced_by_the_end_of_a_record():
+    assert Vocab("\n\x1eab").replacement == "a"
+    assert Vocab("ab ").replacement == " "
+    assert Vocab("\n").replacement == "\n"

@@ -278,9 +278,10 @@ def score_texts(
 
     Prints tab-separated columns with a header: path; start, the position of the unit in the clean text, from
     0; characters, how many of its characters are scored; bits, the sum of -log2 of their probabilities; text.
-    In text a tab, a line end and a backslash are written \\t, \\n and \\\\: each row is one line. All texts
-    together are the clean text: a word includes the space that follows it, a line its line end. The first
-    character has no prediction and no bits. The sum of the bits is that of charlm eval.
+    In text a tab, a line end, a backslash and the end of a record are written \\t, \\n, \\\\ and \\x1e: each
+    row is one line. All texts together are the clean text, with records each followed by its end: a word
+    includes the space that follows it, a line its line end. The first character of a text without records has
+    no prediction and no bits. The sum of the bits is that of charlm eval.
 
     A model of corpus.records reads each record alone: its first character and its end are scored, and equal
     records have equal bits. With --unit line a row is a record.

@@ -253,6 +253,8 @@ def _for_minutes(
     from charlm.config import find_key
     from charlm.study.budget import plan
 
+    if minutes != minutes:  # NaN
+        raise ConfigError("--minutes is nan; allowed: a number above 0, for example 10")
     given = {find_key(text.partition("=")[0].strip()) for text in overrides}
     ends = {"train.epochs", "train.max_steps", "train.time_limit"}
     if not minutes and (recipe or not texts or ends & given or processes > 1):

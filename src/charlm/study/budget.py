@@ -35,6 +35,7 @@ Speeds = dict[int, float]  # floating-point operations per second of a training,
 _SIZES = (64, 128, 256, 512, 1024)  # whose speed is measured
 _MEASURED = 0.5  # seconds for each of them
 _BATCH, _LENGTH = 24, 64
+_RECORDS = 4096  # characters of the records of a step
 _OF_WINDOWS = ("stride", "shuffle", "max_train_windows")
 _START = 4.0  # seconds from the command to the first step
 _READ = 50e6  # characters that are read in a second
@@ -98,7 +99,7 @@ def choose(
     size: Size,
     seconds: float,
     speeds: Speeds,
-    config: Config | None = None,
+    config: Config = Config(),  # noqa: B008 - immutable
     given: AbstractSet[str] = frozenset(),
     rate: float | None = None,
     spent: float = 0.0,
@@ -114,7 +115,8 @@ def choose(
 
     Raises `ConfigError` for a time that is too short to start in.
     """
-    config = config or Config()
+    if config.train.optimizer != "adamw":
+        given = {*given, "train.lr", "train.weight_decay"}
     characters, classes, record = size
     if "corpus.max_chars" not in given:
         characters = min(characters, int(_READ_SHARE * seconds * _READ))
@@ -129,8 +131,8 @@ def choose(
     if "model.hidden_size" not in given:
         hidden = _hidden_size(characters, left * _STEPS_SHARE, speeds)
     rate = rate or _rate(speeds, hidden, classes, config.model.num_layers)
-    split = _split(characters, _SCORED * seconds * _FORWARD * rate, config, given)
-    train = characters * split[0]
+    split, share = _split(characters, _SCORED * seconds * _FORWARD * rate, config, given)
+    train = characters * share
     epochs = min(left * _STEPS_SHARE * rate / train, _MAX_EPOCHS)
     batches, read = _batches(train, record, config, given)
     steps = max(int(epochs * train / read), 1)
@@ -138,13 +140,11 @@ def choose(
         steps = config.train.max_steps or round(config.train.epochs * train / read)
         epochs = steps * read / train
     sections: dict[str, dict[str, Any]] = {
-        "corpus": {"split": split},
+        "corpus": {"split": split, **({"max_chars": characters} if characters < size.characters else {})},
         "batches": batches,
         "model": _model(hidden, epochs),
         "train": _training(hidden, epochs, steps, left, config.corpus.has_val),
     }
-    if characters < size.characters:
-        sections["corpus"]["max_chars"] = characters
     values = {
         section: {key: value for key, value in chosen.items() if f"{section}.{key}" not in given}
         for section, chosen in sections.items()
@@ -162,12 +162,17 @@ def _shown(key: str, values: dict[str, dict[str, Any]], config: Config) -> str:
     return f"{key} {values[section].get(key, getattr(getattr(config, section), key)):g}"
 
 
-def _split(characters: int, scored: float, config: Config, given: AbstractSet[str]) -> Split:
-    """Return the split: that of `config`, or parts for val and test of at most `scored` characters."""
-    if "corpus.split" in given or config.corpus.val or config.corpus.test:
-        return config.corpus.split
-    part = min(scored / characters, config.corpus.split[1])
-    return 1 - 2 * part, part, part
+def _split(characters: int, scored: float, config: Config, given: AbstractSet[str]) -> tuple[Split, float]:
+    """Return the split and the share of train in the text.
+
+    The split is that of `config`, or has parts for val and test of at most `scored` characters.
+    """
+    corpus = config.corpus
+    if "corpus.split" in given or corpus.val or corpus.test:
+        _, val, test = corpus.split
+        return corpus.split, 1 - (0 if corpus.val else val) - (0 if corpus.test else test)
+    part = min(scored / characters, corpus.split[1])
+    return (1 - 2 * part, part, part), 1 - 2 * part
 
 
 def _batches(
@@ -179,10 +184,13 @@ def _batches(
     """
     # Windows for what needs them: records, models that fill in blanks, and settings of windows.
     windows = record or config.model.direction == "both" or given & {f"batches.{key}" for key in _OF_WINDOWS}
+    if "batches.sampling" in given:
+        windows = config.batches.sampling == "sliding"
     length = min(_LENGTH, max(int(train / 4), 1))
     if "batches.seq_len" in given:
         length = config.batches.seq_len
-    size = max(1, min(64 if record else _BATCH, int(train / (4 * (record or length)))))
+    most = min(64, _RECORDS / record) if record else _BATCH
+    size = max(1, int(min(most, train / (4 * (record or length)))))
     values: dict[str, Any] = {"sampling": "sliding" if windows else "contiguous"}
     values |= {"batch_size": size, "seq_len": length, **({"stride": length} if windows else {})}
     values |= {key: getattr(config.batches, key) for key in values if f"batches.{key}" in given}
@@ -269,7 +277,8 @@ def text_size(config: CorpusConfig) -> Size:
     total = sum(file.stat.st_size * (3 if file.compressed else 1) for file in files)
     if total <= IN_MEMORY:
         corpus = Corpus.load(config, known=read_vocabulary(config))
-        characters = sum(map(len, (corpus.train, corpus.val, corpus.test)))
+        own = () if config.val else corpus.val, () if config.test else corpus.test
+        characters = sum(map(len, (corpus.train, *own)))
         ends = corpus.train == corpus.boundary if corpus.boundary is not None else None
         return Size(characters, len(corpus.vocab), None if ends is None else len(ends) / int(ends.sum()))
     sample = ""
@@ -295,7 +304,10 @@ def _measured(config: Config, size: Size, threads: int | None) -> float:
     torch.set_num_threads(choose_threads(threads, config.model, config.batches.batch_size)[0])
     learner = make_learner(config)
     training_rate(learner, 0.0)  # compiles
-    rate = statistics.median(training_rate(learner, _MEASURED / 2) for _ in range(5))
+    rates, started = [training_rate(learner, _MEASURED / 2)], time.perf_counter()
+    while len(rates) < 5 and time.perf_counter() - started < 2 * _MEASURED:  # a step can take seconds
+        rates.append(training_rate(learner, _MEASURED / 2))
+    rate = statistics.median(rates)
     torch.set_rng_state(state)
     torch.set_num_threads(before)
     known = operations(learner.model)

@@ -149,7 +149,11 @@ class Corpus:
     ) -> "Corpus":
         parts = torch.split(ids, [encoded.sizes[k] for k in encoded.order])
         train, val, test = (parts[encoded.order.index(k)] for k in range(3))
-        if _copied(val, train):
+        copied = _copied(val, train)
+        if config.boundary and len(train) <= 4 * _SEARCHED:
+            known, held_out = (encoded.vocab.decode(part).split(config.boundary) for part in (train, val))
+            copied = 2 * len(set(known).intersection(held_out)) > len(set(held_out)) > 1
+        if copied:
             notes += ("most of val is in train too: its loss is not that of a new text",)
         beginning = encoded.vocab.decode(train[:_SORTED])
         if config.boundary is None and not config.val and len(val) and _in_order(beginning):

@@ -115,8 +115,9 @@ class Vocab:
 
     @property
     def replacement(self) -> str:
-        """The character that replaces unknown ones: a space, or the most frequent if the space is unknown."""
-        return " " if " " in self.characters else self.characters[:1]
+        """The character that replaces unknown ones: a space, or the most frequent one that ends no record."""
+        found = (char for char in self.characters if char not in f"\n\x1e{UNKNOWN}")
+        return " " if " " in self.characters else next(found, self.characters[:1])
 
     def encode(
         self,

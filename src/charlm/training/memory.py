@@ -34,6 +34,8 @@ def check_memory(
     if needed > free:
         fits = int((free - fixed) // each)
         fix = f"allowed with it: batches.batch_size up to {fits:,}" if fits > 0 else "use a smaller model"
+        if config.corpus.records:
+            fix += f", or leave out the longest record, of {seq_len - 1:,} characters"
         raise ConfigError(
             f"a step of {sequences:,} × {seq_len:,} characters with "
             f"{config.model.hidden_size:,} hidden units needs {_size(needed)}, "

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from charlm.config import CorpusConfig
 from charlm.errors import CharlmError
+from charlm.text import corpus as corpus_module
 from charlm.text.clean import clean
 from charlm.text.corpus import Corpus
 from charlm.text.decode import decode
@@ -167,3 +168,13 @@ def test_val_and_test_can_be_texts_of_their_own(folder, own, sizes):
     assert decoded["train"] == text[: sizes[0]]
     assert "val" not in own or decoded["val"] == "jjbb"
     assert "test" not in own or decoded["test"] == "ccddd"
+
+
+def test_a_long_file_is_not_read_beyond_max_chars(folder, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_BEGINNING", 10)
+    Path("long.txt").write_text("a line of text\n" * 10**6)
+    read = []
+    config = CorpusConfig(source="long.txt", max_chars=1000)
+    found = Corpus.load(config, lambda count, total: read.append(count))
+    assert len(found.train) + len(found.val) + len(found.test) == 1000
+    assert sum(read) < 8 * 10**6

@@ -27,6 +27,7 @@ from charlm.text.vocab import Vocab
 
 _PASSAGE = 64  # characters
 _SEARCHED = 2**20  # characters copied at once
+_BEGINNING = 2**24  # characters in which a marker of Project Gutenberg is searched, though no more are used
 _SORTED = 2**17  # characters at the beginning of a text in which lines in order are searched
 _SORTED_LINES = 200  # lines in order, at least, that are called so
 _RECORDS_AT_ONCE = 2**14  # records that are joined to be encoded
@@ -267,6 +268,11 @@ def _add_split(
     return (lengths[0], lengths[1]), (1.0, 0.0, 0.0)
 
 
+def _enough(cleaner: Cleaner, characters: int) -> bool:
+    """Return whether the rest of a file, of which so many characters are read, cannot change the text."""
+    return cleaner.full and characters > _BEGINNING
+
+
 def _encode(files: _Files, config: CorpusConfig, encoder: Encoder | Pieces) -> int:
     """Encode the text of `files`, one after the other, each with a line end after its last line.
 
@@ -279,7 +285,11 @@ def _encode(files: _Files, config: CorpusConfig, encoder: Encoder | Pieces) -> i
     while used < len(files) and not cleaner.full:
         before, take_back = copy(cleaner), encoder.mark()
         ended = True  # whether the last line has a line end; true for an empty file
+        characters = 0
         for piece in read.strip_pieces(files[used].pieces):
+            characters += len(piece or "")
+            if _enough(cleaner, characters):
+                break
             if piece is None:
                 cleaner, ended = copy(before), True
                 take_back()

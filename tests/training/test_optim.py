@@ -71,13 +71,14 @@ def test_weight_decay_excludes_biases():
     assert decays == {(2, 3): 0.3, (2,): 0.0}
 
 
-@pytest.fixture(params=["kernels", "torch"])
+needs_kernels = pytest.mark.skipif(not kernels(torch.float32), reason="no C compiler here")
+
+
+@pytest.fixture(params=[pytest.param("kernels", marks=needs_kernels), "torch"])
 def way(request, monkeypatch):
     """Both ways to clip gradients and to update weights."""
     if request.param == "torch":
         monkeypatch.setattr(optim, "_kernels", lambda tensors: None)
-    elif not kernels(torch.float32):
-        pytest.skip("no C compiler here")
 
 
 def step(gradient, **options):
@@ -147,7 +148,7 @@ def test_adamw_and_the_average_follow_their_equations(clip, dtype):
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6 if dtype == torch.float32 else 1e-7)
 
 
-@pytest.mark.skipif(not kernels(torch.float32), reason="no C compiler here")
+@needs_kernels
 def test_updates_do_not_depend_on_the_number_of_threads(threads):
     found = []
     for count in (1, 2):
